@@ -1,0 +1,192 @@
+"""The types that cross rooms: what a batch holds, what a model and an algorithm are. Data and functions, no behaviour.
+
+Legend of shapes: B rows of a batch, T tokens of a row, S scored positions of a row, G examples (segments) of a row (1 unless
+packed), R answers of an example (2 for a pair), I images of a row, P features of an image, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Bool, Float, Int
+
+# Nested dicts of arrays; our tree is Hugging Face's module tree (layers stacked on axis 0, kernels [in, out]).
+Params = Mapping[str, Any]
+
+# A batch is a plain dict of arrays, and every array leads with B, so that splitting rows splits everything:
+#
+#   tokens        [B,T] int32  token ids; a media placeholder keeps its id; padding is 0
+#   positions     [B,T] int32  restart in every segment; each answer continues where its prompt ends
+#   segment_ids   [B,T] int32  0 padding, else 1..; attention never crosses a segment
+#   role          [B,T] int32  0 prompt, 1..R answers; a key is visible to a query if it is in the same segment, not later in the
+#                              row, and its role is 0 or the query's
+#   score_from    [B,S] int32  the column whose hidden state predicts the scored token
+#   score_token   [B,S] int32  the scored token
+#   score_segment [B,S] int32  0 padding (nothing is scored), else 1..G: which example of the row it belongs to
+#   score_role    [B,S] int32  1..R: which answer of the example
+#   example_id    [B,G] int32  the row of the dataset that the example came from; -1 where there is none
+#   pixel_values  [B,I,H,W,3] float32   only for models that see (NHWC)
+#   image_mask    [B,I] bool            which of them are real
+#   media_index   [B,T] int32           -1 for text, else i*P+p: the feature of the row that stands at this token
+#   <column>      [B,G,...]             what `prepare` computed per example, such as reference_logps [B,G,R]
+Batch = Mapping[str, Array]
+
+
+class Head(NamedTuple):
+    """What turns a hidden state into logits: `softcap(scale * (h @ weight + bias))`."""
+
+    weight: Float[Array, "D V"]  # [V, D] when `transposed` (tied to the embedding)
+    transposed: bool = False
+    bias: Float[Array, "V"] | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+class Output(NamedTuple):
+    """What a model's `apply` returns; never logits."""
+
+    hidden: Float[Array, "B T D"]  # after the final norm
+    aux: dict[str, Array]  # auxiliary losses by name, e.g. a router's
+    cache: Any = None
+
+
+class Scores(NamedTuple):
+    """What a likelihood says of a batch; the objective sees nothing else of the model."""
+
+    logps: Float[Array, "B G R"]  # summed over each answer's scored tokens
+    lengths: Float[Array, "B G R"]  # number of scored tokens; 0 where there is no answer
+    tokens: dict[str, Float[Array, "B S"]]  # TokenStats by name, 0 at padding
+    aux: dict[str, Array]
+
+
+class Mean(NamedTuple):
+    """A metric that is averaged: sums and counts are added over micro-batches and hosts, then divided."""
+
+    sum: Float[Array, ""]
+    count: Float[Array, ""]
+
+
+class Max(NamedTuple):
+    """A metric of which the largest value counts."""
+
+    value: Float[Array, ""]
+
+
+class Min(NamedTuple):
+    """A metric of which the smallest value counts."""
+
+    value: Float[Array, ""]
+
+
+class Last(NamedTuple):
+    """A metric of which the newest value counts."""
+
+    value: Float[Array, ""]
+
+
+class Term(NamedTuple):
+    """One term of a loss: weight * sum / (count over the whole global batch). The count depends on masks alone."""
+
+    weight: float
+    sum: Float[Array, ""]
+    count: Float[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """How a family's parameter tree and its Hugging Face names differ beyond the generic rule of `aligner.convert.tables`.
+
+    Attributes:
+        stacks: tree prefix -> Hugging Face prefix with `{i}`, where layers are stacked, e.g. {"model/layers": "model.layers.{i}"}.
+        exceptions: table of (Hugging Face name pattern, tree path, operation) for leaves that the generic rule does not cover.
+        renames: (regex, replacement) pairs that turn every older layout's names on disk into the layout we write.
+        ignored: regexes of tensors on disk that carry no parameter (old buffers such as `rotary_emb.inv_freq`).
+        tied: (name, other) pairs: `name`, when it is stored, must equal `other` and is not a parameter of its own.
+    """
+
+    stacks: Mapping[str, str]
+    exceptions: Sequence[tuple] = ()
+    renames: Sequence[tuple[str, str]] = ()
+    ignored: Sequence[str] = ()
+    tied: Sequence[tuple[str, str]] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Media:
+    """What the data side must know of the media a model takes; `None` on text models."""
+
+    placeholder: int  # token id that stands for one image feature
+    features: int  # P: features of one image
+    height: int
+    width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model as functions of parameters and data about it.
+
+    Attributes:
+        family: Hugging Face's `model_type`.
+        config: the family's own frozen dataclass, read from the Hugging Face config.
+        init: key -> params, float32, random as the family initialises.
+        encode: (params, batch) -> features [B, I*P, D], or None when the batch holds no media.
+        apply: (params, batch, *, features=None, cache=None, key=None, remat="none") -> Output.
+        head: params -> Head.
+        inputs: what a Hugging Face processor returns (NumPy) -> Batch, for looking and testing.
+        conversion: how the tree maps to Hugging Face names.
+        sharding_rules: (regex on the tree path, logical axes) pairs; the first match wins.
+        media: sizes that the data side needs, None for text models.
+        assets: the checkpoint folder's companions (tokenizer, processor, ...), None for a model made from a bare config.
+        source_dtype: dtype name of the weights on disk: what `save` writes unless told otherwise.
+    """
+
+    family: str
+    config: Any
+    init: Callable[..., Params]
+    encode: Callable[..., Array | None]
+    apply: Callable[..., Output]
+    head: Callable[[Params], Head]
+    inputs: Callable[[Mapping[str, Any]], Batch]
+    conversion: Conversion
+    sharding_rules: Sequence[tuple[str, tuple[str | None, ...]]]
+    media: Media | None = None
+    assets: Any = None
+    source_dtype: str = "float32"
+
+    def logits(self, params: Params, inputs: Mapping[str, Any]) -> Float[Array, "B T V"]:
+        """Dense logits [B,T,V] of a Hugging Face processor's output, for looking and testing; training never makes them."""
+        from aligner.logprobs import dense_logits  # the one module that may hold vocabulary-sized arrays
+
+        batch = self.inputs(inputs)
+        output = self.apply(params, batch, features=self.encode(params, batch))
+        return dense_logits(output.hidden, self.head(params))
+
+
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+    """An algorithm as pure functions.
+
+    Attributes:
+        score: (params, fixed, batch, key) -> Scores: what the model says of the batch.
+        objective: (scores, batch, carry) -> (terms, metrics, carry): the mathematics. Terms are {name: Term}, metrics
+            {name: Mean | Max | Min | Last}.
+        carry: initial value of what is kept from step to step (running moments, coefficients); checkpointed.
+        prepare: (params, batch) -> {column: [B,G,...]}: computed once per example before training and stored, or None.
+        columns: names of the columns that `objective` reads.
+    """
+
+    score: Callable[..., Scores]
+    objective: Callable[..., tuple[dict[str, Term], dict[str, Any], Any]]
+    carry: Any = dataclasses.field(default_factory=dict)
+    prepare: Callable[..., dict[str, Array]] | None = None
+    columns: tuple[str, ...] = ()
+
+
+class UserError(Exception):
+    """Bad input. Its message is one sentence that names the thing, where it is and the nearest fix; no traceback is shown."""
+
+
+__all__ = ["Algorithm", "Array", "Batch", "Bool", "Conversion", "Float", "Head", "Int", "Last", "Max", "Mean", "Media", "Min", "Model",
+           "Output", "Params", "Scores", "Term", "UserError"]  # fmt: skip
