@@ -99,7 +99,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             for file, expected in files.items():
                 found = headers(file)
                 if absent := sorted(set(expected) - set(found)):
-                    raise UserError(f"{file} lacks {absent[0]}{_more(absent)}, which the index places there; fetch the file and its index again.")
+                    raise UserError(f"{file} lacks {absent[0]}{_more(absent)}, which the index places there; fetch both again.")
                 if twice := sorted(set(found) & set(tensors)):
                     raise UserError(f"{file} and {tensors[twice[0]].file} both hold {twice[0]}; remove the stale shards.")
                 tensors |= found
@@ -107,8 +107,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     pickled = sorted(path.name for path in folder.glob("*.bin") if path.name.startswith("pytorch_model"))
     if pickled:
         raise UserError(
-            f"{folder} holds only pickled weights ({pickled[0]}{_more(pickled)}), which can run code when read; where PyTorch is installed, "
-            "load it with transformers once and save it with save_pretrained, which writes safetensors."
+            f"{folder} holds only pickled weights ({pickled[0]}{_more(pickled)}), which can run code when read; load it with transformers "
+            "and PyTorch once and write it with save_pretrained, as safetensors."
         )
     raise UserError(f"{folder} holds no weights: expected model.safetensors, its shards, or an old flax_model.msgpack.")
 
@@ -209,7 +209,7 @@ def _weight_files(folder: Path, stem: str, suffix: str) -> dict[Path, list[str]]
 
 def _safetensors_headers(path: Path) -> dict[str, Stored]:
     with _opened(path) as file:
-        headers = {name: file.get_slice(name) for name in file.keys()}
+        headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no mapping
         return {name: Stored(tuple(h.get_shape()), _DTYPES.get(h.get_dtype(), h.get_dtype()), path) for name, h in headers.items()}
 
 
@@ -226,7 +226,7 @@ def _msgpack_headers(path: Path) -> dict[str, Stored]:
             tensors[name] = Stored(array.shape, array.dtype.name, path, array)
         return tensors
     except Exception as error:  # msgpack raises a dozen kinds, ValueError and its own, on torn input
-        raise UserError(f"{path} is corrupt or cut short ({_first_line(error)}); fetch it again.") from error
+        raise UserError(f"{path} is corrupt or cut short ({first_line(error)}); fetch it again.") from error
 
 
 def _hf_name(leaf: str) -> tuple[str, bool]:
@@ -241,7 +241,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is corrupt or cut short ({_first_line(error)}); fetch it again.") from error
+        raise UserError(f"{path} is corrupt or cut short ({first_line(error)}); fetch it again.") from error
 
 
 def _producer(path: Path) -> str | None:
@@ -270,5 +270,5 @@ def _more(names: list) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

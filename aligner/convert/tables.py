@@ -7,7 +7,8 @@ The generic rule: our tree is Hugging Face's module tree, so `model/norm/scale` 
     any other          the same name, copied
 
 Layers that are stacked on leading axes are `Conversion.stacks`: tree prefix -> Hugging Face prefix with one `{...}` per stacked axis, the
-outermost first: {"model/layers": "model.layers.{i}", "model/layers/mlp/experts": "model.layers.{i}.mlp.experts.{e}"}. The longest prefix wins.
+outermost first: {"model/layers": "model.layers.{i}", "model/layers/mlp/experts": "model.layers.{i}.mlp.experts.{e}"}. The longest prefix
+wins.
 
 What the rule does not cover is a row of `Conversion.exceptions`, (Hugging Face name pattern, tree path, operation):
 
