@@ -148,7 +148,7 @@ def load_params(
     leaves: dict[str, jax.Array] = {}
     before = None
     with ThreadPoolExecutor(_THREADS) as pool:
-        for entry in _bar(entries, "loading", progress):
+        for entry in bar(entries, "loading", progress):
             get = functools.partial(read_leaf, entry, read=read, dtype=dtypes[entry.path], map=pool.map)
             leaf = _place(entry.shape, places.get(entry.path), get)
             jax.block_until_ready(before)
@@ -190,7 +190,7 @@ def save(
     sizes = {name: int(np.prod(parts[0][0].full)) * want[name].itemsize for name, parts in tensors.items()}
 
     def arrays() -> Iterator[tuple[str, np.ndarray]]:
-        for name, parts in _bar(tensors.items(), "writing", progress):
+        for name, parts in bar(tensors.items(), "writing", progress):
             yield name, _cast(name, write_tensor(parts, lambda path, index: _to_host(leaves[path], index)), want[name])
 
     if jax.process_index() == 0:
@@ -430,5 +430,6 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return result if result.get("dtype") or result.get("torch_dtype") else {**result, "torch_dtype": dtype}
 
 
-def _bar(items: Any, what: str, progress: bool | None) -> tqdm:
+def bar(items: Any, what: str, progress: bool | None) -> tqdm:
+    """A progress bar, shown after a second and on a terminal unless told otherwise."""
     return tqdm(items, what, total=len(items), leave=False, delay=1, disable=None if progress is None else not progress)
