@@ -40,7 +40,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"unexpected argument {argv[1]!r}; settings are given as --config.section.key=value")
     if CONFIG.value is None or WORKDIR.value is None:
         missing = "--config" if CONFIG.value is None else "--workdir"
-        raise UserError(f"{missing} is missing; for example: python -m aligner.main --config configs/dpo_llava.py:tiny --workdir runs/quickstart")
+        example = "python -m aligner.main --config configs/dpo_llava.py:tiny --workdir runs/quickstart"
+        raise UserError(f"{missing} is missing; for example: {example}")
     start_jax()
     from aligner.run import Stopped, run  # after the flags, so that a typo is told at once
 

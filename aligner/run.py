@@ -165,7 +165,8 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                         say(f"first step {time.monotonic() - started:.1f} s after the start, compilation included")
                         clock, first = time.monotonic(), False
                     saves = step % config.checkpoint.every == 0 or step == steps
-                    evaluates = evaluation is not None and (step == steps or (config.train.eval_every and step % config.train.eval_every == 0))
+                    every = config.train.eval_every
+                    evaluates = evaluation is not None and (step == steps or (bool(every) and step % every == 0))
                     if saves or evaluates:
                         report()
                         pending = None
@@ -217,9 +218,11 @@ def check_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     for key in ("dtype", "param_dtype"):
         if config.model[key] not in ("float32", "bfloat16", "float64"):
             raise UserError(f"config.model.{key} is {config.model[key]!r}; it must be float32, bfloat16 or float64")
-    for section, key in (("data", "batch_size"), ("train", "accumulate"), ("checkpoint", "every"), ("checkpoint", "keep"), ("log", "every")):
-        if config[section][key] < 1:
-            raise UserError(f"config.{section}.{key} is {config[section][key]}; it must be at least 1")
+    counts = ("data.batch_size", "train.accumulate", "checkpoint.every", "checkpoint.keep", "log.every")
+    values = workdir.flat(config.to_dict())
+    for key in counts:
+        if values[key] < 1:
+            raise UserError(f"config.{key} is {values[key]}; it must be at least 1")
     if config.train.steps is not None and config.train.steps < 1:
         raise UserError(f"config.train.steps is {config.train.steps}; it must be at least 1")
     from aligner.models.layers import REMAT
@@ -229,8 +232,8 @@ def check_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     size, parts, accumulate = config.data.batch_size, sharding.batch_parts(mesh), config.train.accumulate
     if size % (parts * accumulate):
         raise UserError(
-            f"config.data.batch_size {size} cannot be divided: config.train.accumulate={accumulate} micro-batches over {parts} parts of the "
-            f"mesh (data x fsdp) need a multiple of {parts * accumulate}"
+            f"config.data.batch_size {size} cannot be divided: config.train.accumulate={accumulate} micro-batches over {parts} parts of "
+            f"the mesh (data x fsdp) need a multiple of {parts * accumulate}"
         )
 
 
@@ -263,7 +266,7 @@ def load_reference(config: ConfigDict, model: Model, params: Params, mesh: jax.s
     if config.reference.model:
         other, disk = convert.open_model(config.reference.model)
         if other.config != model.config:
-            raise UserError(f"config.reference.model {config.reference.model} and config.model.path {config.model.path} differ in their configs")
+            raise UserError(f"config.reference.model {config.reference.model} is not of the same shape as {config.model.path}")
         params = load(config, other, disk, mesh, trained)
     same = jax.tree.map(lambda leaf: leaf.sharding, params)
     return jit(lambda tree: jax.tree.map(jnp.copy, cast(tree, config.model.dtype)), out_shardings=same)(params)
@@ -335,8 +338,7 @@ def catch_signals() -> Iterator[Callable[[], None]]:
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(number)
-        if jax.process_index() == 0:
-            print("\nstopping: the state is being saved" + (" (Ctrl-C again to stop at once)" if number == signal.SIGINT else ""), file=sys.stderr)
+        say("stopping: the state is being saved" + (" (Ctrl-C again to stop at once)" if number == signal.SIGINT else ""))
 
     def check_stop() -> None:
         nonlocal checks
