@@ -1,5 +1,7 @@
 """Every key of a config, with its default and what it means. Experiments start from `base()` and change what they need."""
 
+from collections.abc import Callable, Mapping
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -14,6 +16,17 @@ def data_source() -> ConfigDict:
             formatter="auto",  # how a row becomes a sample; "auto" goes by the columns (aligner/data/formatters.py)
             image_folder="",  # images named in the rows are looked up here; "" is the folder of the file
             size=placeholder(int),  # use only the first rows
+        )
+    )
+
+
+def dpo() -> ConfigDict:
+    """config.algorithm for direct preference optimisation."""
+    return ConfigDict(
+        dict(
+            name="dpo",
+            beta=0.1,  # strength of the pull towards the reference
+            label_smoothing=0.0,  # probability that a label is wrong (conservative DPO)
         )
     )
 
@@ -33,8 +46,7 @@ def base() -> ConfigDict:
     config.reference.model = ""  # another checkpoint as the reference; "" is the policy at step 0
     config.reference.cache = ""  # folder for precomputed columns; "" is WORKDIR/reference
 
-    config.algorithm = ConfigDict()
-    config.algorithm.name = "dpo"
+    config.algorithm = dpo()
 
     config.data = ConfigDict()
     config.data.train = data_source()
@@ -86,3 +98,10 @@ def base() -> ConfigDict:
     config.seed = 0
     config.setup = ""  # "module:function", called with the config before anything is read; presets make their demo input with it
     return config
+
+
+def apply_preset(config: ConfigDict, preset: str, presets: Mapping[str, Callable[[ConfigDict], ConfigDict]]) -> ConfigDict:
+    """The config changed by the preset named behind the colon of --config, locked."""
+    if preset and preset not in presets:
+        raise ValueError(f"unknown preset {preset!r}; there is {', '.join(presets)}")
+    return (presets[preset](config) if preset else config).lock()

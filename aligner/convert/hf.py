@@ -116,7 +116,12 @@ def model_from_folder(folder: str | Path) -> Model:
 
 
 def load_params(
-    model: Model, checkpoint: Checkpoint, dtype: Any = "float32", shardings: Any = None, progress: bool | None = None
+    model: Model,
+    checkpoint: Checkpoint,
+    dtype: Any = "float32",
+    shardings: Any = None,
+    progress: bool | None = None,
+    only: Callable[[str], bool] | None = None,
 ) -> Params:
     """Read parameters leaf by leaf straight into (sharded) device arrays.
 
@@ -129,6 +134,7 @@ def load_params(
         dtype: dtype of the parameters, None for that on disk, or a function tree path -> one of these.
         shardings: tree of `jax.sharding.Sharding`, or None for the default device.
         progress: show a bar; None only on a terminal.
+        only: tree path -> whether to read that leaf; None reads all.
 
     Returns:
         The parameter tree, nested dicts.
@@ -140,6 +146,7 @@ def load_params(
     entries = table(model.conversion, abstract_params(model))
     stored = match(model, entries, checkpoint)
     _check_tied(model.conversion, checkpoint, stored)
+    entries = [entry for entry in entries if only is None or only(entry.path)]
     dtypes = {entry.path: _leaf_dtype(entry, dtype, checkpoint, stored) for entry in entries}
     places = flatten(shardings) if shardings is not None else {}
 

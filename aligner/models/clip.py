@@ -137,6 +137,11 @@ class VisionTransformer(nn.Module):
         return x, last, states
 
 
+def layers_run(config: VisionConfig, layers: tuple[int, ...]) -> int:
+    """How many layers must run to give the hidden states with these indices."""
+    return max(max(index % (config.num_hidden_layers + 1) for index in layers), 1)
+
+
 def hidden_states(
     config: VisionConfig, params: Params, pixels: Float[Array, "N H W C"], layers: tuple[int, ...], remat: str = "none"
 ) -> list[Float[Array, "N P D"]]:
@@ -144,9 +149,8 @@ def hidden_states(
 
     Layers above the highest one asked for are not run; their parameters get a zero gradient.
     """
-    total = config.num_hidden_layers
-    wanted = [index % (total + 1) for index in layers]
-    depth = max(max(wanted), 1)
+    wanted = [index % (config.num_hidden_layers + 1) for index in layers]
+    depth = layers_run(config, layers)
     stacked = jax.tree.map(lambda leaf: leaf[:depth], params["encoder"]["layers"])
     params = {**params, "encoder": {"layers": stacked}}
     tower = VisionTransformer(dataclasses.replace(config, num_hidden_layers=depth), remat, collect=len(wanted) > 1)

@@ -159,5 +159,9 @@ def make(hf: Any) -> Model:
             tied=tied,
         ),
         sharding_rules=SHARDING_RULES,
+        trained_layers={
+            "vision_tower/vision_model/encoder/layers": clip.layers_run(vision, config.vision_feature_layer),
+            "vision_tower/vision_model/post_layernorm": 0,
+        },
         media=Media(config.image_token_index, config.features, vision.image_size, vision.image_size),
     )

@@ -1,0 +1,76 @@
+"""Train a model as a config file says.
+
+    python -m aligner.main --config configs/dpo_llava.py:tiny --workdir runs/quickstart
+    python -m aligner.main --config configs/dpo_llava.py --workdir runs/dpo \\
+        --config.model.path=DIR --config.data.train.path=rows.jsonl --config.data.train.image_folder=DIR
+
+Every setting of the config can be overridden, --config.section.key=value; configs/common.py explains each. The same command again
+goes on where the run stopped.
+"""
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from aligner.types import UserError
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :ARGUMENT if it takes one.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps all that it makes.")
+
+
+def start_jax() -> None:
+    """Compile cache on, and all processes joined where a launcher started several."""
+    import jax
+
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "aligner" / "jax"))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    several = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES")
+    if any(name in os.environ for name in several) or int(os.environ.get("SLURM_NTASKS", "1")) > 1 or "TPU_WORKER_HOSTNAMES" in os.environ:
+        jax.distributed.initialize()
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}; settings are given as --config.section.key=value")
+    if CONFIG.value is None or WORKDIR.value is None:
+        missing = "--config" if CONFIG.value is None else "--workdir"
+        example = "python -m aligner.main --config configs/dpo_llava.py:tiny --workdir runs/quickstart"
+        raise UserError(f"{missing} is missing; for example: {example}")
+    start_jax()
+    from aligner.run import Stopped, run  # after the flags, so that a typo is told at once
+
+    logging.getLogger("aligner").setLevel(logging.INFO)
+    try:
+        run(CONFIG.value, WORKDIR.value)
+    except Stopped as stopped:
+        print(f"stopped; the same command goes on from here: {WORKDIR.value}", file=sys.stderr)
+        return 130 if stopped.args[0] == signal.SIGINT else 0
+    return 0
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Flags, with one sentence for what is wrong with them."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        raise UserError(str(error)) from None
+    except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
+        raise UserError(f"bad --config: {str(error).strip() or type(error).__name__}") from None
+
+
+def cli() -> None:
+    try:
+        app.run(main, flags_parser=parse)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    cli()
