@@ -100,6 +100,15 @@ def test_sharegpt_pair():
     assert formatted(row) == Preference(expected, [assistant("a")], [assistant("b")])
 
 
+def test_conversations_beside_whole_answers_are_no_prompt():
+    """AutoAlign writes the chosen conversation a second time; taken for the prompt, it would show the model its answer."""
+    human, a, b = ({"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}, {"from": "gpt", "value": "b"})
+    row = {"prompt": "q", "conversations": [human, a], "chosen": [human, a], "rejected": [human, b]}
+    assert formatted(row) == Preference([user("q")], [assistant("a")], [assistant("b")])
+    with pytest.raises(Bad, match="ends with an answer"):
+        formatted({"conversations": [human, a], "chosen": a, "rejected": b})
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [

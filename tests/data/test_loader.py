@@ -98,6 +98,20 @@ def test_pixels_arrive_where_the_tokens_point(tmp_path):
         assert index[index >= 0].tolist() == list(range(count * model.media.features))
 
 
+def test_parquet_with_images_inside(tmp_path):
+    from datasets import Dataset, Features, Value
+    from datasets import Image as Picture
+
+    rows = picture_rows(tmp_path, 3)
+    features = Features({"image": Picture()} | {name: Value("string") for name in ("question", "chosen", "rejected")})
+    full = [row | {"image": str(tmp_path / row["image"])} for row in rows]
+    Dataset.from_list(full, features=features).to_parquet(tmp_path / "rows.parquet")
+    stored = load_dataset(tiny.config(tmp_path / "rows.parquet"), "train", tiny.image_model(), progress=False)
+    named = load_dataset(tiny.config(write(tmp_path / "rows.jsonl", rows)), "train", tiny.image_model(), progress=False)
+    assert stored.size == 3 and stored.fingerprint == named.fingerprint
+    equal(next(eval_batches(stored, 3)), next(eval_batches(named, 3)))
+
+
 def test_images_for_a_text_model(tmp_path):
     path = write(tmp_path / "rows.jsonl", picture_rows(tmp_path, 2))
     with pytest.raises(UserError, match=r"row 0 of .* holds an image, but the llama model takes text only"):

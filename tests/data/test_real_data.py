@@ -25,7 +25,7 @@ def load(path, model=None, **options):
         ("hh_rlhf_harmless.jsonl", 200, "trl"),
         ("dpo_en_demo.json", 100, "sharegpt"),
         ("autoalign_ultra_binary.jsonl", None, "trl"),
-        ("autoalign_dummy_dpo.json", None, "trl"),
+        ("autoalign_dummy_dpo.json", None, "sharegpt"),
     ],
 )
 def test_text_pairs(name, size, formatter):
