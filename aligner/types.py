@@ -59,6 +59,7 @@ class Scores(NamedTuple):
     lengths: Float[Array, "B G R"]  # number of scored tokens; 0 where there is no answer
     tokens: dict[str, Float[Array, "B S"]]  # TokenStats by name, 0 at padding
     aux: dict[str, Array]
+    reference_logps: Float[Array, "B G R"] | None = None
 
 
 class Mean(NamedTuple):
@@ -137,6 +138,7 @@ class Model:
         inputs: what a Hugging Face processor returns (NumPy) -> Batch, for looking and testing.
         conversion: how the tree maps to Hugging Face names.
         sharding_rules: (regex on the tree path, logical axes) pairs; the first match wins.
+        trained_layers: tree prefix -> how many of its stacked layers a gradient reaches (a tower's last ones may be unused).
         media: sizes that the data side needs, None for text models.
         assets: the checkpoint folder's companions (tokenizer, processor, ...), None for a model made from a bare config.
         source_dtype: dtype name of the weights on disk: what `save` writes unless told otherwise.
@@ -151,6 +153,7 @@ class Model:
     inputs: Callable[[Mapping[str, Any]], Batch]
     conversion: Conversion
     sharding_rules: Sequence[tuple[str, tuple[str | None, ...]]]
+    trained_layers: Mapping[str, int] = dataclasses.field(default_factory=dict)
     media: Media | None = None
     assets: Any = None
     source_dtype: str = "float32"

@@ -18,6 +18,17 @@ def data_source() -> ConfigDict:
     )
 
 
+def dpo() -> ConfigDict:
+    """config.algorithm for direct preference optimisation."""
+    return ConfigDict(
+        dict(
+            name="dpo",
+            beta=0.1,  # strength of the pull towards the reference
+            label_smoothing=0.0,  # probability that a label is wrong (conservative DPO)
+        )
+    )
+
+
 def base() -> ConfigDict:
     """The defaults of every section; TRL's values where TRL has the setting."""
     config = ConfigDict()
@@ -33,8 +44,7 @@ def base() -> ConfigDict:
     config.reference.model = ""  # another checkpoint as the reference; "" is the policy at step 0
     config.reference.cache = ""  # folder for precomputed columns; "" is WORKDIR/reference
 
-    config.algorithm = ConfigDict()
-    config.algorithm.name = "dpo"
+    config.algorithm = dpo()
 
     config.data = ConfigDict()
     config.data.train = data_source()

@@ -1,0 +1,198 @@
+"""Token statistics from hidden states and the head, a chunk at a time: the only place where vocabulary-sized arrays exist.
+
+A chunk of positions is multiplied by the head in full, reduced to a few numbers per token, and forgotten; the backward pass makes it
+again. Values and gradients equal those of the dense computation; memory is one chunk of logits and the head's gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float, Int
+
+from aligner.matmul import dot, weight_gradient
+from aligner.types import Head
+
+CHUNK_ELEMENTS = 2**26  # logits held at once, per part of the batch: 256 MiB in float32
+
+# What can be asked for, each [B,S] in float32 or wider. Only DIFFERENTIABLE ones carry a gradient.
+NAMES = (
+    "logp",  # log-probability of the target
+    "lse",  # log-sum-exp of the logits
+    "entropy",  # of the next-token distribution, in nats
+    "correct",  # 1.0 where no token is more likely than the target
+    "mean_logit",  # mean over the vocabulary
+    "sum_p2",  # sum over the vocabulary of p^2
+)
+DIFFERENTIABLE = ("logp", "lse", "entropy")
+
+
+class _Static(NamedTuple):
+    names: tuple[str, ...]
+    chunk: int
+    transposed: bool
+    scale: float
+    softcap: float | None
+
+
+def token_stats(
+    hidden: Float[Array, "B S D"],
+    head: Head,
+    targets: Int[Array, "B S"],
+    names: Sequence[str] = ("logp",),
+    chunk: int | None = None,
+) -> dict[str, Float[Array, "B S"]]:
+    """Statistics of the next-token distribution at every position.
+
+    Args:
+        hidden: [B, S, D] states that predict the targets.
+        head: weight [D, V] or, transposed, [V, D]. When it is not differentiated (frozen), its gradient is not computed.
+        targets: [B, S] token ids.
+        names: which of NAMES to compute; `logp`, `lse` and `entropy` are differentiable, the others are constants.
+        chunk: positions per chunk along S; default: as many as keep a chunk of logits within CHUNK_ELEMENTS.
+
+    Returns:
+        {name: [B, S]} in float32, or wider if `hidden` is.
+    """
+    unknown = [name for name in names if name not in NAMES]
+    if unknown:
+        raise ValueError(f"unknown token statistics {unknown}; known are {NAMES}")
+    rows, length, _ = hidden.shape
+    if chunk is None:
+        vocabulary = head.weight.shape[0 if head.transposed else 1]
+        chunk = max(1, CHUNK_ELEMENTS * _batch_parts(rows) // (vocabulary * rows))
+    pieces = -(-length // min(chunk, length))
+    size = -(-length // pieces)  # even pieces, so that little is padded
+    static = _Static(tuple(names), size, head.transposed, head.scale, head.softcap)
+    with jax.named_scope("token_stats"):
+        weight = head.weight.astype(hidden.dtype)
+        return _stats(static, hidden, weight, head.bias, targets)
+
+
+def dense_logits(hidden: Float[Array, "... D"], head: Head) -> Float[Array, "... V"]:
+    """All logits at once, for looking, testing and sampling one position."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    static = _Static((), 0, head.transposed, head.scale, head.softcap)
+    return _logits(static, flat, head.weight.astype(hidden.dtype), head.bias).reshape(*hidden.shape[:-1], -1)
+
+
+def _batch_parts(rows: int) -> int:
+    """Over how many devices the rows lie: each of them holds only its part of a chunk."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+    return parts if rows % parts == 0 else 1
+
+
+def _logits(static: _Static, hidden, weight, bias):
+    """Logits of a chunk in float32 or wider: [..., V]."""
+    logits = dot(hidden, weight, ((hidden.ndim - 1,), (1 if static.transposed else 0,)))
+    if bias is not None:
+        logits = logits + bias
+    if static.scale != 1.0:
+        logits = logits * static.scale
+    if static.softcap is not None:
+        logits = static.softcap * jnp.tanh(logits / static.softcap)
+    return logits
+
+
+def _chunks(x: Array, size: int) -> Array:
+    """[B, S, ...] -> [pieces, B, size, ...], padded with zeros."""
+    rows, length = x.shape[:2]
+    pieces = -(-length // size)
+    x = jnp.pad(x, [(0, 0), (0, pieces * size - length)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(rows, pieces, size, *x.shape[2:]), 1, 0)
+
+
+def _unchunk(x: Array, length: int) -> Array:
+    """Inverse of `_chunks`."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+
+def _scan(body, carry, chunks):
+    """`lax.scan`, without a loop where there is one chunk."""
+    if jax.tree.leaves(chunks)[0].shape[0] > 1:
+        return jax.lax.scan(body, carry, chunks)
+    carry, out = body(carry, jax.tree.map(lambda x: x[0], chunks))
+    return carry, jax.tree.map(lambda x: x[None], out)
+
+
+def _is_target(logits, targets):
+    """A mask instead of a gather: it stays local where the vocabulary is sharded."""
+    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
+
+
+def _chunk_stats(static: _Static, logits, targets) -> dict[str, Array]:
+    top = jnp.max(logits, axis=-1)
+    exp = jnp.exp(logits - top[..., None])
+    total = jnp.sum(exp, axis=-1)
+    lse = top + jnp.log(total)
+    target = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0), axis=-1)
+    computed = {"logp": lambda: target - lse, "lse": lambda: lse, "correct": lambda: (target >= top).astype(lse.dtype)}
+    computed["entropy"] = lambda: lse - jnp.sum(exp * logits, axis=-1) / total
+    computed["mean_logit"] = lambda: jnp.mean(logits, axis=-1)
+    computed["sum_p2"] = lambda: jnp.sum(jnp.square(exp), axis=-1) / jnp.square(total)
+    return {name: computed[name]() for name in static.names}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _stats(static: _Static, hidden, weight, bias, targets):
+    def body(_, chunk):
+        states, ids = chunk
+        return None, _chunk_stats(static, _logits(static, states, weight, bias), ids)
+
+    _, stats = _scan(body, None, (_chunks(hidden, static.chunk), _chunks(targets, static.chunk)))
+    return {name: _unchunk(stat, hidden.shape[1]) for name, stat in stats.items()}
+
+
+def _stats_forward(static: _Static, hidden, weight, bias, targets):
+    kept = static._replace(names=tuple(dict.fromkeys([*static.names, "lse", *(["entropy"] if "entropy" in static.names else [])])))
+    stats = _stats(kept, hidden.value, weight.value, bias and bias.value, targets.value)
+    # whether the head trains is told by structure: () is true, None false
+    trains = () if weight.perturbed or (bias is not None and bias.perturbed) else None
+    residuals = (hidden.value, weight.value, bias and bias.value, targets.value, stats["lse"], stats.get("entropy"), trains)
+    return {name: stats[name] for name in static.names}, residuals
+
+
+def _stats_backward(static: _Static, residuals, gradients):
+    hidden, weight, bias, targets, lse, entropy, trains = residuals
+    gradients = {n: g for n, g in gradients.items() if n in DIFFERENTIABLE and not isinstance(g, SymbolicZero)}
+    wide = jnp.promote_types(weight.dtype, jnp.float32)
+
+    def body(carry, chunk):
+        weight_sum, bias_sum = carry
+        states, ids, lse, entropy, g = chunk
+        logits = _logits(static, states, weight, bias)
+        p = jnp.exp(logits - lse[..., None])
+        # d logp = onehot - p; d lse = p; d entropy = -p (log p + entropy)
+        from_p = g.get("lse", 0.0) - g.get("logp", 0.0)
+        d = p * jnp.broadcast_to(from_p, lse.shape)[..., None]
+        if "logp" in g:
+            d = d + jnp.where(_is_target(logits, ids), g["logp"][..., None], 0)
+        if "entropy" in g:
+            d = d - g["entropy"][..., None] * p * (logits - lse[..., None] + entropy[..., None])
+        if static.softcap is not None:
+            d = d * (1 - jnp.square(logits / static.softcap))
+        d = d * static.scale if static.scale != 1.0 else d
+        low = d.astype(states.dtype)
+        d_states = dot(low, weight, ((low.ndim - 1,), (0 if static.transposed else 1,))).astype(states.dtype)
+        if trains is not None:
+            operands = (low, states) if static.transposed else (states, low)
+            weight_sum = weight_sum + weight_gradient(*operands)
+            bias_sum = None if bias is None else bias_sum + jnp.sum(d, axis=(0, 1))
+        return (weight_sum, bias_sum), d_states
+
+    start = (None, None) if trains is None else (jnp.zeros(weight.shape, wide), None if bias is None else jnp.zeros(bias.shape, wide))
+    arrays = (hidden, targets, lse, lse if entropy is None else entropy, gradients)
+    (d_weight, d_bias), d_hidden = _scan(body, start, jax.tree.map(lambda x: _chunks(x, static.chunk), arrays))
+    d_weight = None if d_weight is None else d_weight.astype(weight.dtype)
+    d_bias = None if d_bias is None else d_bias.astype(bias.dtype)
+    return _unchunk(d_hidden, hidden.shape[1]), d_weight, d_bias, None
+
+
+_stats.defvjp(_stats_forward, _stats_backward, symbolic_zeros=True)

@@ -1,0 +1,56 @@
+"""The one matmul primitive: float32 accumulation, and a backward pass whose two products are chosen, not left to autodiff.
+
+Plain autodiff of `x @ w` costs 7 % of a float32 training step on CPU (16 % under a scan over layers) and about a third of a bfloat16
+one; asking for a bfloat16 result of bfloat16 operands costs more still, on every backend that then accumulates in bfloat16.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Float
+
+
+def dot(x: Array, y: Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> Array:
+    """`lax.dot_general` without batch axes, accumulated and returned in at least float32."""
+    accumulate = jnp.promote_types(x.dtype, jnp.float32)
+    # float32 operands mean float32 products: TPUs would otherwise round them to bfloat16, GPUs to TF32
+    precision = None if x.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
+    return lax.dot_general(x, y, (contract, ((), ())), precision=precision, preferred_element_type=accumulate)
+
+
+@jax.custom_vjp
+def matmul(x: Float[Array, "... K"], w: Float[Array, "K N"]) -> Float[Array, "... N"]:
+    """`x @ w`, accumulated in float32 (or wider) and rounded once to the dtype of x. Both have the same dtype."""
+    return dot(x, w, ((x.ndim - 1,), (0,))).astype(x.dtype)
+
+
+def _forward(x, w):
+    return matmul(x, w), (x, w)
+
+
+def _backward(residuals, g):
+    x, w = residuals
+    with jax.named_scope("matmul_backward"):
+        dx = dot(g, w, ((g.ndim - 1,), (1,))).astype(x.dtype)
+        return dx, weight_gradient(x, g).astype(w.dtype)
+
+
+matmul.defvjp(_forward, _backward)
+
+
+def weight_gradient(x: Float[Array, "... K"], g: Float[Array, "... N"]) -> Float[Array, "K N"]:
+    """The gradient of `x @ w` by w: `x` and `g` contracted over every leading axis, in at least float32."""
+    leading = tuple(range(x.ndim - 1))
+    plain = functools.partial(dot, contract=(leading, leading))
+    if x.dtype != jnp.bfloat16:
+        return plain(x, g)
+    return lax.platform_dependent(x, g, cpu=_weight_gradient_cpu, default=plain)
+
+
+def _weight_gradient_cpu(x, g):
+    """XLA's CPU backend runs a bfloat16 product over the leading axis at float32 speed; a transpose forced into memory avoids that."""
+    x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    return dot(with_layout_constraint(x.T, Layout(major_to_minor=(0, 1))), g, ((1,), (0,)))

@@ -1,0 +1,63 @@
+"""Attention, one entry: `attention(q, k, v, spec)`.
+
+A spec says who sees whom by a few small arrays; only the reference backend turns it into a dense mask.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from aligner.models.layers import at_least_float32
+from aligner.types import Batch
+
+
+@struct.dataclass
+class Spec:
+    """A key is visible to a query if it is in the same segment, not later in the row, and its role is 0 (the prompt) or the query's.
+
+    Attributes:
+        segment_ids, role, positions: [B, T] as in a batch.
+        mask: the same thing dense, [B, 1, T, T]; made once per forward pass by `dense` for the reference backend.
+    """
+
+    segment_ids: Int[Array, "B T"]
+    role: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    mask: Bool[Array, "B 1 T T"] | None = None
+
+
+def spec_of(batch: Batch) -> Spec:
+    return Spec(batch["segment_ids"], batch["role"], batch["positions"])
+
+
+def dense(spec: Spec) -> Spec:
+    """Fill in the dense mask. Padding (segment 0) sees padding, so that no row of the mask is empty."""
+    segment, role = spec.segment_ids, spec.role
+    column = jnp.arange(segment.shape[1])
+    visible = segment[:, :, None] == segment[:, None, :]
+    visible &= column[:, None] >= column[None, :]
+    visible &= (role[:, None, :] == 0) | (role[:, :, None] == role[:, None, :])
+    return spec.replace(mask=visible[:, None])
+
+
+def attention(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], spec: Spec | None, scale: float
+) -> Float[Array, "B T N H"]:
+    """Softmax attention with grouped heads (N a multiple of K), softmax in float32; `spec=None` lets everything see everything."""
+    with jax.named_scope("attention"):
+        batch, length, heads, width = q.shape
+        groups = heads // k.shape[2]
+        # the scale goes into q: [B,T,N,H] is smaller than [B,N,T,T]
+        q = (q * jnp.asarray(scale, q.dtype)).reshape(batch, length, k.shape[2], groups, width)
+        wide = jnp.promote_types(q.dtype, jnp.float32)
+        precision = None if q.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+        logits = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=wide, precision=precision)
+        if spec is not None:
+            mask = (spec if spec.mask is not None else dense(spec)).mask
+            logits = jnp.where(mask[:, :, None], logits, jnp.finfo(wide).min)
+        weights = jax.nn.softmax(at_least_float32(logits), axis=-1).astype(v.dtype)
+        out = jnp.einsum("bkgts,bskh->btkgh", weights, v, preferred_element_type=wide, precision=precision)
+        return out.astype(q.dtype).reshape(batch, length, heads, width)

@@ -1,0 +1,121 @@
+"""Building blocks that every family shares: linear maps, embeddings, norms, activations.
+
+A module's leaves are read with `get_variable`, not `param`: only `init` fixes shapes, so that a leaf may later be something else
+than the array that `init` made (a quantised kernel, a kernel with adapters).
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from aligner.matmul import matmul
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+}
+
+
+def at_least_float32(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def leaf(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -> Array:
+    """A parameter: made by `init`, afterwards whatever stands in the tree."""
+    if module.is_initializing():
+        return module.param(name, init, shape)
+    return module.get_variable("params", name)
+
+
+class Linear(nn.Module):
+    """`x @ kernel + bias`, kernel [in, out], in the dtype of x."""
+
+    features: int
+    use_bias: bool = False
+    init_scale: float = 0.02
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... N"]:
+        kernel = leaf(self, "kernel", nn.initializers.normal(self.init_scale), (x.shape[-1], self.features))
+        y = matmul(x, kernel.astype(x.dtype))
+        if self.use_bias:
+            y = y + leaf(self, "bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
+        return checkpoint_name(y, "linear")
+
+
+class Embed(nn.Module):
+    """A table of rows [num, features]."""
+
+    num: int
+    features: int
+    init_scale: float = 0.02
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+        return jnp.take(leaf(self, "embedding", nn.initializers.normal(self.init_scale), (self.num, self.features)), ids, axis=0)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in float32, rounded to the dtype of x before the weight is applied, as Llama does."""
+
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        scale = leaf(self, "scale", nn.initializers.ones, (x.shape[-1],))
+        wide = at_least_float32(x)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with bias; statistics in float32."""
+
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        scale = leaf(self, "scale", nn.initializers.ones, (x.shape[-1],))
+        bias = leaf(self, "bias", nn.initializers.zeros, (x.shape[-1],))
+        wide = at_least_float32(x)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (wide * scale + bias).astype(x.dtype)
+
+
+# What the backward pass may keep of a layer; the rest is computed again. "context" is attention's output before its projection.
+REMAT: dict[str, Callable | None] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "context": jax.checkpoint_policies.save_only_these_names("context"),
+    "dots": jax.checkpoint_policies.save_only_these_names("linear", "context"),
+}
+
+
+def stack(layer: type[nn.Module], length: int, remat: str, broadcast_arguments: int) -> type[nn.Module]:
+    """A module class that runs `length` copies of `layer` in a scan, their parameters stacked on axis 0.
+
+    Args:
+        layer: `__call__(carry, *broadcast) -> (carry, collected)`.
+        length: number of layers.
+        remat: a key of REMAT.
+        broadcast_arguments: how many arguments every layer gets alike.
+    """
+    if REMAT[remat] is not None:
+        layer = nn.remat(layer, policy=REMAT[remat], prevent_cse=False)
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast,) * broadcast_arguments,
+        length=length,
+    )

@@ -1,0 +1,108 @@
+"""Meshes and where arrays live on them: the only file that knows mesh axis names.
+
+Models and rules speak of logical axes ("embed", "heads", ...); LOGICAL says which mesh axis each one is laid over.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from aligner.types import Params, UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+LOGICAL: Mapping[str, str | tuple[str, ...] | None] = {
+    "batch": BATCH_AXES,
+    "layers": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over `devices` (default: all) with the axes `data, fsdp, tensor`; one size may be -1, "what is left"."""
+    devices = list(jax.devices() if devices is None else devices)
+    shape = [int(sizes.get(axis, 1)) for axis in AXES]
+    if any(size == 0 or size < -1 for size in shape) or shape.count(-1) > 1:
+        raise UserError(f"config.mesh has sizes {dict(zip(AXES, shape))}: each must be positive, and at most one may be -1")
+    known = int(np.prod([size for size in shape if size > 0]))
+    if -1 in shape and len(devices) % known == 0:
+        shape[shape.index(-1)] = len(devices) // known
+    if int(np.prod(shape)) != len(devices):
+        raise UserError(f"config.mesh {dict(zip(AXES, shape))} does not divide {len(devices)} devices: their product must be that number")
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the data and fsdp axes; everything else whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def spec_for(logical: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """The mesh axes for a leaf with these logical axes; a dimension that its mesh axis does not divide stays whole."""
+    axes = []
+    for name, size in zip(logical, shape):
+        axis = LOGICAL[name] if name else None
+        parts = int(np.prod([mesh.shape[a] for a in (axis if isinstance(axis, tuple) else (axis,))])) if axis else 1
+        axes.append(axis if parts > 1 and size % parts == 0 else None)
+    return PartitionSpec(*axes)
+
+
+def tree_paths(tree: Params) -> dict[str, jax.Array]:
+    """A nested dict as {"a/b/c": leaf}."""
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {"/".join(str(k.key) for k in path): leaf for path, leaf in flat}
+
+
+def param_shardings(abstract: Params, rules: Sequence[tuple[str, tuple[str | None, ...]]], mesh: Mesh) -> Params:
+    """A sharding for every leaf: the first rule whose regex is found in its path says its logical axes; without one it is replicated.
+
+    Rules name the trailing axes, so that one rule serves a stacked leaf ([layers, in, out]) and a single one.
+    """
+
+    def one(path, leaf):
+        name = "/".join(str(k.key) for k in path)
+        logical = next((axes for pattern, axes in rules if re.search(pattern, name)), ())
+        logical = (None,) * (len(leaf.shape) - len(logical)) + tuple(logical)
+        return NamedSharding(mesh, spec_for(logical, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(one, abstract)
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """Ask the compiler to lay an activation out by logical axes; nothing happens without a mesh of more than one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec_for(logical, x.shape, mesh))
+
+
+def like_params(tree: Params, params: Params, shardings: Params, mesh: Mesh) -> Params:
+    """Shardings for a tree made from the parameters (optimizer state): a leaf whose path ends like a parameter's is laid out like it."""
+    by_path = dict(zip(tree_paths(params), jax.tree.leaves(shardings, is_leaf=lambda s: isinstance(s, NamedSharding))))
+    shapes = {path: leaf.shape for path, leaf in tree_paths(params).items()}
+
+    def one(path, leaf):
+        keys = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", "")))) for k in path]
+        for start in range(len(keys)):
+            name = "/".join(keys[start:])
+            if name in by_path and shapes[name] == leaf.shape:
+                return by_path[name]
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(one, tree)

@@ -1,0 +1,53 @@
+"""The training state: all that changes from step to step, and nothing else."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from aligner.sharding import like_params, replicated
+from aligner.types import Array, Int, Params
+
+
+@struct.dataclass
+class TrainState:
+    """What a checkpoint holds.
+
+    Attributes:
+        step: optimizer steps taken, int32 [].
+        trainable: the parameters that train, in `model.param_dtype`.
+        opt_state: optax's.
+        rng: typed key; never advanced, each step folds in its number.
+        carry: what the algorithm keeps from step to step.
+        nonfinite: steps in a row that were skipped because loss or gradient was not finite, int32 [].
+    """
+
+    step: Int[Array, ""]
+    trainable: Params
+    opt_state: Any
+    rng: Array
+    carry: Any
+    nonfinite: Int[Array, ""]
+
+
+def create(trainable: Params, optimizer: optax.GradientTransformation, carry: Any, seed: int, mesh: Mesh) -> TrainState:
+    """The state before the first step; optimizer state is laid out like the parameters it belongs to."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, trainable)
+    layout = like_params(jax.eval_shape(optimizer.init, trainable), trainable, shardings, mesh)
+    whole = replicated(mesh)
+    return TrainState(
+        step=jax.device_put(jnp.zeros((), jnp.int32), whole),
+        trainable=trainable,
+        opt_state=jax.jit(optimizer.init, out_shardings=layout)(trainable),
+        rng=jax.device_put(jax.random.key(seed), whole),
+        carry=jax.device_put(carry, whole),
+        nonfinite=jax.device_put(jnp.zeros((), jnp.int32), whole),
+    )
+
+
+def abstract(state: TrainState) -> TrainState:
+    """Shapes, dtypes and shardings without the data: what a restore needs to know."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)

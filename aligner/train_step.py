@@ -1,0 +1,126 @@
+"""The training step: counts, gradients over micro-batches, clipping, update. One pure function of (state, fixed, batch)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from aligner.likelihood import answer_lengths, cast
+from aligner.lora import combine
+from aligner.metrics import reduce_stacked
+from aligner.state import TrainState
+from aligner.types import Algorithm, Batch, Last, Mean, Params
+
+
+def jit(function: Callable, **options: Any) -> Callable:
+    """The one `jax.jit` of everything that scores or trains.
+
+    XLA may otherwise keep bfloat16 intermediates in float32 where it fuses, differently in different programs; then policy = reference
+    does not give exactly log 2.
+    """
+    return jax.jit(function, compiler_options={"xla_allow_excess_precision": False}, **options)
+
+
+def make_train_step(
+    algorithm: Algorithm,
+    optimizer: optax.GradientTransformation,
+    *,
+    dtype: str,
+    schedule: optax.Schedule | None = None,
+    accumulate: int = 1,
+    max_grad_norm: float = 1.0,
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict]]:
+    """`step(state, fixed, batch) -> (state, metrics)`, to be jitted with the state donated.
+
+    Args:
+        algorithm: what is scored and minimised.
+        optimizer: of the trainable tree; its schedule is its own.
+        dtype: of the computation; parameters are cast once a step.
+        schedule: learning rate by step, for the metric only.
+        accumulate: micro-batches; the rows of a batch must divide by it. Changes memory, not the result.
+        max_grad_norm: global norm the gradients are clipped to; 0 turns clipping off.
+
+    A step whose loss or gradient is not finite changes nothing but `step` and `nonfinite`.
+    """
+
+    def step(state: TrainState, fixed: dict[str, Params], batch: Batch) -> tuple[TrainState, dict]:
+        key = jax.random.fold_in(state.rng, state.step)
+        base, trainable = cast(fixed["base"], dtype), cast(state.trainable, dtype)
+
+        def score(trainable, batch, key):
+            return algorithm.score(combine(trainable, base), fixed, batch, key)
+
+        counts = global_counts(algorithm, score, trainable, batch, key, state.carry)
+
+        def loss_of(trainable, batch, key):
+            terms, metrics, carry = algorithm.objective(score(trainable, batch, key), batch, state.carry)
+            loss = sum(term.weight * term.sum / jnp.maximum(counts[name], 1) for name, term in terms.items())
+            return loss, (metrics, carry)
+
+        grad = jax.value_and_grad(loss_of, has_aux=True)
+        if accumulate == 1:
+            (loss, (metrics, carry)), grads = grad(trainable, batch, key)
+            grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.trainable)
+        else:
+
+            def body(total, micro):
+                (loss, (metrics, carry)), grads = grad(trainable, *micro)
+                return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), (loss, metrics, carry)
+
+            zeros = jax.tree.map(jnp.zeros_like, state.trainable)
+            micro = (split_rows(batch, accumulate), jax.random.split(key, accumulate))
+            grads, (losses, stacked, carries) = jax.lax.scan(body, zeros, micro)
+            loss, metrics = jnp.sum(losses), reduce_stacked(stacked)
+            carry = jax.tree.map(lambda x: x[-1], carries)
+
+        norm = optax.global_norm(grads)
+        if max_grad_norm:
+            grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, max_grad_norm / (norm + 1e-6)).astype(g.dtype), grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        new = dict(trainable=optax.apply_updates(state.trainable, updates), opt_state=opt_state, carry=carry)
+        old = dict(trainable=state.trainable, opt_state=state.opt_state, carry=state.carry)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        nonfinite = jnp.where(finite, 0, state.nonfinite + 1)
+        metrics = {"loss": Last(loss), **metrics, "grad_norm": Last(norm), "nonfinite": Last(nonfinite)}
+        metrics["num_tokens"] = Mean(jnp.sum(batch["segment_ids"] > 0), jnp.ones((), jnp.int32))
+        if schedule is not None:
+            metrics["learning_rate"] = Last(schedule(state.step))
+        return TrainState(step=state.step + 1, rng=state.rng, nonfinite=nonfinite, **kept), metrics
+
+    return step
+
+
+def make_eval_step(algorithm: Algorithm, *, dtype: str) -> Callable[[Params, Any, Params, Batch], dict]:
+    """`evaluate(trainable, carry, fixed, batch) -> metrics`, each a sum and a count so that batches add up exactly."""
+
+    def evaluate(trainable: Params, carry: Any, fixed: dict[str, Params], batch: Batch) -> dict:
+        params = cast(combine(trainable, fixed["base"]), dtype)
+        scores = algorithm.score(params, fixed, batch, None)
+        terms, metrics, _ = algorithm.objective(scores, batch, carry)
+        return {**{f"loss/{name}": Mean(term.weight * term.sum, term.count) for name, term in terms.items()}, **metrics}
+
+    return evaluate
+
+
+def global_counts(algorithm: Algorithm, score: Callable, trainable: Params, batch: Batch, key, carry) -> dict:
+    """The count of every term over the whole batch. Counts depend on masks alone, so zeros stand in for all that needs the model."""
+    shapes = jax.eval_shape(score, trainable, batch, key)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    zeros = zeros._replace(lengths=answer_lengths(batch, shapes.lengths.shape[-1]))
+    terms, _, _ = algorithm.objective(zeros, batch, carry)
+    return {name: term.count for name, term in terms.items()}
+
+
+def split_rows(batch: Batch, parts: int) -> Batch:
+    """[B, ...] -> [parts, B/parts, ...], dealing rows out in turn: each device then keeps its own rows in every part."""
+
+    def one(x):
+        return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+    return jax.tree.map(one, batch)
+
+
