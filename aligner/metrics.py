@@ -1,11 +1,17 @@
-"""Metrics: how they add up over micro-batches and hosts, and where they go (console, metrics.jsonl, curves, TensorBoard, W&B)."""
+"""Metrics: how they add up over micro-batches and batches, and where they go (metrics.jsonl, curves, TensorBoard, W&B)."""
 
-from collections.abc import Mapping
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aligner.types import Last, Max, Mean, Min
+from aligner.types import Last, Max, Mean, Min, UserError
 
 Metric = Mean | Max | Min | Last
 
@@ -52,3 +58,94 @@ def values(metrics: Mapping[str, Metric]) -> dict[str, float]:
         else:
             result[name] = float(metric.value)
     return result
+
+
+JSONL = "metrics.jsonl"
+
+
+@contextlib.contextmanager
+def open_log(workdir: str | Path, step: int, tensorboard: bool = False, wandb: bool = False, config: Any = None) -> Iterator[Callable]:
+    """`write(step, split, values)` to every place that the config asks for; only process 0 writes.
+
+    WORKDIR/metrics.jsonl is first cut back to `step`, the one that was restored, so that no step stands there twice.
+    """
+    if jax.process_index() != 0:
+        yield lambda step, split, values: None
+        return
+    path = Path(workdir) / JSONL
+    kept = [record for record in read(workdir) if record["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    os.replace(temporary, path)
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(path.open("a"))
+        board = stack.enter_context(_tensorboard(workdir)) if tensorboard else None
+        run = stack.enter_context(_wandb(workdir, config)) if wandb else None
+
+        def write(step: int, split: str, values: Mapping[str, Any]) -> None:
+            file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+            file.flush()
+            numbers = {f"{split}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+            for name, value in numbers.items() if board else ():
+                board.add_scalar(name, value, step)
+            if run:
+                run.log(numbers, step=step)
+
+        yield write
+
+
+def read(workdir: str | Path) -> list[dict[str, Any]]:
+    """The records of a workdir's metrics.jsonl; a last line that a kill left unfinished is not one."""
+    path = Path(workdir) / JSONL
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+@contextlib.contextmanager
+def _tensorboard(workdir):
+    from tensorboardX import SummaryWriter  # imported where it is asked for
+
+    with SummaryWriter(str(Path(workdir) / "tensorboard")) as writer:
+        yield writer
+
+
+@contextlib.contextmanager
+def _wandb(workdir, config):
+    try:
+        import wandb
+    except ModuleNotFoundError:
+        raise UserError("config.log.wandb=True needs the package wandb: pip install wandb") from None
+    with wandb.init(project="aligner", dir=str(workdir), config=config, resume="allow", id=Path(workdir).resolve().name) as run:
+        yield run
+
+
+CURVES = ("loss", "rewards/accuracies", "rewards/margins", "learning_rate")
+
+
+def draw_curves(workdir: str | Path) -> Path | None:
+    """WORKDIR/curves.png: what metrics.jsonl holds, as pictures; training as lines, evaluation as dots. None when there is nothing."""
+    records = read(workdir)
+    names = [name for name in CURVES if any(name in record for record in records)]
+    if not names or jax.process_index() != 0:
+        return None
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    figure = Figure(figsize=(4.2 * len(names), 3.4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
+        for split, style in (("train", dict(linewidth=1.2)), ("eval", dict(marker="o", linestyle="--", markersize=4))):
+            points = [(record["step"], record[name]) for record in records if record["split"] == split and name in record]
+            if points:
+                axes.plot(*zip(*points), label=split, **style)
+        axes.set_title(name)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        if name == "rewards/accuracies":
+            axes.set_ylim(-0.02, 1.02)
+        if len(axes.lines) > 1:
+            axes.legend()
+    path = Path(workdir) / "curves.png"
+    figure.savefig(path, dpi=110)
+    return path

@@ -86,7 +86,7 @@ def make_train_step(
 
         nonfinite = jnp.where(finite, 0, state.nonfinite + 1)
         metrics = {"loss": Last(loss), **metrics, "grad_norm": Last(norm), "nonfinite": Last(nonfinite)}
-        metrics["num_tokens"] = Mean(jnp.sum(batch["segment_ids"] > 0), jnp.ones((), jnp.int32))
+        metrics |= {"num_tokens": Last(jnp.sum(batch["segment_ids"] > 0)), "example_ids": Last(batch["example_id"])}
         if schedule is not None:
             metrics["learning_rate"] = Last(schedule(state.step))
         return TrainState(step=state.step + 1, rng=state.rng, nonfinite=nonfinite, **kept), metrics

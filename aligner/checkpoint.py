@@ -1,0 +1,104 @@
+"""Saving and restoring with Orbax (v1): the only file that imports it.
+
+WORKDIR/checkpoints/<step>/ holds the training state; what belongs to it but is no array (position in the data, counters) is its JSON
+metadata. A save is written beside and renamed when complete, so a kill leaves the previous one.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from aligner.state import TrainState
+from aligner.types import Params, UserError
+
+FOLDER = "checkpoints"
+REST = [field.name for field in dataclasses.fields(TrainState) if field.name != "trainable"]
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def open_checkpoints(workdir: str | Path, keep: int) -> Iterator[ocp.training.Checkpointer]:
+    """The checkpoints of a workdir, the newest `keep` of which are kept. Leaving waits for a save under way."""
+    policy = ocp.training.preservation_policies.LatestN(keep)
+    folder = Path(workdir).absolute() / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(ocp.training.Checkpointer(folder, preservation_policy=policy, cleanup_tmp_directories=True)) as checkpoints:
+        yield checkpoints
+
+
+def save(checkpoints: ocp.training.Checkpointer, state: TrainState, metadata: dict[str, Any]) -> None:
+    """Save in the background. Waits for the save before it, and raises what went wrong there. `metadata` is JSON."""
+    if jax.default_backend() == "cpu":  # host arrays are written from where they lie, and the next step would overwrite them
+        state = jax.tree.map(jnp.copy, state)
+    checkpoints.save_checkpointables_async(int(state.step), _parts(state), custom_metadata=metadata, force=True)
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    """The parameters stand alone, so that they can be read without the rest."""
+    return {"trainable": state.trainable, "rest": {f: getattr(state, f) for f in REST}}
+
+
+def restore(checkpoints: ocp.training.Checkpointer, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    """(state, metadata) of the newest checkpoint that can be read, laid out as `abstract` says; None without any.
+
+    A torn checkpoint is reported, set aside, and the one before is used.
+    """
+    found = sorted((c.step for c in checkpoints.checkpoints), reverse=True)
+    for step in found:
+        try:
+            metadata = checkpoints.metadata(step).custom_metadata
+            parts = checkpoints.load_checkpointables(step, _parts(abstract))
+            return abstract.replace(**parts["rest"] | {"trainable": parts["trainable"]}), dict(metadata or {})
+        except Exception as error:  # Orbax raises what the file system, tensorstore or JSON raise
+            folder = Path(str(checkpoints.directory))
+            aside = folder.parent / f"torn-checkpoint-{step}"
+            log.warning("checkpoint %s cannot be read (%s); it is set aside as %s", folder / str(step), first_line(error), aside)
+            shutil.rmtree(aside, ignore_errors=True)
+            (folder / str(step)).rename(aside)
+            checkpoints.reload()
+    if found:
+        raise UserError(f"none of the checkpoints {found} in {checkpoints.directory} can be read; remove the folder to start anew")
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def steps(workdir: str | Path) -> list[int]:
+    """Steps of the checkpoints that a workdir holds, oldest first."""
+    folder = Path(workdir) / FOLDER
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
+def restore_trainable(workdir: str | Path, step: int | None = None) -> tuple[Params, int]:
+    """The trainable parameters of a workdir's checkpoint (default: the newest) on this machine's first device, and its step."""
+    found = steps(workdir)
+    if not found:
+        raise UserError(f"{workdir} holds no checkpoint: {Path(workdir) / FOLDER} is missing or empty")
+    step = found[-1] if step is None else step
+    if step not in found:
+        raise UserError(f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, found))}")
+    with open_checkpoints(workdir, keep=max(len(found), 1)) as checkpoints:
+        leaves = checkpoints.checkpointables_metadata(step).metadata["trainable"]
+        only = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=only), leaves)
+        return checkpoints.load(step, abstract, checkpointable_name="trainable"), step
+
+
+def save_params(path: str | Path, params: Params) -> None:
+    """Write a parameter tree alone, as one Orbax checkpoint."""
+    ocp.save(Path(path).absolute(), params, overwrite=True)
+
+
+def load_params(path: str | Path, abstract: Params | None = None) -> Params:
+    """Read what `save_params` wrote."""
+    return ocp.load(Path(path).absolute(), abstract)

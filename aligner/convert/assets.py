@@ -1,0 +1,94 @@
+"""The files beside the weights: config, tokenizer, processor, chat template. They travel unchanged."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from aligner.types import UserError
+
+# All that `from_pretrained` of a model, tokenizer or processor may look for beside weights.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "*.tiktoken",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Assets:
+    """A folder's companion files.
+
+    Attributes:
+        folder: where they are.
+        dtypes: Hugging Face name -> dtype of the tensors whose dtype on disk is not the model's `source_dtype`.
+    """
+
+    folder: Path
+    dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def files(self) -> list[Path]:
+        """Paths of the companion files relative to the folder, sorted."""
+        found = {path for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()}
+        return sorted(path.relative_to(self.folder) for path in found)
+
+    @functools.cached_property
+    def config_dict(self) -> dict[str, Any]:
+        """config.json as it stands on disk. Raises UserError when it is missing or no JSON object."""
+        path = self.folder / "config.json"
+        try:
+            config = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise UserError(f"{self.folder} has no config.json, so it is no Hugging Face checkpoint folder.") from None
+        except ValueError as error:
+            raise UserError(f"{path} is no valid JSON ({error}); fetch it again.") from None
+        if not isinstance(config, dict):
+            raise UserError(f"{path} holds a {type(config).__name__} where a JSON object is needed.")
+        return config
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer, read on first use."""
+        from transformers import AutoTokenizer
+
+        return self._pretrained(AutoTokenizer, "tokenizer")
+
+    @functools.cached_property
+    def processor(self) -> Any:
+        """The Hugging Face processor, read on first use; None for text models."""
+        if not any((self.folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json")):
+            return None
+        from transformers import AutoProcessor
+
+        return self._pretrained(AutoProcessor, "processor")
+
+    def copy_to(self, folder: str | Path) -> None:
+        """Copy the companion files, byte for byte."""
+        for file in self.files:
+            target = Path(folder) / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.folder / file, target)
+
+    def _pretrained(self, auto: Any, what: str) -> Any:
+        try:
+            return auto.from_pretrained(self.folder)
+        except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"{self.folder} has no {what} that transformers can load ({reason}).") from error

@@ -1,0 +1,434 @@
+"""Hugging Face checkpoint folders <-> models and parameter trees."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+import re
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from aligner.convert import disk
+from aligner.convert.assets import Assets
+from aligner.convert.disk import Checkpoint
+from aligner.convert.tables import Entry, by_tensor, flatten, read_leaf, table, unflatten, write_tensor
+from aligner.types import Conversion, Model, Params, UserError
+
+# What a parameter may be stored as; anything else is a quantised checkpoint.
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+_HUB_FILES = ("*.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.jinja")
+_THREADS = 8  # tensors of a stack that are read side by side; bounds the memory for those in flight
+
+
+def load(path: str | Path, dtype: Any = "float32", mesh: Any = None, revision: str | None = None) -> tuple[Model, Params]:
+    """Read a Hugging Face checkpoint.
+
+    Args:
+        path: local folder or Hub id.
+        dtype: dtype of the parameters, None for that on disk, or a function tree path -> one of these.
+        mesh: lay the parameters out over this mesh by the model's sharding rules; None puts them on the default device.
+        revision: Hub revision.
+
+    Returns:
+        (model, params).
+
+    Raises:
+        UserError: as `open_model` and `load_params`.
+    """
+    model, checkpoint = open_model(path, revision)
+    shardings = None
+    if mesh is not None:
+        from aligner.sharding import param_shardings
+
+        shardings = param_shardings(abstract_params(model), model.sharding_rules, mesh)
+    return model, load_params(model, checkpoint, dtype, shardings)
+
+
+def open_model(path: str | Path, revision: str | None = None) -> tuple[Model, Checkpoint]:
+    """A checkpoint's model and its weights by their headers; no weights are read.
+
+    Args:
+        path: local folder or Hub id, which is fetched into the Hub's cache.
+        revision: Hub revision.
+
+    Returns:
+        (model with `assets` and `source_dtype`, checkpoint).
+
+    Raises:
+        UserError: no such folder or Hub id, no checkpoint in it, a family that is not supported, a corrupt or missing file, or
+            tensors that do not fit the config; those are listed all at once.
+    """
+    folder = find_folder(path, revision)
+    model = model_from_folder(folder)
+    checkpoint = disk.open_checkpoint(folder)
+    entries = table(model.conversion, abstract_params(model))
+    stored = match(model, entries, checkpoint)
+    headers = {name: checkpoint.tensors[stored[name]] for name in by_tensor(entries)}
+    sizes = Counter()
+    for header in headers.values():
+        sizes[header.dtype] += header.nbytes
+    [(source_dtype, _)] = sizes.most_common(1)
+    others = {name: header.dtype for name, header in headers.items() if header.dtype != source_dtype}
+    return dataclasses.replace(model, assets=Assets(folder, others), source_dtype=source_dtype), checkpoint
+
+
+def model_from_folder(folder: str | Path) -> Model:
+    """The model that a folder's config.json describes, with the folder as `assets`; there need not be weights.
+
+    `source_dtype` is what the config says, float32 where it says nothing.
+
+    Raises:
+        UserError: no config.json, or one that is not supported or that transformers cannot read.
+    """
+    from aligner.models import SUPPORTED, from_hf
+
+    assets = Assets(Path(folder))
+    config, path = assets.config_dict, assets.folder / "config.json"
+    family = config.get("model_type")
+    if family not in SUPPORTED:
+        near = sorted(SUPPORTED, key=lambda name: difflib.SequenceMatcher(None, name, str(family)).ratio(), reverse=True)
+        raise UserError(f"{path} has model_type {family!r}, which is not supported; supported, nearest first: {', '.join(near)}.")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "an unnamed method")
+        raise UserError(f"{path} describes weights quantised by {method}; use the unquantised checkpoint.")
+    from transformers import AutoConfig
+
+    try:
+        normalised = AutoConfig.from_pretrained(assets.folder)
+    except Exception as error:  # transformers raises whatever its validators do
+        raise UserError(f"{path} cannot be read by transformers: {disk.first_line(error)}") from error
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return dataclasses.replace(from_hf(normalised), assets=assets, source_dtype=dtype if dtype in FLOATS else "float32")
+
+
+def load_params(
+    model: Model, checkpoint: Checkpoint, dtype: Any = "float32", shardings: Any = None, progress: bool | None = None
+) -> Params:
+    """Read parameters leaf by leaf straight into (sharded) device arrays.
+
+    On the host there is at any moment one leaf's local part being read and the one before on its way to the devices.
+    (An old msgpack source has been read whole; that format gives no other way.)
+
+    Args:
+        model: says which leaves there are.
+        checkpoint: its weights.
+        dtype: dtype of the parameters, None for that on disk, or a function tree path -> one of these.
+        shardings: tree of `jax.sharding.Sharding`, or None for the default device.
+        progress: show a bar; None only on a terminal.
+
+    Returns:
+        The parameter tree, nested dicts.
+
+    Raises:
+        UserError: tensors that do not fit the model, a stored tied head that differs from the embedding, a corrupt file, or float64
+            without JAX_ENABLE_X64.
+    """
+    entries = table(model.conversion, abstract_params(model))
+    stored = match(model, entries, checkpoint)
+    _check_tied(model.conversion, checkpoint, stored)
+    dtypes = {entry.path: _leaf_dtype(entry, dtype, checkpoint, stored) for entry in entries}
+    places = flatten(shardings) if shardings is not None else {}
+
+    def read(name, index):
+        return checkpoint.read(stored[name], index)
+
+    leaves: dict[str, jax.Array] = {}
+    before = None
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for entry in _bar(entries, "loading", progress):
+            get = functools.partial(read_leaf, entry, read=read, dtype=dtypes[entry.path], map=pool.map)
+            leaf = _place(entry.shape, places.get(entry.path), get)
+            jax.block_until_ready(before)
+            leaves[entry.path] = before = leaf
+    return unflatten(leaves)
+
+
+def save(
+    model: Model, params: Params, out_dir: str | Path, dtype: Any = None, max_shard_size: int | str = "5GB", progress: bool | None = None
+) -> None:
+    """Write a Hugging Face checkpoint folder.
+
+    It is written beside `out_dir` and renamed at the end, so that a kill leaves no half folder. Every process of a multi-host run must
+    call this; process 0 writes.
+
+    Args:
+        model: the model with its `assets`, which are copied byte for byte.
+        params: its parameters; any dtype, any sharding.
+        out_dir: new or empty, or a former export, which is replaced.
+        dtype: dtype of the tensors; None is that of the checkpoint the model came from.
+        max_shard_size: most bytes of a file, such as "5GB".
+        progress: show a bar; None only on a terminal.
+
+    Raises:
+        UserError: `out_dir` holds something else, the parameters are not this model's, the model has no assets, or a value does not
+            fit float16.
+    """
+    out = Path(out_dir).expanduser().absolute()
+    if model.assets is None:
+        raise UserError(f"cannot write {out}: the model was made from a bare config, so there is no config.json; load it from a folder.")
+    if dtype is not None and _name(dtype) not in FLOATS:
+        raise UserError(f"cannot write {out} in dtype {dtype!r}; choose one of {', '.join(FLOATS)}.")
+    _check_replaceable(out)
+    entries = _entries_of(model, params)
+    leaves = flatten(params)
+    tensors = by_tensor(entries)
+    kept = {} if dtype is not None else model.assets.dtypes
+    want = {name: np.dtype(_name(dtype or kept.get(name, model.source_dtype))) for name in tensors}
+    sizes = {name: int(np.prod(parts[0][0].full)) * want[name].itemsize for name, parts in tensors.items()}
+
+    def arrays() -> Iterator[tuple[str, np.ndarray]]:
+        for name, parts in _bar(tensors.items(), "writing", progress):
+            yield name, _cast(name, write_tensor(parts, lambda path, index: _to_host(leaves[path], index)), want[name])
+
+    if jax.process_index() == 0:
+        _write_folder(out, model, arrays(), sizes, dtype, max_shard_size)
+    else:
+        for _ in arrays():
+            pass
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"aligner.convert.save {out}")
+
+
+def match(model: Model, entries: list[Entry], checkpoint: Checkpoint) -> dict[str, str]:
+    """Pair the tensors that a model needs with those on disk.
+
+    Returns:
+        Canonical Hugging Face name -> name on disk, for every parameter and every stored tied tensor.
+
+    Raises:
+        UserError: lists every tensor that is missing, left over, stored twice, of the wrong shape or of no floating dtype.
+    """
+    conversion = model.conversion
+    shapes = {name: parts[0][0].full for name, parts in by_tensor(entries).items()}
+    tied = dict(conversion.tied)
+    problems: dict[str, dict[str, str]] = defaultdict(dict)  # kind -> name -> detail
+    stored: dict[str, str] = {}
+    for name in sorted(checkpoint.tensors):
+        canonical = canonical_name(conversion, name)
+        if canonical not in shapes and canonical not in tied:
+            if not is_ignored(conversion, name):
+                near = difflib.get_close_matches(canonical, shapes, n=1, cutoff=0.8) if len(checkpoint.tensors) < 2000 else []
+                problems["left over"][name] = f" (nearest parameter: {near[0]})" if near else ""
+        elif canonical in stored:
+            problems["stored twice"][name] = f" (also as {stored[canonical]})"
+        else:
+            stored[canonical] = name
+    for name, other in tied.items():
+        if name in stored:
+            stored.setdefault(other, stored[name])  # some writers keep the head and drop the embedding
+    for name, shape in shapes.items():
+        if name not in stored:
+            is_head = name.endswith("lm_head.weight")
+            problems["missing"][name] = " (if it is the embedding, set tie_word_embeddings to true in config.json)" if is_head else ""
+            continue
+        header = checkpoint.tensors[stored[name]]
+        if header.shape != shape:
+            problems["of another shape than config.json says"][name] = f" ({list(header.shape)} stored, {list(shape)} needed)"
+        elif header.dtype not in FLOATS:
+            problems["of no floating dtype"][name] = f" ({header.dtype})"
+    for name, other in tied.items():
+        if name in stored and other in shapes and checkpoint.tensors[stored[name]].shape != shapes[other]:
+            problems["of another shape than the embedding it is tied to"][name] = f" ({list(checkpoint.tensors[stored[name]].shape)})"
+    if problems:
+        listed = "; ".join(f"{sum(1 for _ in group)} {kind}: {_listed(group)}" for kind, group in sorted(problems.items()))
+        raise UserError(
+            f"the tensors in {checkpoint.folder} do not fit its config.json (model_type {model.family}): {listed}. "
+            "Check that both come from the same model."
+        )
+    return stored
+
+
+def canonical_name(conversion: Conversion, name: str) -> str:
+    """A name on disk in the layout that we write."""
+    for pattern, replacement in conversion.renames:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def is_ignored(conversion: Conversion, name: str) -> bool:
+    """Whether a tensor on disk is a buffer that carries no parameter."""
+    return any(re.search(pattern, name) for pattern in conversion.ignored)
+
+
+def abstract_params(model: Model) -> Params:
+    """The model's tree as shapes."""
+    return jax.eval_shape(model.init, jax.random.key(0))
+
+
+def find_folder(path: str | Path, revision: str | None = None) -> Path:
+    """A local folder as it is, or a Hub id fetched into the Hub's cache (weights as safetensors; old Flax ones where there are none).
+
+    Raises:
+        UserError: neither exists.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; give the checkpoint folder {folder.parent} or a Hub id.")
+    siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+    near = difflib.get_close_matches(folder.name, siblings, n=1)
+    hint = f" (did you mean {folder.parent / near[0]}?)" if near else ""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", str(path)):
+        raise UserError(f"there is no folder {folder}{hint}; give a checkpoint folder or a Hub id (organisation/name).")
+    from huggingface_hub import snapshot_download
+
+    try:
+        for weights in ("model*.safetensors", "flax_model*.msgpack"):
+            fetched = Path(snapshot_download(str(path), revision=revision, allow_patterns=[*_HUB_FILES, weights]))
+            if any(fetched.glob(weights)):
+                break
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"there is no folder {path}{hint}, and the Hub did not give it: {disk.first_line(error)}") from error
+    return fetched
+
+
+def _place(shape: tuple[int, ...], sharding: Any, get: Callable[..., np.ndarray]) -> jax.Array:
+    if sharding is None:
+        return jax.device_put(get((slice(None),) * len(shape)))
+    pieces: dict[tuple, np.ndarray] = {}  # devices that hold the same slice share one read
+
+    def piece(index):
+        key = tuple(s.indices(n) for s, n in zip(index, shape, strict=True))
+        if key not in pieces:
+            pieces[key] = get(index)
+        return pieces[key]
+
+    return jax.make_array_from_callback(shape, sharding, piece)
+
+
+def _leaf_dtype(entry: Entry, dtype: Any, checkpoint: Checkpoint, stored: Mapping[str, str]) -> np.dtype:
+    want = dtype(entry.path) if callable(dtype) and not isinstance(dtype, type) else dtype
+    if want is None:
+        found = {checkpoint.tensors[stored[name]].dtype for _, name in entry.tensors()}
+        want = functools.reduce(jnp.promote_types, (np.dtype(name) for name in sorted(found)))
+    name = _name(want)
+    if name not in FLOATS:
+        raise UserError(f"parameters cannot be loaded as dtype {want!r}; choose one of {', '.join(FLOATS)}.")
+    if name == "float64" and not jax.config.jax_enable_x64:
+        raise UserError("float64 parameters need 64-bit mode: set JAX_ENABLE_X64=1, or load them with another dtype.")
+    return np.dtype(name)
+
+
+def _name(dtype: Any) -> str:
+    try:
+        return np.dtype(dtype).name
+    except TypeError:
+        return str(dtype)
+
+
+def _check_tied(conversion: Conversion, checkpoint: Checkpoint, stored: Mapping[str, str]) -> None:
+    for name, other in conversion.tied:
+        if name not in stored or stored[name] == stored[other]:
+            continue
+        rows = checkpoint.tensors[stored[name]].shape[0]
+        for start in range(0, rows, 4096):
+            block = (slice(start, min(start + 4096, rows)),)
+            if not np.array_equal(checkpoint.read(stored[name], block), checkpoint.read(stored[other], block), equal_nan=True):
+                raise UserError(
+                    f"{checkpoint.folder} stores {stored[name]} with other values than {stored[other]}, though config.json ties them; "
+                    "set tie_word_embeddings to false there, or remove the tensor."
+                )
+
+
+def _listed(group: Mapping[str, str], limit: int = 12) -> str:
+    """Names with their details; layers are folded into one: `model.layers.*.mlp.up_proj.weight (32 times)`."""
+    folded: dict[str, list[str]] = defaultdict(list)
+    for name in group:
+        folded[re.sub(r"\.\d+\.", ".*.", name)].append(name)
+    shown = [
+        (f"{pattern} ({len(names)} times)" if len(names) > 1 else names[0]) + group[names[0]]
+        for pattern, names in list(folded.items())[:limit]
+    ]
+    return ", ".join(shown) + (f" and {len(folded) - limit} other names" if len(folded) > limit else "")
+
+
+def _entries_of(model: Model, params: Params) -> list[Entry]:
+    ours = {path: tuple(leaf.shape) for path, leaf in flatten(abstract_params(model)).items()}
+    given = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
+    if ours != given:
+        path = min(path for path in {*ours, *given} if ours.get(path) != given.get(path))
+        raise UserError(
+            f"these parameters are not this {model.family} model's: {path} is {given.get(path, 'absent')}, "
+            f"the model has {ours.get(path, 'no such leaf')}; merge adapters first, or use the model that they were loaded with."
+        )
+    return table(model.conversion, params)
+
+
+def _to_host(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
+    piece = leaf[index] if index else leaf
+    if isinstance(piece, jax.Array) and not piece.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(piece, tiled=True))
+    return np.asarray(piece)
+
+
+def _cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype)
+    if dtype == np.float16 and np.isinf(cast).sum() > np.isinf(array).sum():
+        raise UserError(f"{name} holds values beyond float16's range (65504); write bfloat16 or float32.")
+    return cast
+
+
+def _check_replaceable(out: Path) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if out.is_dir() and disk.is_export(out):
+        known = {out / file for file in Assets(out).files} | {out / "model.safetensors.index.json"}
+        foreign = [p for p in out.rglob("*") if p.is_file() and p.suffix != ".safetensors" and p not in known]
+        if not foreign:
+            return
+        raise UserError(f"{out} holds {foreign[0].relative_to(out)} besides a former export and would lose it; choose another folder.")
+    raise UserError(f"{out} exists and is no former export; choose another folder or remove it.")
+
+
+def _write_folder(out: Path, model: Model, arrays: Iterator, sizes: Mapping[str, int], dtype: Any, max_shard_size: int | str) -> None:
+    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    for left_behind in (partial, old):
+        shutil.rmtree(left_behind, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        model.assets.copy_to(partial)
+        if dtype is not None and _name(dtype) != model.source_dtype:
+            config = _with_dtype(model.assets.config_dict, _name(dtype))
+            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        disk.write_shards(partial, arrays, sizes, max_shard_size)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A config whose every dtype says `dtype`, also in its parts; `torch_dtype`, which all releases read, where it says none."""
+
+    def changed(part):
+        return {
+            key: dtype if key in ("dtype", "torch_dtype") and value is not None else changed(value) if isinstance(value, dict) else value
+            for key, value in part.items()
+        }
+
+    result = changed(config)
+    return result if result.get("dtype") or result.get("torch_dtype") else {**result, "torch_dtype": dtype}
+
+
+def _bar(items: Any, what: str, progress: bool | None) -> tqdm:
+    return tqdm(items, what, total=len(items), leave=False, delay=1, disable=None if progress is None else not progress)

@@ -1,0 +1,216 @@
+"""Which Hugging Face tensors a parameter tree consists of: one table per model that serves import, export and old Flax checkpoints.
+
+The generic rule: our tree is Hugging Face's module tree, so `model/norm/scale` is `model.norm.weight`. The name of a leaf tells the rest:
+
+    kernel             `.weight`, last two axes first and swapped: [in, out] <-> [out, in], [h, w, in, out] <-> [out, in, h, w]
+    scale, embedding   `.weight`, copied
+    any other          the same name, copied
+
+Layers that are stacked on leading axes are `Conversion.stacks`: tree prefix -> Hugging Face prefix with one `{...}` per stacked axis, the
+outermost first: {"model/layers": "model.layers.{i}", "model/layers/mlp/experts": "model.layers.{i}.mlp.experts.{e}"}. The longest prefix
+wins.
+
+What the rule does not cover is a row of `Conversion.exceptions`, (Hugging Face name pattern, tree path, operation):
+
+    ("h.{i}.ln.weight", "layers/ln/scale", "copy")
+    ("h.{i}.mlp.weight", "layers/mlp/kernel", "transpose")   also "conv": the kernel rule above
+    ("h.{i}.qkv.weight", ("layers/q/kernel", "layers/k/kernel", "layers/v/kernel"), ("split", "transpose", 0))
+
+The last is one tensor on disk that holds several leaves, one after another along the given axis of the tensor on disk. Every row becomes an
+`Entry`, from which both directions follow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from aligner.types import Conversion
+
+Slices = tuple[slice, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One leaf of our tree and the Hugging Face tensors that it is made of.
+
+    Attributes:
+        path: tree path of the leaf, "model/layers/mlp/up_proj/kernel".
+        shape: shape of the leaf: stacked axes, then the core.
+        names: Hugging Face names, an object array over the stacked axes (shape () where nothing is stacked).
+        perm: the core is the Hugging Face tensor (or its part) transposed by this.
+        full: shape of each Hugging Face tensor.
+        part: (axis, start, stop) of the Hugging Face tensor that this leaf takes; None is all of it.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    names: np.ndarray
+    perm: tuple[int, ...]
+    full: tuple[int, ...]
+    part: tuple[int, int, int] | None = None
+
+    def source(self, core: Slices) -> Slices:
+        """Where in the Hugging Face tensor the slices `core` of our core axes lie."""
+        index = [slice(None)] * len(core)
+        for ours, theirs in enumerate(self.perm):
+            index[theirs] = slice(*core[ours].indices(self.shape[self.names.ndim + ours]))
+        if self.part:
+            axis, start, _ = self.part
+            index[axis] = slice(start + index[axis].start, start + index[axis].stop)
+        return tuple(index)
+
+    def tensors(self) -> Iterator[tuple[tuple[int, ...], str]]:
+        """Pairs of (index on the stacked axes, Hugging Face name)."""
+        for index in np.ndindex(self.names.shape):
+            yield index, self.names[index]
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts -> {"a/b/c": leaf}."""
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def table(conversion: Conversion, params: Mapping[str, Any]) -> list[Entry]:
+    """Every leaf of a parameter tree with the Hugging Face tensors that it is made of.
+
+    Args:
+        conversion: how the family's tree and names differ.
+        params: the tree; only shapes are read (`jax.eval_shape(model.init, key)`).
+
+    Returns:
+        One Entry per leaf. No two leaves claim the same piece, and every tensor is covered whole.
+
+    Raises:
+        ValueError: the conversion contradicts the tree (a mistake in a model, not in the input).
+    """
+    leaves = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
+    entries = {}
+    for pattern, paths, operation in conversion.exceptions:
+        paths = (paths,) if isinstance(paths, str) else tuple(paths)
+        if not any(path in leaves for path in paths):
+            continue  # a leaf that this config leaves out, such as a bias
+        for entry in _exception(pattern, {path: leaves[path] for path in paths}, operation):
+            entries[entry.path] = entry
+    for path, shape in leaves.items():
+        if path not in entries:
+            entries[path] = _generic(conversion.stacks, path, shape)
+    _check_cover(entries.values())
+    return [entries[path] for path in leaves]
+
+
+def read_leaf(entry: Entry, index: Slices, read: Callable[[str, Slices], np.ndarray], dtype: Any, map: Callable = map) -> np.ndarray:
+    """A slice of a leaf, read from Hugging Face tensors.
+
+    Args:
+        entry: the leaf.
+        index: one slice per axis of the leaf.
+        read: (Hugging Face name, slices of that tensor) -> array.
+        dtype: dtype of the result.
+        map: how the tensors of a stack are gone through; a thread pool's reads them side by side.
+
+    Returns:
+        Array of shape `leaf[index].shape` in `dtype`. Only what the slice needs is read, one tensor at a time.
+    """
+    index = tuple(slice(*s.indices(n)) for s, n in zip(index, entry.shape, strict=True))
+    stacked, core = index[: entry.names.ndim], index[entry.names.ndim :]
+    source = entry.source(core)
+    names = entry.names[(*stacked, ...)]
+    out = np.empty([s.stop - s.start for s in index], dtype)
+
+    def fill(position):
+        out[position] = read(names[position], source).transpose(entry.perm)
+
+    for _ in map(fill, np.ndindex(names.shape)):
+        pass
+    return out
+
+
+def by_tensor(entries: list[Entry]) -> dict[str, list[tuple[Entry, tuple[int, ...]]]]:
+    """Hugging Face name -> its parts in order, each (entry, index on the stacked axes); names in the order of a model: layer by layer."""
+    tensors: dict[str, list] = {}
+    for entry in entries:
+        for index, name in entry.tensors():
+            tensors.setdefault(name, []).append((entry, index))
+    for parts in tensors.values():
+        parts.sort(key=lambda part: part[0].part or (0, 0, 0))
+    return dict(sorted(tensors.items(), key=lambda item: [int(word) if word.isdigit() else word for word in re.split(r"(\d+)", item[0])]))
+
+
+def write_tensor(parts: list[tuple[Entry, tuple[int, ...]]], leaf: Callable[[str, tuple[int, ...]], np.ndarray]) -> np.ndarray:
+    """One Hugging Face tensor from the leaves that it holds: the inverse of `read_leaf`.
+
+    Args:
+        parts: an item of `by_tensor`.
+        leaf: (tree path, index on the stacked axes) -> the core of that leaf.
+
+    Returns:
+        The tensor in the leaves' dtype, as laid out on disk.
+    """
+    pieces = [leaf(entry.path, index).transpose(np.argsort(entry.perm)) for entry, index in parts]
+    axis = parts[0][0].part[0] if parts[0][0].part else 0
+    return np.asarray(pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis), order="C")
+
+
+def kernel_perm(ndim: int) -> tuple[int, ...]:
+    """Hugging Face's [out, in, ...] -> our [..., in, out]."""
+    return (*range(2, ndim), 1, 0)
+
+
+def _generic(stacks: Mapping[str, str], path: str, shape: tuple[int, ...]) -> Entry:
+    prefix = max((p for p in stacks if path.startswith(p + "/")), key=len, default="")
+    head = stacks[prefix] + "." if prefix else ""
+    *modules, leaf = path[len(prefix) + 1 if prefix else 0 :].split("/")
+    name = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
+    return _entry(head + ".".join([*modules, name]), path, shape, "transpose" if leaf == "kernel" else "copy")
+
+
+def _exception(pattern: str, leaves: Mapping[str, tuple[int, ...]], operation: Any) -> list[Entry]:
+    if isinstance(operation, str):
+        [(path, shape)] = leaves.items()
+        return [_entry(pattern, path, shape, operation)]
+    kind, operation, axis = operation
+    if kind != "split":
+        raise ValueError(f"{pattern}: unknown operation {kind!r}")
+    whole = [_entry(pattern, path, shape, operation) for path, shape in leaves.items()]
+    total, entries = sum(entry.full[axis] for entry in whole), []
+    for start, entry in zip(np.cumsum([0] + [entry.full[axis] for entry in whole]).tolist(), whole, strict=False):
+        full = (*entry.full[:axis], total, *entry.full[axis + 1 :])
+        entries.append(dataclasses.replace(entry, full=full, part=(axis, start, start + entry.full[axis])))
+    return entries
+
+
+def _entry(pattern: str, path: str, shape: tuple[int, ...], operation: str) -> Entry:
+    if operation not in ("copy", "transpose", "conv"):
+        raise ValueError(f"{pattern}: unknown operation {operation!r}")
+    keys = re.findall(r"\{(\w+)\}", pattern)
+    stacked, core = shape[: len(keys)], shape[len(keys) :]
+    perm = tuple(range(len(core))) if operation == "copy" else kernel_perm(len(core))
+    names = np.empty(stacked, object)
+    for index in np.ndindex(stacked):
+        names[index] = pattern.format(**dict(zip(keys, index, strict=True)))
+    return Entry(path, shape, names, perm, tuple(core[ours] for ours in np.argsort(perm)))
+
+
+def _check_cover(entries) -> None:
+    claimed: dict[str, list[Entry]] = {}
+    for entry in entries:
+        for _, name in entry.tensors():
+            claimed.setdefault(name, []).append(entry)
+    for name, claims in claimed.items():
+        if len({entry.full for entry in claims}) > 1:
+            raise ValueError(f"{name}: leaves disagree about its shape: {sorted((entry.path, entry.full) for entry in claims)}")
+        covered = sum((e.part[2] - e.part[1]) / e.full[e.part[0]] if e.part else 1 for e in claims)
+        if not math.isclose(covered, 1):
+            raise ValueError(f"{name}: its pieces are not each held by one leaf: {sorted(entry.path for entry in claims)}")

@@ -1,0 +1,228 @@
+"""The census: every row is formatted, tokenised and its images decoded once, before training, so that nothing fails hours later.
+
+It says which rows are kept, how long they are, what was dropped and why, and gives the dataset a fingerprint.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import inspect
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aligner.data import media, sources, templates
+from aligner.data.samples import Bad
+from aligner.types import Model, UserError
+
+_VERSION = 1  # counts up when what a census says of the same rows changes
+
+
+@dataclasses.dataclass(frozen=True)
+class Census:
+    """What is known of a dataset's rows.
+
+    Attributes:
+        row_ids: [N] int64, the kept rows.
+        sizes: [N,5] int64: prompt tokens, tokens of all answers, answers, images, and 1 where every answer trains EOS.
+        dropped: reason -> (count, up to three row numbers).
+        details: reason -> what was wrong with its first row.
+        fingerprint: sha256 over row numbers, token ids, image bytes, image-processor settings and the chat template.
+    """
+
+    row_ids: np.ndarray
+    sizes: np.ndarray
+    dropped: dict[str, tuple[int, list[int]]]
+    details: dict[str, str]
+    fingerprint: str
+
+
+def take_census(
+    encode: Callable[[int], templates.Encoded],
+    rows: sources.Rows,
+    model: Model,
+    max_length: int,
+    name: str,
+    *,
+    key: Any = None,
+    cache_dir: str | Path | None = None,
+    workers: int = 8,
+    progress: bool | None = None,
+) -> Census:
+    """Look at every row, or read what an earlier start found.
+
+    Args:
+        encode: row number -> tokens, or Bad.
+        rows: the source.
+        model: its tokenizer and image processor stand in the fingerprint.
+        max_length: tokens of prompt + longest answer; longer rows are dropped.
+        name: config section, for messages and the file name.
+        key: whatever else decides the outcome (formatter, kind of sample); part of the name under which the result is kept.
+        cache_dir: None keeps nothing.
+        workers: threads; tokenizers and image decoders let go of Python's lock.
+        progress: show a bar; None shows it on process 0.
+
+    Raises:
+        UserError: a broken file, or images for a model that takes none.
+    """
+    settings = _settings(model)
+    inputs = [_VERSION, rows.identity, len(rows), str(rows.folder), max_length, settings, key]
+    cache = Path(cache_dir) / f"{name}-{_sha(inputs)[:32]}.npz" if cache_dir else None
+    if (found := _read(cache)) is not None:
+        return found
+
+    def look(index: int) -> tuple[list[int], bytes] | Bad:
+        try:
+            return _look(index, encode(index), rows, model, max_length)
+        except Bad as bad:
+            if bad.reason == templates.NO_IMAGES:
+                raise UserError(
+                    f"config.{name}: row {index} of {rows.description} holds an image, but the {model.family} model takes text only; "
+                    "choose a model that sees, or rows without images."
+                ) from None
+            return bad
+
+    census = _count(look, len(rows), _sha(settings), name, workers, progress)
+    _write(cache, census)
+    return census
+
+
+def _look(index: int, encoded: templates.Encoded, rows: sources.Rows, model: Model, max_length: int) -> tuple[list[int], bytes]:
+    """(a row of `sizes`, digest)."""
+    lengths = [len(answer) for answer in encoded.answers]
+    if len(encoded.prompt) + max(lengths) > max_length:
+        raise Bad("too long", f"{len(encoded.prompt) + max(lengths)} tokens, config.data.max_length is {max_length}")
+    digest = hashlib.sha256(np.int64([index, len(encoded.prompt), *lengths]).tobytes())
+    for tokens in (encoded.prompt, *encoded.answers):
+        digest.update(tokens.tobytes())
+    for image in encoded.images:
+        digest.update(media.check_image(image, rows.folder))
+    eos = templates.ends_with_eos(encoded, model.assets.tokenizer)
+    return [len(encoded.prompt), sum(lengths), len(lengths), len(encoded.images), int(eos)], digest.digest()
+
+
+def _count(look: Callable, total: int, start: str, name: str, workers: int, progress: bool | None) -> Census:
+    from tqdm import tqdm
+
+    row_ids, sizes, dropped, details = [], [], {}, {}
+    digest = hashlib.sha256(start.encode())
+    with (
+        concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool,
+        tqdm(total=total, desc=f"reading {name}", unit=" rows", delay=2, leave=False, disable=not _shows(progress)) as bar,
+    ):
+        for first in range(0, total, 1024):  # in blocks, so that millions of rows do not wait as futures
+            block = range(first, min(first + 1024, total))
+            for index, found in zip(block, pool.map(look, block)):
+                if isinstance(found, Bad):
+                    count, examples = dropped.get(found.reason, (0, []))
+                    dropped[found.reason] = (count + 1, [*examples, index][:3])
+                    details.setdefault(found.reason, found.detail)
+                else:
+                    row_ids.append(index)
+                    sizes.append(found[0])
+                    digest.update(found[1])
+                bar.update()
+    return Census(np.array(row_ids, np.int64), np.array(sizes, np.int64).reshape(-1, 5), dropped, details, digest.hexdigest())
+
+
+def _shows(progress: bool | None) -> bool:
+    if progress is None:
+        import jax
+
+        progress = jax.process_index() == 0
+    return progress
+
+
+# --- what people read ------------------------------------------------------------------------------------------------------------
+
+
+def check_census(census: Census, rows: sources.Rows, name: str, max_bad_fraction: float) -> None:
+    """Stop where nothing is left or too much was dropped.
+
+    Raises:
+        UserError: names every reason with its count and an example.
+    """
+    bad = len(rows) - len(census.row_ids)
+    if bad < len(rows) and bad <= max_bad_fraction * len(rows):
+        return
+    rule = "none is left" if bad == len(rows) else f"config.data.max_bad_fraction allows {max_bad_fraction:.1%}"
+    reasons = "; ".join(_reasons(census))
+    raise UserError(f"config.{name}: {bad} of {len(rows)} rows of {rows.description} cannot be used, {rule}: {reasons}.")
+
+
+def describe(census: Census, rows: sources.Rows, name: str, formatter: str, shape: tuple[int, int, int], eos: str) -> Iterator[str]:
+    """Lines that say what was read, what was dropped and how long examples are."""
+    kept = len(census.row_ids)
+    yield f"{name}: {rows.description}, formatter {formatter}: {kept} of {len(rows)} rows kept"
+    for line in _reasons(census):
+        yield f"  dropped, {line}"
+    prompt, scored, answers, images, ends = census.sizes.T
+    yield f"  prompt {int(np.median(prompt))} tokens (longest {prompt.max()}), an answer {scored.sum() / answers.sum():.0f} on average"
+    yield f"  every row: T={shape[0]} columns, S={shape[1]} scored positions, I={shape[2]} images"
+    if shape[2] and not images.all():
+        yield f"  {int((images == 0).sum())} rows without an image"
+    if not ends.all():
+        yield f"  {kept - int(ends.sum())} rows where the chat template ends an answer without {eos}: they do not train where to stop"
+
+
+def _reasons(census: Census) -> list[str]:
+    lines = []
+    for reason, (count, ids) in sorted(census.dropped.items(), key=lambda item: -item[1][0]):
+        detail = f"; row {ids[0]}: {census.details[reason]}" if census.details.get(reason) else ""
+        lines.append(f"{reason}: {count} (rows {', '.join(map(str, ids))}{', ..' if count > len(ids) else ''}{detail})")
+    return lines
+
+
+# --- what a census depends on, and where it is kept ------------------------------------------------------------------------------
+
+
+def source_code(function: Callable) -> str:
+    """A function's source, so that a census is taken again when a formatter is edited; "" where there is none."""
+    try:
+        return inspect.getsource(inspect.unwrap(function))
+    except (OSError, TypeError):
+        return ""
+
+
+def _settings(model: Model) -> list[Any]:
+    """What beside the rows decides the tokens and pixels: template, tokenizer, image processor."""
+    assets = model.assets
+    backend = getattr(assets.tokenizer, "backend_tokenizer", None)
+    tokenizer = backend.to_str() if backend is not None else assets.tokenizer.get_vocab()
+    processor = assets.processor.image_processor.to_dict() if model.media is not None else None
+    media_sizes = dataclasses.astuple(model.media) if model.media is not None else None
+    return [templates.chat_template(assets), _sha(tokenizer), assets.tokenizer.special_tokens_map, processor, media_sizes]
+
+
+def _sha(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _read(path: Path | None) -> Census | None:
+    if path is None or not path.exists():
+        return None
+    try:
+        with np.load(path) as stored:
+            words = json.loads(str(stored["words"]))
+            dropped = {reason: (count, ids) for reason, (count, ids) in words["dropped"].items()}
+            return Census(stored["row_ids"], stored["sizes"], dropped, words["details"], words["fingerprint"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None  # torn by a kill: take it again
+
+
+def _write(path: Path | None, census: Census) -> None:
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    words = json.dumps({"dropped": census.dropped, "details": census.details, "fingerprint": census.fingerprint})
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with part.open("wb") as file:
+        np.savez(file, row_ids=census.row_ids, sizes=census.sizes, words=words)
+    os.replace(part, path)

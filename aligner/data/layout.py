@@ -1,0 +1,101 @@
+"""From token ids to the arrays of a row, exactly as `Batch` in aligner/types.py describes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from aligner.data.templates import Encoded
+from aligner.types import Media
+
+Row = dict[str, np.ndarray]
+
+
+def shape_of(encoded: Encoded, shared: bool = True) -> tuple[int, int, int]:
+    """(T, S, I) that an example needs: columns, scored positions, images."""
+    scored = sum(len(answer) for answer in encoded.answers)
+    prompts = 1 if shared else len(encoded.answers)
+    return prompts * len(encoded.prompt) + scored, scored, len(encoded.images)
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The least multiple of `multiple` that is not below `size`."""
+    return -(-size // multiple) * multiple
+
+
+def empty_row(T: int, S: int, I: int, media: Media | None = None, G: int = 1) -> Row:
+    """A row in which nothing is scored: padding, or the canvas that `lay_out` fills.
+
+    Returns:
+        tokens, positions, segment_ids, role [T]; score_* [S]; example_id [G] of -1; where I > 0 also media_index [T], image_mask [I] and
+        pixel_values [I,H,W,3] of zeros.
+    """
+    row = {name: np.zeros(T, np.int32) for name in ("tokens", "positions", "segment_ids", "role")}
+    row |= {name: np.zeros(S, np.int32) for name in ("score_from", "score_token", "score_segment", "score_role")}
+    row["example_id"] = np.full(G, -1, np.int32)
+    if media is not None and I:
+        row["media_index"] = np.full(T, -1, np.int32)
+        row["image_mask"] = np.zeros(I, bool)
+        row["pixel_values"] = np.zeros((I, media.height, media.width, 3), np.float32)
+    return row
+
+
+def pair_row(encoded: Encoded, T: int, S: int, I: int, media: Media | None = None, shared: bool = True, example_id: int = 0) -> Row:
+    """The row of one example with any number of answers; see `lay_out`."""
+    return lay_out([encoded], [example_id], T, S, I, media, shared)
+
+
+def lay_out(
+    examples: Sequence[Encoded], ids: Sequence[int], T: int, S: int, I: int, media: Media | None = None, shared: bool = True
+) -> Row:
+    """Lay examples one after another into a row.
+
+    Shared: [prompt | answer 1 | .. | answer R] is one segment; every answer's positions continue where the prompt ends, and its first
+    token is predicted from the prompt's last column. Duplicated: [prompt answer 1] [prompt answer 2] .. are R segments. What is scored
+    is the same, and so is the result.
+
+    Args:
+        examples: G of them.
+        ids: their rows in the dataset.
+        T, S, I: the sizes to fill; the caller has checked that the examples fit.
+        media: the model's media; None for text.
+        shared: whether the answers of an example share one copy of the prompt.
+
+    Returns:
+        Arrays as `empty_row` lists them; pixel_values are zeros, to be filled with the images in the order of the examples.
+    """
+    row = empty_row(T, S, I, media, G=len(examples))
+    column = slot = segment = image = 0
+
+    def put(tokens: np.ndarray, position: int, role: int) -> int:
+        nonlocal column
+        span = slice(column, column + len(tokens))
+        row["tokens"][span] = tokens
+        row["positions"][span] = position + np.arange(len(tokens))
+        row["segment_ids"][span] = segment
+        row["role"][span] = role
+        column = span.stop
+        return span.start
+
+    for number, (example, example_id) in enumerate(zip(examples, ids), start=1):
+        row["example_id"][number - 1] = example_id
+        for role, answer in enumerate(example.answers, start=1):
+            if role == 1 or not shared:
+                segment += 1
+                start = put(example.prompt, 0, role=0)
+                last = column - 1
+                if example.images:
+                    places = start + np.flatnonzero(example.prompt == media.placeholder)
+                    row["media_index"][places] = image * media.features + np.arange(len(places))
+            start = put(answer, len(example.prompt), role)
+            span = slice(slot, slot + len(answer))
+            row["score_from"][span] = np.concatenate([[last], np.arange(start, start + len(answer) - 1)])
+            row["score_token"][span] = answer
+            row["score_segment"][span] = number
+            row["score_role"][span] = role
+            slot = span.stop
+        image += len(example.images)
+    if "image_mask" in row:
+        row["image_mask"][:image] = True
+    return row

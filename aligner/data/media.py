@@ -1,0 +1,133 @@
+"""Images: from whatever a row holds to the pixels that the model sees."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from aligner.data.samples import Bad
+
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # larger ones are decompression bombs, or nothing a vision tower could use
+# Without Pillow's formats that start other programs or render vector graphics.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+_BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")  # JPEG, PNG, GIF, WebP, BMP, TIFF
+
+
+def open_image(reference: Any, folder: str | Path) -> Image.Image:
+    """Decode an image.
+
+    Args:
+        reference: a path (relative to `folder`), a PIL image, encoded bytes, {"bytes", "path"} as `datasets` has them, or base64,
+            bare or as a data URL.
+        folder: where paths are looked up; paths that leave it are refused, so that a dataset cannot read other files.
+
+    Returns:
+        An RGB image, turned as its EXIF orientation says.
+
+    Raises:
+        Bad: it cannot be found, decoded, or may not be read.
+    """
+    image = _opened(reference, folder)
+    try:
+        return _rgb(ImageOps.exif_transpose(image))
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise Bad("unreadable image", f"{_name(reference)}: {error}") from error
+
+
+def check_image(reference: Any, folder: str | Path) -> bytes:
+    """Decode an image cheaply (a JPEG at an eighth of its size) to know that it can be.
+
+    Returns:
+        sha256 of its encoded bytes (of the pixels, for a PIL image).
+    """
+    if isinstance(reference, Image.Image):
+        return hashlib.sha256(open_image(reference, folder).tobytes()).digest()
+    data = _data(reference, folder)
+    image = _opened(data, folder, _name(reference))
+    try:
+        image.draft("RGB", (image.width // 8, image.height // 8))
+        image.load()
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise Bad("unreadable image", f"{_name(reference)}: {error}") from error
+    return hashlib.sha256(data).digest()
+
+
+def pixel_values(images: list[Image.Image], image_processor: Any) -> np.ndarray:
+    """What the checkpoint's own image processor makes of the images.
+
+    Returns:
+        float32 [I,H,W,3].
+    """
+    pixels = np.asarray(image_processor(images, return_tensors="np")["pixel_values"], np.float32)
+    if pixels.ndim != 4:
+        raise ValueError(f"{type(image_processor).__name__} gives pixel_values of shape {pixels.shape}; expected [I,3,H,W]")
+    return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+
+
+def _opened(reference: Any, folder: str | Path, name: str = "") -> Image.Image:
+    name = name or _name(reference)
+    try:
+        image = reference if isinstance(reference, Image.Image) else Image.open(io.BytesIO(_data(reference, folder)), formats=FORMATS)
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        # Pillow's own message names an object in memory
+        detail = "no image format that is known" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise Bad("unreadable image", f"{name}: {detail}") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise Bad("unreadable image", f"{name}: {image.width} x {image.height} is more than {MAX_PIXELS} pixels")
+    return image
+
+
+def _data(reference: Any, folder: str | Path) -> bytes:
+    if isinstance(reference, dict):
+        reference = reference.get("bytes") or reference.get("path")
+    if isinstance(reference, (bytes, bytearray, memoryview)):
+        return bytes(reference)
+    if not isinstance(reference, (str, os.PathLike)) or not str(reference):
+        raise Bad("unreadable image", f"a {type(reference).__name__} is no image")
+    text = os.fspath(reference)
+    if text.startswith("data:") or (len(text) > 64 and text.startswith(_BASE64_STARTS)):
+        try:
+            return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
+        except binascii.Error as error:
+            if text.startswith("data:"):
+                raise Bad("unreadable image", f"{_name(text)}: not valid base64 ({error})") from error
+    if "://" in text[:16]:
+        raise Bad("image is a URL", f"{_name(text)}: images are not fetched while training; download them and name the files")
+    path = _inside(text, folder)
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else str(error)
+        raise Bad("unreadable image", f"{text}: {reason} in {folder}") from error
+
+
+def _inside(text: str, folder: str | Path) -> Path:
+    # Judged by the names alone: a link that the user put into the folder may lead where it likes.
+    root = os.path.abspath(folder)
+    path = os.path.abspath(os.path.join(root, text))
+    if not any(path.startswith(os.path.join(base, "")) for base in (root, os.path.realpath(root))):
+        raise Bad("image outside of the folder", f"{_name(text)} leaves {folder}; set image_folder to a folder that holds it")
+    return Path(path)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit and float greys: Pillow would clip, not scale
+        values = np.asarray(image, np.float32)
+        scale = 1 / 257 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 1
+        image = Image.fromarray(np.clip(values * scale + 0.5, 0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _name(reference: Any) -> str:
+    if isinstance(reference, dict):
+        reference = reference.get("path") or "bytes"
+    text = reference if isinstance(reference, str) else type(reference).__name__
+    return text if len(text) <= 80 else text[:60] + "..."

@@ -1,0 +1,145 @@
+"""From a sample to token ids: render by the checkpoint's chat template, tokenise the whole, find where the answers begin."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from aligner.data.samples import Bad, Preference, images_of, is_conversation, parts_of
+from aligner.types import Media, UserError
+
+# Used where a checkpoint brings no template: Vicuna's manner, as LLaVA-1.5 was trained.
+DEFAULT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ 'ASSISTANT: ' + message['content'] + eos_token }}"
+    "{% else %}{{ ('USER: ' if message['role'] == 'user' else '') + message['content'] + ' ' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+NO_IMAGES = "the model takes no images"  # not the row's fault: the census stops at it
+
+
+class Encoded(NamedTuple):
+    """A prompt and its answers as token ids. All tokens of an answer are scored, none of the prompt.
+
+    Attributes:
+        prompt: int32 [n], with every image's placeholders in full number.
+        answers: int32 [m_r] each, in the order of their roles 1..R.
+        images: references of the prompt's images, in reading order.
+    """
+
+    prompt: np.ndarray
+    answers: tuple[np.ndarray, ...]
+    images: tuple[Any, ...] = ()
+
+
+def encode_preference(sample: Preference, assets: Any, media: Media | None = None) -> Encoded:
+    """Tokens of a pair; answers are (chosen, rejected). See `encode_answers`."""
+    return encode_answers(sample.prompt, (sample.chosen, sample.rejected), assets, media)
+
+
+def encode_answers(prompt: Any, answers: tuple[Any, ...], assets: Any, media: Media | None = None) -> Encoded:
+    """Render and tokenise a prompt with each of its answers.
+
+    Every text is tokenised whole, as the model meets it when it generates; the prompt that is shared and not scored is the longest
+    common token prefix of the prompt alone (with the generation prompt) and of every full text. Tokens that merge across the boundary thus
+    belong to the answers. Conversations end as the template ends them; plain text gets EOS after each answer.
+
+    Args:
+        prompt: a conversation or plain text (aligner/data/samples.py).
+        answers: the answers, of the same form.
+        assets: has `tokenizer`, and `processor` (None for a text model).
+        media: the model's media; None for a text model.
+
+    Raises:
+        Bad: the template refuses the conversation, an answer is empty, or placeholders and images do not match.
+    """
+    tokenizer, processor = assets.tokenizer, assets.processor
+    images = images_of(prompt)
+    if not prompt:
+        raise Bad("empty prompt", "nothing stands before the answers")
+    if any(images_of(answer) for answer in answers):
+        raise Bad("image placeholders", "an answer holds an image; images are supported in prompts")
+    if is_conversation(prompt) or any(is_conversation(answer) for answer in answers):
+        texts = [_render(prompt, assets, add_generation_prompt=True)]
+        texts += [_render(prompt + answer, assets, add_generation_prompt=False) for answer in answers]
+        # Templates write their own special tokens. A processor adds them where its template has none, a bare tokenizer does not.
+        special = processor is not None and not (tokenizer.bos_token and texts[0].startswith(tokenizer.bos_token))
+    else:
+        if tokenizer.eos_token is None:
+            raise UserError("the tokenizer has no EOS token, which plain text must end with; set it in tokenizer_config.json.")
+        start = _plain(prompt, assets)
+        ends = [_plain(answer, assets) for answer in answers]
+        texts = [start] + [start + end + ("" if end.endswith(tokenizer.eos_token) else tokenizer.eos_token) for end in ends]
+        special = True
+    alone, *full = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+    shared = min(_common_prefix(alone, ids) for ids in full)
+    head, tails = np.array(alone[:shared], np.int32), tuple(np.array(ids[shared:], np.int32) for ids in full)
+    if not shared:
+        raise Bad("empty prompt", "no token stands before the answers, so their first token cannot be predicted")
+    if any(not len(tail) for tail in tails):
+        raise Bad("empty answer", "an answer has no tokens")
+    if any(len(tail) == len(tails[0]) and (tail == tails[0]).all() for tail in tails[1:]):
+        raise Bad("answers are equal", "the answers have the same tokens")
+    return Encoded(_expand(head, tails, images, media), tails, images)
+
+
+def chat_template(assets: Any) -> str:
+    """The template that conversations are rendered by: the processor's, else the tokenizer's, else DEFAULT_TEMPLATE."""
+    template = (assets.processor is not None and assets.processor.chat_template) or assets.tokenizer.chat_template or DEFAULT_TEMPLATE
+    if isinstance(template, dict):  # several named ones
+        template = template.get("default") or next(iter(template.values()))
+    return template
+
+
+def image_token(assets: Any) -> str:
+    """The text that stands for an image in a rendered conversation."""
+    return getattr(assets.processor, "image_token", None) or "<image>"
+
+
+def ends_with_eos(encoded: Encoded, tokenizer: Any) -> bool:
+    """True if every answer trains the end of the sequence. By the id itself: padding may well have the same id."""
+    return all(tokenizer.eos_token_id in answer[-4:] for answer in encoded.answers)  # templates may add white space after it
+
+
+def _render(conversation: list[dict], assets: Any, add_generation_prompt: bool) -> str:
+    from jinja2 import TemplateError
+
+    template = chat_template(assets)
+    # Processors' templates want lists of parts; tokenizers' (and ours) want strings.
+    structured = assets.processor is not None and bool(assets.processor.chat_template)
+    messages = []
+    for message in conversation:
+        parts = [{"type": "image"} if part["type"] == "image" else part for part in parts_of(message["content"])]
+        content = parts if structured else _plain(message["content"], assets, after_image="\n")
+        messages.append({**message, "content": content})
+    try:
+        # The tokenizer renders for processors as well: all that a template needs is the messages and the special tokens.
+        return assets.tokenizer.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+    except (TemplateError, TypeError) as error:
+        raise Bad("chat template", f"the chat template refuses the conversation: {error}") from error
+
+
+def _plain(text: Any, assets: Any, after_image: str = "") -> str:
+    return "".join(image_token(assets) + after_image if part["type"] == "image" else part["text"] for part in parts_of(text))
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))
+
+
+def _expand(prompt: np.ndarray, answers: tuple[np.ndarray, ...], images: tuple[Any, ...], media: Media | None) -> np.ndarray:
+    """One placeholder per image becomes one per feature: what the processor does to the text, without its pixels."""
+    if media is None:
+        if images:
+            raise Bad(NO_IMAGES)
+        return prompt
+    marks = prompt == media.placeholder
+    if marks.sum() != len(images):
+        raise Bad("image placeholders", f"the prompt's text holds {marks.sum()} image tokens for {len(images)} images")
+    if any((answer == media.placeholder).any() for answer in answers):
+        raise Bad("image placeholders", "an answer's text holds an image token")
+    return np.repeat(prompt, np.where(marks, media.features, 1))

@@ -1,0 +1,96 @@
+"""Columns that an algorithm computes once per example before training, such as reference log-probabilities: computed, kept, reused.
+
+They are kept in parts of a few batches under a folder named by a fingerprint of everything they depend on, so that a killed run goes
+on with the first missing part, and another run with the same weights, rows and settings reads them.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from aligner.types import Batch
+
+BATCHES_PER_PART = 32
+
+
+def fingerprint(**parts) -> str:
+    """A short name for everything that the columns depend on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def compute_columns(
+    prepare: Callable[[Batch], Mapping[str, jax.Array]],
+    batches: Callable[[], Iterable[Batch]],
+    count: int,
+    rows: int,
+    folder: str | Path,
+    title: str,
+    check_stop: Callable[[], None] = lambda: None,
+) -> dict[str, np.ndarray]:
+    """Run `prepare` over all batches, skipping the parts that `folder` already holds.
+
+    Args:
+        prepare: batch -> {column: [B, G, ...]}, replicated over devices.
+        batches: gives all batches, always the same ones in the same order: results are then the same, killed or not.
+        count: number of batches.
+        rows: rows of the dataset, kept or not.
+        folder: where the parts are kept.
+        title: of the progress bar.
+        check_stop: called between batches; may raise.
+
+    Returns:
+        {column: [rows, ...]} by row id; NaN where a row was dropped.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    columns: dict[str, np.ndarray] = {}
+
+    def fill(part: Mapping[str, np.ndarray]) -> None:
+        ids = part["example_id"]
+        for name in part.keys() - {"example_id"}:
+            column = columns.setdefault(name, np.full((rows, *part[name].shape[1:]), np.nan, part[name].dtype))
+            column[ids] = part[name]
+
+    stream, taken = None, 0
+    bar = tqdm(total=count, desc=title, unit="batch", disable=jax.process_index() != 0, leave=False)
+    for start in range(0, count, BATCHES_PER_PART):
+        stop = min(start + BATCHES_PER_PART, count)
+        path = folder / f"part-{start:06d}-{stop:06d}.npz"
+        if path.exists():
+            with np.load(path) as part:
+                fill(part)
+            bar.update(stop - start)
+            continue
+        stream = iter(batches()) if stream is None else stream
+        for _ in range(taken, start):  # parts found on disk
+            next(stream)
+        results = []
+        for _ in range(start, stop):
+            check_stop()
+            batch = next(stream)
+            results.append({"example_id": batch["example_id"], **prepare(batch)})
+            bar.update()
+        taken = stop
+        part = _gather(results)
+        if jax.process_index() == 0:
+            temporary = path.with_suffix(f".tmp{os.getpid()}")
+            with temporary.open("wb") as file:
+                np.savez(file, **part)
+            os.replace(temporary, path)
+        fill(part)
+    bar.close()
+    return columns
+
+
+def _gather(results: list[Mapping[str, jax.Array]]) -> dict[str, np.ndarray]:
+    """Columns of several batches, one row an example, without the places where there is none."""
+    host = jax.device_get(results)
+    part = {name: np.concatenate([r[name].reshape(-1, *r[name].shape[2:]) for r in host]) for name in host[0]}
+    present = part["example_id"] >= 0
+    return {name: column[present] for name, column in part.items()}
