@@ -99,7 +99,8 @@ def model_from_folder(folder: str | Path) -> Model:
     config, path = assets.config_dict, assets.folder / "config.json"
     family = config.get("model_type")
     if family not in SUPPORTED:
-        near = sorted(SUPPORTED, key=lambda name: difflib.SequenceMatcher(None, name, str(family)).ratio(), reverse=True)
+        likeness = {name: (difflib.SequenceMatcher(None, name, str(family)).ratio(), str(family).startswith(name)) for name in SUPPORTED}
+        near = sorted(SUPPORTED, key=likeness.get, reverse=True)
         raise UserError(f"{path} has model_type {family!r}, which is not supported; supported, nearest first: {', '.join(near)}.")
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "an unnamed method")
@@ -227,8 +228,7 @@ def match(model: Model, entries: list[Entry], checkpoint: Checkpoint) -> dict[st
         canonical = canonical_name(conversion, name)
         if canonical not in shapes and canonical not in tied:
             if not is_ignored(conversion, name):
-                near = difflib.get_close_matches(canonical, shapes, n=1, cutoff=0.8) if len(checkpoint.tensors) < 2000 else []
-                problems["left over"][name] = f" (nearest parameter: {near[0]})" if near else ""
+                problems["left over"][name] = ""
         elif canonical in stored:
             problems["stored twice"][name] = f" (also as {stored[canonical]})"
         else:
@@ -249,8 +249,12 @@ def match(model: Model, entries: list[Entry], checkpoint: Checkpoint) -> dict[st
     for name, other in tied.items():
         if name in stored and other in shapes and checkpoint.tensors[stored[name]].shape != shapes[other]:
             problems["of another shape than the embedding it is tied to"][name] = f" ({list(checkpoint.tensors[stored[name]].shape)})"
+    for name in list(problems["left over"])[:99]:
+        if near := difflib.get_close_matches(canonical_name(conversion, name), problems["missing"], n=1, cutoff=0.8):
+            problems["left over"][name] = f" (nearest missing: {near[0]})"
+    problems = {kind: group for kind, group in problems.items() if group}
     if problems:
-        listed = "; ".join(f"{sum(1 for _ in group)} {kind}: {_listed(group)}" for kind, group in sorted(problems.items()))
+        listed = "; ".join(f"{len(group)} {kind}: {_listed(group)}" for kind, group in sorted(problems.items()))
         raise UserError(
             f"the tensors in {checkpoint.folder} do not fit its config.json (model_type {model.family}): {listed}. "
             "Check that both come from the same model."

@@ -14,7 +14,8 @@ LLAMA = dict(
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=False, rms_norm_eps=1e-5,
 )  # fmt: skip
 VISION = dict(
-    model_type="clip_vision_model", hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, image_size=4, patch_size=2,
+    model_type="clip_vision_model", hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, image_size=4,
+    patch_size=2,
 )  # fmt: skip
 LLAVA = dict(
     model_type="llava", architectures=["LlavaForConditionalGeneration"], text_config=LLAMA, vision_config=VISION, image_token_index=20,
@@ -42,7 +43,7 @@ def random_params(model, seed=0):
 def edit(folder: Path, change):
     """Rewrite model.safetensors with `change(tensors)` applied, without our mark."""
     tensors = load_file(folder / "model.safetensors")
-    tensors = change(dict(tensors)) or tensors
+    tensors = change(tensors) or tensors
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
