@@ -65,8 +65,9 @@ def parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except Exception as error:  # absl, ml_collections and the config file itself each raise their own
-        lines = [line.strip() for line in str(error.args[0] if error.args else error).splitlines() if line.strip()]
-        told = lines[-1] if "Error whilst parsing" in lines[0] else ": ".join(lines)
+        told = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
+        if meant := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', told):
+            told = f"the config has no key {meant[2]!r}; did you mean {meant[1]!r}?"
         raise UserError(f"bad command line: {told}") from None
 
 

@@ -204,6 +204,9 @@ def check_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
             raise UserError(f"config.{key} is {values[key]}; it must be at least 1")
     if config.train.steps is not None and config.train.steps < 1:
         raise UserError(f"config.train.steps is {config.train.steps}; it must be at least 1")
+    for pattern in (*config.optim.freeze, *(group[0] for group in config.optim.groups)):
+        if not isinstance(pattern, str):
+            raise UserError(f"config.optim.freeze and the first of each config.optim.groups are regexes on tree paths, not {pattern!r}")
     from aligner.models.layers import REMAT
 
     if config.train.remat not in REMAT:
