@@ -278,7 +278,9 @@ def clip_weights(rng: np.random.Generator, config, prefix: str) -> dict[str, np.
     return {prefix + name: value for name, value in weights.items()}
 
 
-def llama_config(*, vocab_size: int, hidden_size: int, intermediate_size: int | None, layers: int, heads: int, kv_heads: int, tie: bool = False):
+def llama_config(
+    *, vocab_size: int, hidden_size: int, intermediate_size: int | None, layers: int, heads: int, kv_heads: int, tie: bool = False
+):
     """The `LlamaConfig` of these sizes, with the tokenizer's special tokens and float32 weights."""
     from transformers import LlamaConfig
 
@@ -368,7 +370,7 @@ def make_llava(
         seed: the weights follow from it.
         vocab_size, hidden_size, intermediate_size, layers, heads, kv_heads: of the decoder, as in `make_llama`.
         image_size, patch_size: pixels; an image has (image_size / patch_size) ** 2 features.
-        vision_hidden_size, vision_intermediate_size, vision_layers, vision_heads: of the vision tower; intermediate None is twice the hidden size.
+        vision_hidden_size, vision_intermediate_size, vision_layers, vision_heads: of the vision tower; None as above.
 
     Raises:
         UserError: the folder is there already.
