@@ -122,7 +122,7 @@ def balanced_choices(n: int, rng: np.random.Generator) -> list[tuple[str, str, s
     from aligner.types import UserError
 
     if n <= 0 or n % 2:
-        raise UserError(f"a balanced split needs an even number of rows, since every row has a twin, but {n} were asked for; use {n + 1}")
+        raise UserError(f"a balanced split needs an even number of rows (each has a twin), but {n} were asked for; use {max(2, n + 1)}")
     pairs = {attribute: itertools.cycle(itertools.combinations(values, 2)) for attribute, values in VALUES.items()}
     kinds = itertools.cycle(VALUES)
     choices = []
@@ -189,7 +189,15 @@ def make_tokenizer(vocab_size: int):
 
     Returns:
         A `transformers` fast tokenizer.
+
+    Raises:
+        UserError: a vocabulary too small for the bytes and the special tokens.
     """
+    from aligner.types import UserError
+
+    if vocab_size < (least := 256 + len(SPECIAL_TOKENS)):
+        raise UserError(f"vocab_size {vocab_size} is too small for the 256 bytes and the special tokens; use at least {least}")
+
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 

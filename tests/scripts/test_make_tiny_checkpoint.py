@@ -163,6 +163,9 @@ def test_tokenizer_takes_any_text_and_knows_the_demo():
     for text in ("naïve café — 猫が好き 🙂\n\ttab", "It is a square.", "<image>"):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
     assert len(tokenizer("It is yellow.")["input_ids"]) <= 5 and len(tokenizer) <= 512
+    assert len(make_tokenizer(261)) == 261
+    with pytest.raises(UserError, match=r"vocab_size 260 is too small.*at least 261"):
+        make_tokenizer(260)
 
 
 # ---- the preset's setup
