@@ -8,13 +8,14 @@ Every setting of the config can be overridden, --config.section.key=value; confi
 goes on where the run stopped.
 """
 
-import logging
 import os
+import re
 import signal
 import sys
 from pathlib import Path
 
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from aligner.types import UserError
@@ -43,9 +44,10 @@ def main(argv: list[str]) -> int:
         example = "python -m aligner.main --config configs/dpo_llava.py:tiny --workdir runs/quickstart"
         raise UserError(f"{missing} is missing; for example: {example}")
     start_jax()
-    from aligner.run import Stopped, run  # after the flags, so that a typo is told at once
+    from aligner.console import Stopped
+    from aligner.run import run  # after the flags, so that a typo is told at once
 
-    logging.getLogger("aligner").setLevel(logging.INFO)
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells a dozen lines for every save
     try:
         run(CONFIG.value, WORKDIR.value)
     except Stopped as stopped:
@@ -56,12 +58,17 @@ def main(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> list[str]:
     """Flags, with one sentence for what is wrong with them."""
+    for path in re.findall(r"--?config[= ]([^\s:]+)", " ".join(argv)):
+        if not Path(path).is_file():
+            others = sorted(str(file) for file in Path("configs").glob("*.py") if file.stem not in ("__init__", "common"))
+            raise UserError(f"--config {path} does not exist; there is {', '.join(others) or 'no folder configs here'}")
     try:
         return flags.FLAGS(argv)
-    except flags.Error as error:
-        raise UserError(str(error)) from None
-    except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
-        raise UserError(f"bad --config: {str(error).strip() or type(error).__name__}") from None
+    except Exception as error:  # absl, ml_collections and the config file itself each raise their own
+        told = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
+        if meant := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', told):
+            told = f"the config has no key {meant[2]!r}; did you mean {meant[1]!r}?"
+        raise UserError(f"bad command line: {told}") from None
 
 
 def cli() -> None:

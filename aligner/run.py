@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import logging
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from aligner import algorithms, checkpoint, convert, lora, metrics, optim, sharding, state, workdir
+from aligner.console import Stopped, catch_signals, progress, say, short, tracing
 from aligner.data import loader
 from aligner.likelihood import cast
 from aligner.prepare import compute_columns, fingerprint
 from aligner.train_step import jit, make_eval_step, make_train_step
 from aligner.types import Algorithm, Model, Params, UserError
-
-log = logging.getLogger("aligner")
-
-
-class Stopped(Exception):
-    """The run was asked to stop (SIGTERM, Ctrl-C) and has saved what it must."""
 
 
 def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
@@ -107,7 +97,8 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             accumulate=config.train.accumulate,
             max_grad_norm=config.optim.max_grad_norm,
         )
-        train_step = jit(step_function, donate_argnums=0)
+        layout = jax.tree.map(lambda leaf: leaf.sharding, train_state)
+        train_step = jit(step_function, donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh)))
         eval_step = jit(make_eval_step(algorithm, dtype=config.model.dtype), out_shardings=sharding.replicated(mesh))
 
         def evaluate() -> dict[str, float]:
@@ -194,18 +185,6 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     return last
 
 
-def say(*lines: str) -> None:
-    """A line for the user, from process 0 only, above the progress bar."""
-    if jax.process_index() == 0:
-        for line in lines:
-            tqdm.write(line, file=sys.stderr)
-
-
-def short(values: Mapping[str, float]) -> str:
-    names = ("loss", "rewards/accuracies", "rewards/margins")
-    return ", ".join(f"{name} {values[name]:.4g}" for name in names if name in values)
-
-
 def check_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     """What can be known to be wrong from the config alone."""
     if not config.model.path:
@@ -225,6 +204,9 @@ def check_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
             raise UserError(f"config.{key} is {values[key]}; it must be at least 1")
     if config.train.steps is not None and config.train.steps < 1:
         raise UserError(f"config.train.steps is {config.train.steps}; it must be at least 1")
+    for pattern in (*config.optim.freeze, *(group[0] for group in config.optim.groups)):
+        if not isinstance(pattern, str):
+            raise UserError(f"config.optim.freeze and the first of each config.optim.groups are regexes on tree paths, not {pattern!r}")
     from aligner.models.layers import REMAT
 
     if config.train.remat not in REMAT:
@@ -324,75 +306,6 @@ def check_finite(step: int, values: Mapping[str, float], ids: np.ndarray, limit:
             f"loss or gradient was not finite in {in_a_row} steps in a row, the last one step {step} with rows {rows}; "
             "a lower config.optim.learning_rate or config.model.dtype=float32 may help"
         )
-
-
-@contextlib.contextmanager
-def catch_signals() -> Iterator[Callable[[], None]]:
-    """`check_stop()`, which raises Stopped once SIGTERM or Ctrl-C has come (to any process); a second Ctrl-C ends at once."""
-    from jax.experimental import multihost_utils
-
-    asked: list[int] = []
-    checks = 0
-
-    def note(number, frame):
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-        say("stopping: the state is being saved" + (" (Ctrl-C again to stop at once)" if number == signal.SIGINT else ""))
-
-    def check_stop() -> None:
-        nonlocal checks
-        stop = bool(asked)
-        if jax.process_count() > 1:  # all must agree on the step
-            checks += 1
-            stop = multihost_utils.reached_preemption_sync_point(checks) or bool(multihost_utils.process_allgather(np.asarray(stop)).any())
-        if stop:
-            raise Stopped(asked[0] if asked else signal.SIGTERM)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield check_stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def progress(start: int, total: int) -> Iterator[Callable]:
-    """A bar with loss, accuracy, tokens per second and time left; where there is no terminal, a line now and then."""
-    terminal = sys.stderr.isatty() and jax.process_index() == 0
-    every = max(1, total // 20)
-    with tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, disable=not terminal) as bar:
-
-        def update(step: int, values: Mapping[str, float], tokens_per_second: float) -> None:
-            shown = {"loss": f"{values['loss']:.4f}"}
-            if "rewards/accuracies" in values:
-                shown["accuracy"] = f"{values['rewards/accuracies']:.2f}"
-            shown["tok/s"] = f"{tokens_per_second:,.0f}"
-            bar.set_postfix(shown, refresh=False)
-            bar.update(step - bar.n)
-            if not terminal and (step % every == 0 or step == total):
-                say(f"step {step}/{total}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
-
-        yield update
-
-
-@contextlib.contextmanager
-def tracing(steps: int, directory: str | Path) -> Iterator[Callable[[int], None]]:
-    """`trace(step)` starts a profile after two warm steps and stops it `steps` later; it opens in Perfetto."""
-    seen = 0
-
-    def trace(step: int) -> None:
-        nonlocal seen
-        seen += 1
-        if steps and seen == 3:
-            jax.profiler.start_trace(str(Path(directory) / "profile"), create_perfetto_trace=True)
-        if steps and seen == 3 + steps:
-            jax.profiler.stop_trace()
-
-    yield trace
-    if steps and 3 <= seen < 3 + steps:
-        jax.profiler.stop_trace()
 
 
 def last_eval(directory: str | Path) -> dict[str, float]:
