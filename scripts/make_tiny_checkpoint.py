@@ -465,7 +465,8 @@ def setup_llava_demo(config) -> None:
     """Make the checkpoint and the demo set that a config names, where they are not there yet, and say so in one line.
 
     Args:
-        config: reads `model.path`, `data.train.path`, `data.eval.path` (DIR/train.jsonl, DIR/heldout.jsonl; others are left alone) and `seed`.
+        config: reads `model.path`, `data.train.path`, `data.eval.path` (DIR/train.jsonl and DIR/heldout.jsonl; other files are
+            left alone) and `seed`.
     """
     made = []
     if not Path(config.model.path).exists():

@@ -15,15 +15,17 @@ def trained(tmp_path_factory):
     """A workdir of the tiny preset after three steps, with the vision tower frozen so that export must read the base again."""
     workdir = tmp_path_factory.mktemp("run") / "w"
     command = [sys.executable, "-m", "aligner.main", "--config", "configs/dpo_llava.py:tiny", "--workdir", str(workdir)]
-    command += ["--config.train.steps=3", "--config.data.eval.path=", "--config.optim.freeze=('vision_tower/.*',)", "--config.checkpoint.every=2"]
+    command += ["--config.train.steps=3", "--config.checkpoint.every=2", "--config.data.eval.path="]
+    command += ["--config.optim.freeze=('vision_tower/.*',)"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return workdir
 
 
 def compare(folder, workdir):
-    import aligner
     from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    import aligner
 
     processor = AutoProcessor.from_pretrained(folder)
     theirs, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True, attn_implementation="eager")
@@ -46,7 +48,8 @@ def test_export_at_the_end_of_a_run(trained):
 
 def test_to_hf_of_an_earlier_step_and_another_dtype(trained, tmp_path):
     out = tmp_path / "hf"
-    command = [sys.executable, "-m", "aligner.convert", "to-hf", "--workdir", str(trained), "--out", str(out), "--step", "2", "--dtype", "bfloat16"]
+    command = [sys.executable, "-m", "aligner.convert", "to-hf", "--workdir", str(trained), "--out", str(out)]
+    command += ["--step", "2", "--dtype", "bfloat16"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     from transformers import AutoConfig
