@@ -5,7 +5,11 @@ from typing import Any
 
 from aligner.types import Model, UserError
 
-SUPPORTED = ("llama", "llava")
+SUPPORTED = (
+    *("gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite", "llama", "mistral"),
+    *("olmo2", "phi", "phi3", "qwen2", "qwen3", "smollm3"),
+    "llava",
+)
 
 
 def from_hf(hf_config: Any) -> Model:
@@ -17,12 +21,15 @@ def from_hf(hf_config: Any) -> Model:
     Raises:
         UserError: the family, or a setting of it that changes the numbers, is not supported.
     """
-    from aligner.models import decoder, llava  # imported late: flax is slow to import
+    from aligner.models import decoder, families, llava  # imported late: flax is slow to import
 
-    families = {"llama": decoder.make, "llava": llava.make}
     family = hf_config.model_type
-    if family not in families:
-        near = difflib.get_close_matches(str(family), families, n=1)
+    if family in families.FAMILIES:
+        config = families.FAMILIES[family](hf_config)
+        return decoder.make(config, family, families.conversion(family, config))
+    makers = {"llava": llava.make}
+    if family not in makers:
+        near = difflib.get_close_matches(str(family), SUPPORTED, n=1)
         hint = f"; nearest: {near[0]!r}" if near else ""
-        raise UserError(f"model_type {family!r} is not supported{hint}; supported are {', '.join(sorted(families))}")
-    return families[family](hf_config)
+        raise UserError(f"model_type {family!r} is not supported{hint}; supported are {', '.join(SUPPORTED)}")
+    return makers[family](hf_config)
