@@ -87,11 +87,11 @@ def restore_trainable(workdir: str | Path, step: int | None = None) -> tuple[Par
     step = found[-1] if step is None else step
     if step not in found:
         raise UserError(f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, found))}")
-    with open_checkpoints(workdir, keep=max(len(found), 1)) as checkpoints:
-        leaves = checkpoints.checkpointables_metadata(step).metadata["trainable"]
-        only = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=only), leaves)
-        return checkpoints.load(step, abstract, checkpointable_name="trainable"), step
+    folder = (Path(workdir) / FOLDER / str(step)).absolute()
+    leaves = ocp.checkpointables_metadata(folder).metadata["trainable"]
+    only = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=only), leaves)
+    return ocp.load_checkpointables(folder, {"trainable": abstract})["trainable"], step
 
 
 def save_params(path: str | Path, params: Params) -> None:

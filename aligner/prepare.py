@@ -12,8 +12,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
+from aligner.console import bar
 from aligner.types import Batch
 
 BATCHES_PER_PART = 32
@@ -58,15 +58,15 @@ def compute_columns(
             column[ids] = part[name]
 
     stream, taken = None, 0
-    bar = tqdm(total=count, desc=title, unit="batch", disable=jax.process_index() != 0, leave=False)
+    progress = None
     for start in range(0, count, BATCHES_PER_PART):
         stop = min(start + BATCHES_PER_PART, count)
         path = folder / f"part-{start:06d}-{stop:06d}.npz"
         if path.exists():
             with np.load(path) as part:
                 fill(part)
-            bar.update(stop - start)
             continue
+        progress = bar(count, title, "batch", start, leave=False) if progress is None else progress
         stream = iter(batches()) if stream is None else stream
         for _ in range(taken, start):  # parts found on disk
             next(stream)
@@ -75,7 +75,7 @@ def compute_columns(
             check_stop()
             batch = next(stream)
             results.append({"example_id": batch["example_id"], **prepare(batch)})
-            bar.update()
+            progress.update()
         taken = stop
         part = _gather(results)
         if jax.process_index() == 0:
@@ -84,7 +84,8 @@ def compute_columns(
                 np.savez(file, **part)
             os.replace(temporary, path)
         fill(part)
-    bar.close()
+    if progress is not None:
+        progress.close()
     return columns
 
 

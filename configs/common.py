@@ -1,5 +1,7 @@
 """Every key of a config, with its default and what it means. Experiments start from `base()` and change what they need."""
 
+from collections.abc import Callable, Mapping
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -96,3 +98,10 @@ def base() -> ConfigDict:
     config.seed = 0
     config.setup = ""  # "module:function", called with the config before anything is read; presets make their demo input with it
     return config
+
+
+def apply_preset(config: ConfigDict, preset: str, presets: Mapping[str, Callable[[ConfigDict], ConfigDict]]) -> ConfigDict:
+    """The config changed by the preset named behind the colon of --config, locked."""
+    if preset and preset not in presets:
+        raise ValueError(f"unknown preset {preset!r}; there is {', '.join(presets)}")
+    return (presets[preset](config) if preset else config).lock()

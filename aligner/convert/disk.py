@@ -176,7 +176,7 @@ def _samples(stored: Stored) -> list[Any]:
     if len(stored.shape) == 1:
         return [slice(start, start + 1024) for start in np.linspace(0, stored.shape[0] - 1024, 8).astype(int).tolist()]
     rows = sorted(set(np.linspace(0, stored.shape[0] - 1, 8).astype(int).tolist()))
-    return [(slice(row, row + 1), slice(0, 1024)) for row in rows]
+    return [(slice(row, row + 1), slice(0, min(1024, stored.shape[1]))) for row in rows]
 
 
 def _weight_files(folder: Path, stem: str, suffix: str) -> dict[Path, list[str]]:

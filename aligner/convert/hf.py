@@ -99,7 +99,8 @@ def model_from_folder(folder: str | Path) -> Model:
     config, path = assets.config_dict, assets.folder / "config.json"
     family = config.get("model_type")
     if family not in SUPPORTED:
-        near = sorted(SUPPORTED, key=lambda name: difflib.SequenceMatcher(None, name, str(family)).ratio(), reverse=True)
+        likeness = {name: (difflib.SequenceMatcher(None, name, str(family)).ratio(), str(family).startswith(name)) for name in SUPPORTED}
+        near = sorted(SUPPORTED, key=likeness.get, reverse=True)
         raise UserError(f"{path} has model_type {family!r}, which is not supported; supported, nearest first: {', '.join(near)}.")
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "an unnamed method")
@@ -115,7 +116,12 @@ def model_from_folder(folder: str | Path) -> Model:
 
 
 def load_params(
-    model: Model, checkpoint: Checkpoint, dtype: Any = "float32", shardings: Any = None, progress: bool | None = None
+    model: Model,
+    checkpoint: Checkpoint,
+    dtype: Any = "float32",
+    shardings: Any = None,
+    progress: bool | None = None,
+    only: Callable[[str], bool] | None = None,
 ) -> Params:
     """Read parameters leaf by leaf straight into (sharded) device arrays.
 
@@ -128,6 +134,7 @@ def load_params(
         dtype: dtype of the parameters, None for that on disk, or a function tree path -> one of these.
         shardings: tree of `jax.sharding.Sharding`, or None for the default device.
         progress: show a bar; None only on a terminal.
+        only: tree path -> whether to read that leaf; None reads all.
 
     Returns:
         The parameter tree, nested dicts.
@@ -139,6 +146,7 @@ def load_params(
     entries = table(model.conversion, abstract_params(model))
     stored = match(model, entries, checkpoint)
     _check_tied(model.conversion, checkpoint, stored)
+    entries = [entry for entry in entries if only is None or only(entry.path)]
     dtypes = {entry.path: _leaf_dtype(entry, dtype, checkpoint, stored) for entry in entries}
     places = flatten(shardings) if shardings is not None else {}
 
@@ -148,7 +156,7 @@ def load_params(
     leaves: dict[str, jax.Array] = {}
     before = None
     with ThreadPoolExecutor(_THREADS) as pool:
-        for entry in _bar(entries, "loading", progress):
+        for entry in bar(entries, "loading", progress):
             get = functools.partial(read_leaf, entry, read=read, dtype=dtypes[entry.path], map=pool.map)
             leaf = _place(entry.shape, places.get(entry.path), get)
             jax.block_until_ready(before)
@@ -190,7 +198,7 @@ def save(
     sizes = {name: int(np.prod(parts[0][0].full)) * want[name].itemsize for name, parts in tensors.items()}
 
     def arrays() -> Iterator[tuple[str, np.ndarray]]:
-        for name, parts in _bar(tensors.items(), "writing", progress):
+        for name, parts in bar(tensors.items(), "writing", progress):
             yield name, _cast(name, write_tensor(parts, lambda path, index: _to_host(leaves[path], index)), want[name])
 
     if jax.process_index() == 0:
@@ -220,8 +228,7 @@ def match(model: Model, entries: list[Entry], checkpoint: Checkpoint) -> dict[st
         canonical = canonical_name(conversion, name)
         if canonical not in shapes and canonical not in tied:
             if not is_ignored(conversion, name):
-                near = difflib.get_close_matches(canonical, shapes, n=1, cutoff=0.8) if len(checkpoint.tensors) < 2000 else []
-                problems["left over"][name] = f" (nearest parameter: {near[0]})" if near else ""
+                problems["left over"][name] = ""
         elif canonical in stored:
             problems["stored twice"][name] = f" (also as {stored[canonical]})"
         else:
@@ -242,8 +249,12 @@ def match(model: Model, entries: list[Entry], checkpoint: Checkpoint) -> dict[st
     for name, other in tied.items():
         if name in stored and other in shapes and checkpoint.tensors[stored[name]].shape != shapes[other]:
             problems["of another shape than the embedding it is tied to"][name] = f" ({list(checkpoint.tensors[stored[name]].shape)})"
+    for name in list(problems["left over"])[:99]:
+        if near := difflib.get_close_matches(canonical_name(conversion, name), problems["missing"], n=1, cutoff=0.8):
+            problems["left over"][name] = f" (nearest missing: {near[0]})"
+    problems = {kind: group for kind, group in problems.items() if group}
     if problems:
-        listed = "; ".join(f"{sum(1 for _ in group)} {kind}: {_listed(group)}" for kind, group in sorted(problems.items()))
+        listed = "; ".join(f"{len(group)} {kind}: {_listed(group)}" for kind, group in sorted(problems.items()))
         raise UserError(
             f"the tensors in {checkpoint.folder} do not fit its config.json (model_type {model.family}): {listed}. "
             "Check that both come from the same model."
@@ -430,5 +441,6 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return result if result.get("dtype") or result.get("torch_dtype") else {**result, "torch_dtype": dtype}
 
 
-def _bar(items: Any, what: str, progress: bool | None) -> tqdm:
+def bar(items: Any, what: str, progress: bool | None) -> tqdm:
+    """A progress bar, shown after a second and on a terminal unless told otherwise."""
     return tqdm(items, what, total=len(items), leave=False, delay=1, disable=None if progress is None else not progress)

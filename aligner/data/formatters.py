@@ -243,7 +243,14 @@ def question(row: dict[str, Any]) -> Preference:
 
 @formatter("sharegpt", needs=("conversations", "chosen", "rejected"))
 def sharegpt(row: dict[str, Any]) -> Preference:
-    """ShareGPT pairs: `conversations` is the prompt, `chosen` and `rejected` are one message each; from/value or role/content."""
+    """ShareGPT pairs: `conversations` is the prompt, `chosen` and `rejected` are one message each; from/value or role/content.
+
+    Where the answers are whole conversations, `conversations` is a copy of one of them and they say themselves what the prompt is.
+    """
+    if messages_of(row["chosen"])[0]["role"] != "assistant":
+        return trl(row)
+    if messages_of(row["conversations"])[-1]["role"] == "assistant":
+        raise Bad("unexpected value", "the prompt in `conversations` ends with an answer")
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     prompt = place_images(system + messages_of(row["conversations"]), images_in(row))
     return Preference(prompt, messages_of(row["chosen"]), messages_of(row["rejected"]))

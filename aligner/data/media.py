@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import hashlib
 import io
 import os
@@ -17,7 +18,7 @@ from aligner.data.samples import Bad
 
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # larger ones are decompression bombs, or nothing a vision tower could use
 # Without Pillow's formats that start other programs or render vector graphics.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 _BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")  # JPEG, PNG, GIF, WebP, BMP, TIFF
 
 
@@ -75,7 +76,7 @@ def pixel_values(images: list[Image.Image], image_processor: Any) -> np.ndarray:
 def _opened(reference: Any, folder: str | Path, name: str = "") -> Image.Image:
     name = name or _name(reference)
     try:
-        image = reference if isinstance(reference, Image.Image) else Image.open(io.BytesIO(_data(reference, folder)), formats=FORMATS)
+        image = reference if isinstance(reference, Image.Image) else Image.open(io.BytesIO(_data(reference, folder)), formats=_formats())
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         # Pillow's own message names an object in memory
         detail = "no image format that is known" if isinstance(error, Image.UnidentifiedImageError) else str(error)
@@ -83,6 +84,12 @@ def _opened(reference: Any, folder: str | Path, name: str = "") -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise Bad("unreadable image", f"{name}: {image.width} x {image.height} is more than {MAX_PIXELS} pixels")
     return image
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)  # some builds of Pillow lack a few
 
 
 def _data(reference: Any, folder: str | Path) -> bytes:

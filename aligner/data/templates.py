@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,14 +72,15 @@ def encode_answers(prompt: Any, answers: tuple[Any, ...], assets: Any, media: Me
         ends = [_plain(answer, assets) for answer in answers]
         texts = [start] + [start + end + ("" if end.endswith(tokenizer.eos_token) else tokenizer.eos_token) for end in ends]
         special = True
-    alone, *full = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+    tokenised = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+    alone, *full = (np.array(ids, np.int32) for ids in tokenised)
     shared = min(_common_prefix(alone, ids) for ids in full)
-    head, tails = np.array(alone[:shared], np.int32), tuple(np.array(ids[shared:], np.int32) for ids in full)
+    head, tails = alone[:shared], tuple(ids[shared:] for ids in full)
     if not shared:
         raise Bad("empty prompt", "no token stands before the answers, so their first token cannot be predicted")
     if any(not len(tail) for tail in tails):
         raise Bad("empty answer", "an answer has no tokens")
-    if any(len(tail) == len(tails[0]) and (tail == tails[0]).all() for tail in tails[1:]):
+    if any(np.array_equal(tail, tails[0]) for tail in tails[1:]):
         raise Bad("answers are equal", "the answers have the same tokens")
     return Encoded(_expand(head, tails, images, media), tails, images)
 
@@ -127,8 +127,10 @@ def _plain(text: Any, assets: Any, after_image: str = "") -> str:
     return "".join(image_token(assets) + after_image if part["type"] == "image" else part["text"] for part in parts_of(text))
 
 
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))
+def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    length = min(len(a), len(b))
+    different = a[:length] != b[:length]
+    return int(different.argmax()) if different.any() else length
 
 
 def _expand(prompt: np.ndarray, answers: tuple[np.ndarray, ...], images: tuple[Any, ...], media: Media | None) -> np.ndarray:

@@ -31,7 +31,8 @@ CHAT = user("what is this") + assistant("a cat") + user("and this?")
 TEXT_ROWS = {
     "standard": {"prompt": "The sky is", "chosen": " blue.", "rejected": " green, I think."},
     "standard, merges over the boundary": {"prompt": "what is thi", "chosen": "s house", "rejected": "s picture"},
-    "standard, only one merges": {"prompt": "what is thi", "chosen": "s house", "rejected": "- no"},
+    "standard, only the first merges": {"prompt": "what is thi", "chosen": "s house", "rejected": "- no"},
+    "standard, only the second merges": {"prompt": "what is thi", "chosen": "- no", "rejected": "s house"},
     "standard, EOS there": {"prompt": "a", "chosen": " b</s>", "rejected": " c"},
     "implicit text": {"chosen": "Human: hi\n\nAssistant: I think so", "rejected": "Human: hi\n\nAssistant: I do not"},
     "conversation": {"prompt": CHAT, "chosen": assistant("a dog"), "rejected": assistant("a dog and a cat")},

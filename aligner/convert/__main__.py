@@ -1,0 +1,103 @@
+"""Convert checkpoints from the command line: `python -m aligner.convert {to-hf,from-hf,verify} --help`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from aligner.types import UserError
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    about = "Convert between Hugging Face checkpoint folders and aligner's own checkpoints."
+    top = argparse.ArgumentParser("python -m aligner.convert", description=about)
+    commands = top.add_subparsers(dest="command", required=True)
+
+    to_hf = commands.add_parser("to-hf", help="write a run's checkpoint as a Hugging Face folder")
+    to_hf.add_argument("--workdir", required=True, help="working directory of the run, such as runs/quickstart")
+    to_hf.add_argument("--out", required=True, help="folder to write: new, empty, or a former export, which is replaced")
+    to_hf.add_argument("--step", type=int, help="step of the checkpoint; the newest when left out")
+    to_hf.add_argument("--dtype", choices=_DTYPES, help="dtype of the tensors; that of the model the run started from when left out")
+    to_hf.add_argument("--max-shard-size", default="5GB", help="most bytes of a file, such as 500MB (default: %(default)s)")
+    to_hf.set_defaults(run=run_to_hf)
+
+    from_hf = commands.add_parser("from-hf", help="write a Hugging Face checkpoint as an Orbax checkpoint of our parameter tree")
+    from_hf.add_argument("--model", required=True, help="local folder or Hub id")
+    from_hf.add_argument("--out", required=True, help="folder to write; its assets/ receives config, tokenizer and processor")
+    from_hf.add_argument("--dtype", choices=_DTYPES, help="dtype of the parameters; that on disk when left out")
+    from_hf.add_argument("--revision", help="Hub revision")
+    from_hf.set_defaults(run=run_from_hf)
+
+    verify = commands.add_parser("verify", help="read a checkpoint, write it again, compare every tensor byte for byte")
+    verify.add_argument("--model", required=True, help="local folder or Hub id")
+    verify.add_argument("--dry-run", action="store_true", help="check names, shapes and dtypes by the files' headers alone")
+    verify.add_argument("--scratch", help="where the copy is written meanwhile (default: the system's temporary folder)")
+    verify.set_defaults(run=run_verify)
+    return top
+
+
+def run_to_hf(args: argparse.Namespace) -> int:
+    from aligner.checkpoint import restore_params
+    from aligner.convert.hf import save
+
+    model, params, step = restore_params(args.workdir, args.step)
+    save(model, params, args.out, dtype=args.dtype, max_shard_size=args.max_shard_size)
+    print(f"step {step} of {args.workdir} written to {args.out} in {args.dtype or model.source_dtype}")
+    return 0
+
+
+def run_from_hf(args: argparse.Namespace) -> int:
+    from aligner.checkpoint import save_params
+    from aligner.convert.hf import load_params, open_model
+
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty; choose another folder or remove it.")
+    model, checkpoint = open_model(args.model, args.revision)
+    if (args.dtype or model.source_dtype) == "float64":
+        _enable_x64()
+    params = load_params(model, checkpoint, args.dtype)
+    save_params(out, params)
+    model.assets.copy_to(out / "assets")
+    print(f"{args.model} written to {out} in {args.dtype or model.source_dtype}")
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    from aligner.convert.verify import verify
+
+    _enable_x64()  # so that a float64 checkpoint survives too; arrays keep the dtype that they are made with
+    report = verify(args.model, args.dry_run, args.scratch)
+    print(report)
+    if report.different:
+        print(f"DIFFERENT after reading and writing: {len(report.different)}", *report.different, sep="\n  ")
+        return 1
+    if args.dry_run:
+        print("headers fit the config: names, shapes and dtypes are right; no tensor was read")
+    else:
+        print(f"written again: all tensors are byte-identical, and so are {report.companions} companion files")
+    return 0
+
+
+def _enable_x64() -> None:
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0 done, 1 verify found a difference, 2 bad input."""
+    args = parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

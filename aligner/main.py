@@ -1,0 +1,83 @@
+"""Train a model as a config file says.
+
+    python -m aligner.main --config configs/dpo_llava.py:tiny --workdir runs/quickstart
+    python -m aligner.main --config configs/dpo_llava.py --workdir runs/dpo \\
+        --config.model.path=DIR --config.data.train.path=rows.jsonl --config.data.train.image_folder=DIR
+
+Every setting of the config can be overridden, --config.section.key=value; configs/common.py explains each. The same command again
+goes on where the run stopped.
+"""
+
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from aligner.types import UserError
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :ARGUMENT if it takes one.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps all that it makes.")
+
+
+def start_jax() -> None:
+    """Compile cache on, and all processes joined where a launcher started several."""
+    import jax
+
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "aligner" / "jax"))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    several = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES")
+    if any(name in os.environ for name in several) or int(os.environ.get("SLURM_NTASKS", "1")) > 1 or "TPU_WORKER_HOSTNAMES" in os.environ:
+        jax.distributed.initialize()
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}; settings are given as --config.section.key=value")
+    if CONFIG.value is None or WORKDIR.value is None:
+        missing = "--config" if CONFIG.value is None else "--workdir"
+        example = "python -m aligner.main --config configs/dpo_llava.py:tiny --workdir runs/quickstart"
+        raise UserError(f"{missing} is missing; for example: {example}")
+    start_jax()
+    from aligner.console import Stopped
+    from aligner.run import run  # after the flags, so that a typo is told at once
+
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells a dozen lines for every save
+    try:
+        run(CONFIG.value, WORKDIR.value)
+    except Stopped as stopped:
+        print(f"stopped; the same command goes on from here: {WORKDIR.value}", file=sys.stderr)
+        return 130 if stopped.args[0] == signal.SIGINT else 0
+    return 0
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Flags, with one sentence for what is wrong with them."""
+    for path in re.findall(r"--?config[= ]([^\s:]+)", " ".join(argv)):
+        if not Path(path).is_file():
+            others = sorted(str(file) for file in Path("configs").glob("*.py") if file.stem not in ("__init__", "common"))
+            raise UserError(f"--config {path} does not exist; there is {', '.join(others) or 'no folder configs here'}")
+    try:
+        return flags.FLAGS(argv)
+    except Exception as error:  # absl, ml_collections and the config file itself each raise their own
+        told = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
+        if meant := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', told):
+            told = f"the config has no key {meant[2]!r}; did you mean {meant[1]!r}?"
+        raise UserError(f"bad command line: {told}") from None
+
+
+def cli() -> None:
+    try:
+        app.run(main, flags_parser=parse)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,333 @@
+"""A run, read top to bottom: mesh, data, model, state, resume, prepare, step, evaluate, save, preempt."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from aligner import algorithms, checkpoint, convert, lora, metrics, optim, sharding, state, workdir
+from aligner.console import Stopped, catch_signals, progress, say, short, tracing
+from aligner.data import loader
+from aligner.likelihood import cast
+from aligner.prepare import compute_columns, fingerprint
+from aligner.train_step import jit, make_eval_step, make_train_step
+from aligner.types import Algorithm, Model, Params, UserError
+
+
+def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
+    """Train as the config says, in a working directory; the same call goes on where an earlier one stopped.
+
+    Args:
+        config: see configs/common.py.
+        directory: the workdir: config.json, assets/, reference/, metrics.jsonl, checkpoints/<step>/, curves.png, export/.
+
+    Returns:
+        The last evaluation's metrics, empty without an evaluation set.
+
+    Raises:
+        UserError: bad input, before any memory is allocated for the model.
+        Stopped: asked to stop; the state is saved.
+    """
+    started = time.monotonic()
+    config = workdir.resolve(config, directory)
+    mesh = sharding.make_mesh(config.mesh)
+    check_config(config, mesh)
+    notes = workdir.enter(config, directory)
+    if config.setup:
+        call_setup(config)
+    for note in notes:
+        say(f"goes on with a different setting: {note}")
+
+    # What is trained and on what: by headers and rows, no weights yet.
+    model, disk = convert.open_model(config.model.path, config.model.revision)
+    algorithm = algorithms.make(config, model)
+    abstract = convert.abstract_params(model)
+    trained, _ = lora.split(abstract, config.optim.freeze)
+    train = loader.load_dataset(config, "train", model, cache_dir=Path(directory) / "data")
+    evaluation = loader.load_dataset(config, "eval", model, cache_dir=Path(directory) / "data") if config.data.eval.path else None
+    for dataset in filter(None, (train, evaluation)):
+        say(*dataset.report)
+    steps = config.train.steps if config.train.steps is not None else max(1, int(config.train.epochs * train.size / config.data.batch_size))
+    schedule = optim.make_schedule(config.optim, steps)
+    optimizer = optim.make_optimizer(config.optim, schedule, model.trained_layers)
+    workdir.check_fingerprint(directory, convert.fingerprint(disk), config.model.path)
+    if jax.process_index() == 0:
+        model.assets.copy_to(Path(directory) / workdir.ASSETS)
+    count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))
+    count_trained = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
+    say(f"{model.family} with {count / 1e6:,.1f} M parameters, {count_trained / 1e6:,.1f} M train; {steps} steps of "
+        f"{config.data.batch_size} examples on {mesh.size} {jax.devices()[0].platform} device{'s' * (mesh.size > 1)}")  # fmt: skip
+
+    with jax.set_mesh(mesh), catch_signals() as check_stop, checkpoint.open_checkpoints(directory, config.checkpoint.keep) as checkpoints:
+        params = load(config, model, disk, mesh, trained)
+        reference = load_reference(config, model, params, mesh, trained)
+        columns = {
+            dataset.name: prepare_columns(config, directory, algorithm, reference, dataset, disk, mesh, check_stop)
+            for dataset in filter(None, (train, evaluation))
+        }
+        trainable, base = lora.split(params, config.optim.freeze)
+        fixed = {"base": base} | ({"reference": reference} if config.reference.kind == "copy" else {})
+        del params, reference
+        train_state = state.create(trainable, optimizer, algorithm.carry, config.seed, mesh)
+        del trainable
+        batches = loader.batches(
+            train, config.data.batch_size, seed=config.seed, shuffle=config.data.shuffle, rows=local_rows(mesh, config.data.batch_size)
+        )
+        counted = 0
+        restored = checkpoint.restore(checkpoints, state.abstract(train_state))
+        if restored:
+            train_state, kept = restored
+            batches.set_state(kept["data"])
+            counted = kept["num_tokens"]
+            say(f"goes on from step {int(train_state.step)}")
+
+        step_function = make_train_step(
+            algorithm,
+            optimizer,
+            dtype=config.model.dtype,
+            schedule=schedule,
+            accumulate=config.train.accumulate,
+            max_grad_norm=config.optim.max_grad_norm,
+        )
+        layout = jax.tree.map(lambda leaf: leaf.sharding, train_state)
+        train_step = jit(step_function, donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh)))
+        eval_step = jit(make_eval_step(algorithm, dtype=config.model.dtype), out_shardings=sharding.replicated(mesh))
+
+        def evaluate() -> dict[str, float]:
+            if evaluation is None:
+                return {}
+            rows = local_rows(mesh, config.data.batch_size)
+            total = None
+            for batch in loader.eval_batches(evaluation, config.data.batch_size, rows=rows):
+                check_stop()
+                found = eval_step(train_state.trainable, train_state.carry, fixed, put(batch, columns[evaluation.name], mesh))
+                total = found if total is None else metrics.merge(total, found)
+            values = metrics.values(total)
+            values["loss"] = sum(values.pop(name) for name in [*values] if name.startswith("loss/"))
+            return values
+
+        step = int(train_state.step)
+        with (
+            metrics.open_log(directory, step, config.log.tensorboard, config.log.wandb, config.to_dict()) as write,
+            progress(step, steps) as bar,
+            tracing(config.profile, directory) as trace,
+        ):
+            pending: tuple[int, dict] | None = None
+            last: dict[str, float] = {}
+            data_state: dict[str, Any] = batches.get_state()
+            clock, first = time.monotonic(), True
+
+            def report() -> None:
+                """Read the metrics of the step before: the device is busy with the next one meanwhile."""
+                nonlocal counted, clock
+                number, found = pending
+                ids = np.asarray(found.pop("example_ids").value)
+                values = metrics.values(found)
+                counted += int(values["num_tokens"])
+                check_finite(number, values, ids, config.train.max_nonfinite)
+                now = time.monotonic()
+                bar(number, values, values["num_tokens"] / (now - clock))
+                clock = now
+                if number % config.log.every == 0 or number == steps or number == 1:
+                    write(number, "train", values | {"num_tokens": counted, "example_ids_hash": ids_hash(ids)})
+
+            def save() -> None:
+                checkpoint.save(checkpoints, train_state, {"data": data_state, "num_tokens": counted})
+
+            try:
+                while step < steps:
+                    batch = put(next(batches), columns[train.name], mesh)
+                    data_state = batches.get_state()
+                    trace(step)
+                    train_state, found = train_step(train_state, fixed, batch)
+                    if pending:
+                        report()
+                    pending, step = (step + 1, found), step + 1
+                    if first:
+                        jax.block_until_ready(found)
+                        say(f"first step {time.monotonic() - started:.1f} s after the start, compilation included")
+                        clock, first = time.monotonic(), False
+                    saves = step % config.checkpoint.every == 0 or step == steps
+                    every = config.train.eval_every
+                    evaluates = evaluation is not None and (step == steps or (bool(every) and step % every == 0))
+                    if saves or evaluates:
+                        report()
+                        pending = None
+                    if saves:
+                        save()
+                    if evaluates:
+                        last = evaluate()
+                        write(step, "eval", last)
+                        say(f"step {step}: held-out " + short(last))
+                        clock = time.monotonic()
+                    check_stop()
+            except Stopped:
+                if pending:
+                    report()
+                if step not in checkpoint.steps(directory):
+                    save()
+                metrics.draw_curves(directory)
+                raise
+        if step >= steps and not last and evaluation is not None:
+            last = last_eval(directory)
+    recompiled = train_step._cache_size() - 1
+    if recompiled > 0:
+        say(f"the step was compiled {recompiled + 1} times: the shapes of batches changed")
+    finish(config, directory, steps, last, time.monotonic() - started)
+    return last
+
+
+def check_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """What can be known to be wrong from the config alone."""
+    if not config.model.path:
+        raise UserError("config.model.path is empty: give a checkpoint folder or Hub id, --config.model.path=DIR")
+    if not config.data.train.path:
+        raise UserError("config.data.train.path is empty: give a file, folder or Hub dataset, --config.data.train.path=rows.jsonl")
+    kinds = ("precomputed", "copy")
+    if config.reference.kind not in kinds:
+        raise UserError(f"config.reference.kind is {config.reference.kind!r}; it must be one of {', '.join(kinds)}")
+    for key in ("dtype", "param_dtype"):
+        if config.model[key] not in ("float32", "bfloat16", "float64"):
+            raise UserError(f"config.model.{key} is {config.model[key]!r}; it must be float32, bfloat16 or float64")
+    counts = ("data.batch_size", "train.accumulate", "checkpoint.every", "checkpoint.keep", "log.every")
+    values = workdir.flat(config.to_dict())
+    for key in counts:
+        if values[key] < 1:
+            raise UserError(f"config.{key} is {values[key]}; it must be at least 1")
+    if config.train.steps is not None and config.train.steps < 1:
+        raise UserError(f"config.train.steps is {config.train.steps}; it must be at least 1")
+    for pattern in (*config.optim.freeze, *(group[0] for group in config.optim.groups)):
+        if not isinstance(pattern, str):
+            raise UserError(f"config.optim.freeze and the first of each config.optim.groups are regexes on tree paths, not {pattern!r}")
+    from aligner.models.layers import REMAT
+
+    if config.train.remat not in REMAT:
+        raise UserError(f"config.train.remat is {config.train.remat!r}; it must be one of {', '.join(REMAT)}")
+    size, parts, accumulate = config.data.batch_size, sharding.batch_parts(mesh), config.train.accumulate
+    if size % (parts * accumulate):
+        raise UserError(
+            f"config.data.batch_size {size} cannot be divided: config.train.accumulate={accumulate} micro-batches over {parts} parts of "
+            f"the mesh (data x fsdp) need a multiple of {parts * accumulate}"
+        )
+
+
+def call_setup(config: ConfigDict) -> None:
+    """Call `config.setup`, "module:function"; presets make their demo input with it. Only process 0 does, the others wait."""
+    import importlib
+
+    from jax.experimental import multihost_utils
+
+    module, _, name = config.setup.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"config.setup {config.setup!r} cannot be imported ({error}); run from the root of the repository") from None
+    if jax.process_index() == 0:
+        function(config)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("setup")
+
+
+def load(config: ConfigDict, model: Model, disk: Any, mesh: jax.sharding.Mesh, trained: Params) -> Params:
+    """The parameters over the mesh: what trains in `param_dtype`, the frozen rest in `dtype`."""
+    names = sharding.tree_paths(trained).keys()
+    shardings = sharding.param_shardings(convert.abstract_params(model), model.sharding_rules, mesh)
+    return convert.load_params(model, disk, lambda path: config.model.param_dtype if path in names else config.model.dtype, shardings)
+
+
+def load_reference(config: ConfigDict, model: Model, params: Params, mesh: jax.sharding.Mesh, trained: Params) -> Params:
+    """The reference in the dtype of the computation: the policy as loaded, or another checkpoint of the same family."""
+    if config.reference.model:
+        other, disk = convert.open_model(config.reference.model)
+        if other.config != model.config:
+            raise UserError(f"config.reference.model {config.reference.model} is not of the same shape as {config.model.path}")
+        params = load(config, other, disk, mesh, trained)
+    same = jax.tree.map(lambda leaf: leaf.sharding, params)
+    return jit(lambda tree: jax.tree.map(jnp.copy, cast(tree, config.model.dtype)), out_shardings=same)(params)
+
+
+def prepare_columns(
+    config: ConfigDict, directory: str | Path, algorithm: Algorithm, reference: Params, dataset: Any, disk: Any, mesh, check_stop
+) -> dict[str, np.ndarray]:
+    """The columns that the algorithm computes once per example, from disk where they are already there."""
+    if algorithm.prepare is None:
+        return {}
+    weights = convert.fingerprint(convert.open_model(config.reference.model)[1] if config.reference.model else disk)
+    size = config.data.batch_size
+    key = fingerprint(weights=weights, rows=dataset.fingerprint, dtype=config.model.dtype, columns=algorithm.columns, batch_size=size,
+                      shape=dataset.shape, shared_prompt=config.data.shared_prompt)  # fmt: skip
+    folder = Path(config.reference.cache or Path(directory) / "reference") / f"{dataset.name.split('.')[-1]}-{key}"
+    prepare = jit(algorithm.prepare, out_shardings=sharding.replicated(mesh))
+    replicate = jit(lambda x: x, out_shardings=sharding.replicated(mesh))
+
+    def one(batch):
+        placed = put(batch, {}, mesh)
+        return {"example_id": replicate(placed["example_id"])} | dict(prepare(reference, placed))
+
+    rows = local_rows(mesh, size)
+    batches = lambda: loader.eval_batches(dataset, size, rows=rows)
+    return compute_columns(one, batches, -(-dataset.size // size), dataset.rows_total, folder, f"reference, {dataset.name}", check_stop)
+
+
+def local_rows(mesh: jax.sharding.Mesh, size: int) -> np.ndarray:
+    """Which rows of the global batch this process's devices hold."""
+    places = sharding.batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([np.arange(size)[index] for index in places]))
+
+
+def put(batch: Mapping[str, np.ndarray], columns: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """This process's rows, with the columns computed for them, as a part of the global batch."""
+    rows = sharding.batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(rows, array) for name, array in loader.attach(batch, columns).items()}
+
+
+def ids_hash(ids: np.ndarray) -> str:
+    """A short name for which examples a batch held, in their order."""
+    return hashlib.sha256(np.ascontiguousarray(ids, np.int64).tobytes()).hexdigest()[:16]
+
+
+def check_finite(step: int, values: Mapping[str, float], ids: np.ndarray, limit: int) -> None:
+    """Say which examples gave a loss or gradient that is not finite; raise after `limit` such steps in a row."""
+    in_a_row = int(values["nonfinite"])
+    if not in_a_row:
+        return
+    rows = ", ".join(map(str, ids[ids >= 0][:32]))
+    say(f"step {step} skipped: loss {values['loss']}, gradient norm {values['grad_norm']}; rows {rows}")
+    if in_a_row >= limit:
+        raise UserError(
+            f"loss or gradient was not finite in {in_a_row} steps in a row, the last one step {step} with rows {rows}; "
+            "a lower config.optim.learning_rate or config.model.dtype=float32 may help"
+        )
+
+
+def last_eval(directory: str | Path) -> dict[str, float]:
+    """The newest evaluation in metrics.jsonl."""
+    found: Iterable[dict] = (record for record in reversed(metrics.read(directory)) if record["split"] == "eval")
+    return {k: v for k, v in next(iter(found), {}).items() if k not in ("step", "split")}
+
+
+def finish(config: ConfigDict, directory: str | Path, steps: int, last: Mapping[str, float], seconds: float) -> None:
+    """Export, curves, and where everything is."""
+    directory = Path(directory)
+    lines = [f"done: {steps} steps, {seconds:.0f} s" + (f"; held-out {short(last)}" if last else "")]
+    lines.append(f"  metrics     {directory / metrics.JSONL}")
+    curves = metrics.draw_curves(directory)
+    if curves:
+        lines.append(f"  curves      {curves}")
+    lines.append(f"  checkpoint  {directory / checkpoint.FOLDER / str(steps)}")
+    if config.checkpoint.export:
+        if jax.process_count() == 1:
+            model, params, _ = workdir.restore_params(directory)
+            convert.save(model, params, directory / "export")
+        lines.append(f"  export      {directory / 'export'}  (Hugging Face layout)")
+    else:
+        lines.append(f"  export it   python -m aligner.convert to-hf --workdir {directory} --out DIR")
+    say(*lines)

@@ -1,0 +1,118 @@
+"""What a working directory is: the resolved config, the model's companion files, and the run that may go on in it."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from aligner.types import Model, Params, UserError
+
+CONFIG = "config.json"
+ASSETS = "assets"
+
+# On a restart these may differ from what the workdir was started with; they are reported. Anything else is another run.
+MAY_DIFFER = ("mesh", "train.steps", "train.eval_every", "checkpoint", "log", "profile", "data.workers")
+
+
+def resolve(config: ConfigDict, workdir: str | Path) -> ConfigDict:
+    """A copy of the config in which "{workdir}" is the working directory."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, str):
+            return value.replace("{workdir}", str(workdir))
+        return {key: one(child) for key, child in value.items()} if isinstance(value, Mapping) else value
+
+    resolved = config.copy_and_resolve_references()
+    resolved.update(one(resolved.to_dict()))
+    return resolved
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"section.key": value} of a nested config."""
+    result = {}
+    for key, value in config.items():
+        result.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value})
+    return result
+
+
+def enter(config: ConfigDict, workdir: str | Path) -> list[str]:
+    """Make the workdir this config's, or check that it already is.
+
+    Returns:
+        Lines about settings that differ from the run before and may.
+
+    Raises:
+        UserError: the workdir belongs to a run whose config differs in what may not differ.
+    """
+    path = Path(workdir) / CONFIG
+    text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
+    notes = []
+    if path.exists():
+        before, now = flat(read_config(workdir)), flat(json.loads(text))
+        changed = {key: (before.get(key), now.get(key)) for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
+        refused = sorted(key for key in changed if not any(key == free or key.startswith(free + ".") for free in MAY_DIFFER))
+        if refused:
+            what = "; ".join(f"config.{key} was {changed[key][0]!r} and is {changed[key][1]!r}" for key in refused)
+            raise UserError(f"{workdir} belongs to a run with another config: {what}. Use another --workdir, or the settings of that run")
+        notes = [f"config.{key} was {changed[key][0]!r} and is now {changed[key][1]!r}" for key in sorted(changed)]
+    if jax.process_index() == 0:
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(text + "\n")
+        os.replace(temporary, path)
+    return notes
+
+
+def read_config(workdir: str | Path) -> dict[str, Any]:
+    """The resolved config that a workdir was started with."""
+    path = Path(workdir) / CONFIG
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{workdir} is not a working directory of a run: it has no {CONFIG}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def restore_params(workdir: str | Path, step: int | None = None) -> tuple[Model, Params, int]:
+    """The model of a run with its trained parameters, on this machine's first device; frozen ones are read again from `model.path`.
+
+    Args:
+        workdir: of the run.
+        step: which checkpoint; default: the newest.
+
+    Returns:
+        (model, params, step).
+    """
+    from aligner import checkpoint, convert
+    from aligner.convert.tables import flatten, unflatten
+
+    config = read_config(workdir)
+    model = convert.model_from_folder(Path(workdir) / ASSETS)
+    trainable, step = checkpoint.restore_trainable(workdir, step)
+    leaves = flatten(trainable)
+    missing = flatten(convert.abstract_params(model)).keys() - leaves.keys()
+    if missing:
+        source, disk = convert.open_model(config["model"]["path"], config["model"]["revision"])
+        check_fingerprint(workdir, convert.fingerprint(disk), config["model"]["path"])
+        frozen = convert.load_params(source, disk, dtype=config["model"]["dtype"], only=missing.__contains__)
+        leaves |= flatten(frozen)
+    return model, unflatten(leaves), step
+
+
+def check_fingerprint(workdir: str | Path, found: str, path: str) -> None:
+    """The weights a run started from are recorded once, and must be the same ever after.
+
+    Raises:
+        UserError: they changed.
+    """
+    record = Path(workdir) / "source.json"
+    if record.exists():
+        if json.loads(record.read_text())["fingerprint"] != found:
+            raise UserError(f"the weights in {path} are not the ones that the run in {workdir} started from")
+    elif jax.process_index() == 0:
+        record.write_text(json.dumps({"path": str(path), "fingerprint": found}) + "\n")

@@ -1,0 +1,158 @@
+"""Rows of real datasets' shapes become the samples they mean."""
+
+import pytest
+
+from aligner.data.formatters import find_formatter, place_images, question, split_prompt
+from aligner.data.samples import Bad, Preference, Ranked, as_preference
+from aligner.types import UserError
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def image(reference):
+    return {"type": "image", "image": reference}
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+def formatted(row, name="auto"):
+    return find_formatter(name, list(row), "data.train")[1](row)
+
+
+def test_trl_strings_stay_plain_text():
+    assert formatted({"prompt": "a", "chosen": "b", "rejected": "c"}) == Preference("a", "b", "c")
+
+
+def test_trl_messages_and_mixed_forms():
+    row = {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
+    assert formatted(row) == Preference([user("q")], [assistant("a")], [assistant("b")])
+    assert formatted(row | {"chosen": "a", "rejected": "b"}) == formatted(row)
+    assert formatted(row | {"prompt": "q"}) == formatted(row)
+
+
+def test_implicit_prompt_is_the_shared_start():
+    row = {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]}
+    assert formatted(row) == Preference([user("q")], [assistant("a")], [assistant("b")])
+    # UltraFeedback: a string prompt beside whole conversations
+    assert formatted({"prompt": "q"} | row) == formatted(row)
+    assert split_prompt("Q: x A: yes", "Q: x A: no") == ("Q: x A:", " yes", " no")
+    assert split_prompt("ab", "abc") == ("a", "b", "bc")
+    with pytest.raises(Bad, match="empty answer"):
+        split_prompt("", "a")
+
+
+def test_images_go_where_the_text_marks_them_else_to_the_front():
+    row = {"prompt": [user("q"), assistant("a"), user("r")], "chosen": [assistant("x")], "rejected": [assistant("y")]}
+    assert formatted(row | {"images": ["1.png", "2.png"]}).prompt[0] == user([image("1.png"), image("2.png"), text("q")])
+    marked = row | {"prompt": [user("<image>\nq"), assistant("a"), user("r <image> s")], "images": ["1.png", "2.png"]}
+    prompt = formatted(marked).prompt
+    assert prompt[0] == user([image("1.png"), text("q")])
+    assert prompt[2] == user([text("r "), image("2.png"), text(" s")])
+    filled = [user([text("q"), {"type": "image", "text": None}])]  # Parquet writes None for missing keys
+    assert formatted(row | {"prompt": filled, "image": "1.png"}).prompt == [user([text("q"), image("1.png")])]
+    assert marked["prompt"][0] == user("<image>\nq"), "rows are not changed in place"
+
+
+def test_marks_and_images_must_agree_in_number():
+    for content, images in [("<image> <image> q", ["1.png"]), ([{"type": "image"}, text("q")], []), ("<image>", ["1", "2"])]:
+        with pytest.raises(Bad) as caught:
+            place_images([user(content)], images)
+        assert caught.value.reason == "image placeholders"
+
+
+def test_plain_prompt_with_an_image():
+    row = {"prompt": "what?", "chosen": "a", "rejected": "b", "images": ["1.png"]}
+    assert formatted(row) == Preference([user([image("1.png"), text("what?")])], [assistant("a")], [assistant("b")])
+    rendered = formatted(row | {"prompt": "USER: <image>\nwhat? ASSISTANT:"})
+    assert rendered == Preference([text("USER: "), image("1.png"), text("what? ASSISTANT:")], "a", "b")
+
+
+def test_rlaif_v_is_preferred_over_trl_by_its_columns():
+    row = {"image": {"bytes": b"x", "path": None}, "question": "q", "chosen": "a", "rejected": "b", "ds_name": "c"}
+    assert find_formatter("auto", list(row), "data.train")[0] == "rlaif_v"
+    assert formatted(row) == Preference([user([image(row["image"]), text("q")])], [assistant("a")], [assistant("b")])
+    with_system = question({"system": "s", "question": "q", "chosen": "a", "rejected": "b"})
+    assert with_system.prompt == [{"role": "system", "content": "s"}, user("q")]
+
+
+def test_llava_ranked_list():
+    turns = [{"from": "human", "value": "what?\n<image>"}, {"from": "gpt", "value": ["best", "middle", "worst"]}]
+    sample = formatted({"id": "1", "image": "1.jpg", "conversations": turns})
+    assert isinstance(sample, Ranked) and len(sample.completions) == 3
+    assert sample.prompt == [user([text("what?"), image("1.jpg")])]
+    assert as_preference(sample) == Preference(sample.prompt, [assistant("best")], [assistant("worst")])
+    with pytest.raises(Bad, match="no ranked answers"):
+        formatted({"conversations": [turns[0], {"from": "gpt", "value": "one"}]})
+
+
+def test_sharegpt_pair():
+    row = {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}]}
+    row |= {"chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}}
+    expected = [{"role": "system", "content": "s"}, user("q")]
+    assert formatted(row) == Preference(expected, [assistant("a")], [assistant("b")])
+
+
+def test_conversations_beside_whole_answers_are_no_prompt():
+    """AutoAlign writes the chosen conversation a second time; taken for the prompt, it would show the model its answer."""
+    human, a, b = ({"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}, {"from": "gpt", "value": "b"})
+    row = {"prompt": "q", "conversations": [human, a], "chosen": [human, a], "rejected": [human, b]}
+    assert formatted(row) == Preference([user("q")], [assistant("a")], [assistant("b")])
+    with pytest.raises(Bad, match="ends with an answer"):
+        formatted({"conversations": [human, a], "chosen": a, "rejected": b})
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "q", "chosen": None, "rejected": "b"}, "missing column"),
+        ({"prompt": "q", "chosen": "a"}, "missing column"),
+        ({"prompt": [{"role": "wizard", "content": "q"}], "chosen": "a", "rejected": "b"}, "unknown role"),
+        ({"prompt": [user([{"type": "video", "video": "v"}])], "chosen": "a", "rejected": "b"}, "unknown content"),
+        ({"prompt": 3, "chosen": ["a"], "rejected": ["b"]}, "unexpected value"),
+    ],
+)
+def test_odd_rows_become_counted_reasons(row, reason):
+    with pytest.raises(Bad) as caught:
+        find_formatter("trl", ["prompt", "chosen", "rejected"], "data.train")[1](row)
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("pair", "reason"),
+    [
+        (Preference("q", "a", "a"), "answers are equal"),
+        (Preference("q", [assistant(" \n")], [assistant("a")]), "empty answer"),
+        ("a string", "not a pair"),
+    ],
+)
+def test_what_is_no_pair(pair, reason):
+    with pytest.raises(Bad) as caught:
+        as_preference(pair)
+    assert caught.value.reason == reason
+
+
+def test_missing_columns_name_what_is_found_and_needed():
+    with pytest.raises(UserError, match=r"columns query, good, bad; .*needs.*chosen, rejected.*package.module:function"):
+        find_formatter("auto", ["query", "good", "bad"], "data.train")
+    with pytest.raises(UserError, match=r"columns prompt; 'rlaif_v' needs image, question, chosen, rejected"):
+        find_formatter("rlaif_v", ["prompt"], "data.train")
+    with pytest.raises(UserError, match="no 'sharegtp'; did you mean 'sharegpt'"):
+        find_formatter("sharegtp", ["prompt"], "data.train")
+
+
+def by_hand(row):
+    return Preference(row["a"], row["b"], row["c"])
+
+
+def test_a_function_of_ones_own():
+    assert find_formatter(f"{__name__}:by_hand", ["a"], "data.train")[1]({"a": "q", "b": "x", "c": "y"}) == Preference("q", "x", "y")
+    with pytest.raises(UserError, match="cannot be imported"):
+        find_formatter(f"{__name__}:nothing", ["a"], "data.train")

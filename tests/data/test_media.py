@@ -1,0 +1,106 @@
+"""Images of every kind open as RGB; those that may not or cannot be read say so."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from aligner.data import media
+from aligner.data.samples import Bad
+from tests.data import tiny
+
+
+def encoded(image, form="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def noise(size=(7, 5), seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))
+
+
+def same(a, b):
+    return a.mode == b.mode == "RGB" and np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_every_kind_of_reference(tmp_path):
+    image = noise()
+    data = encoded(image)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.png").write_bytes(data)
+    plain = base64.b64encode(data).decode()
+    absolute = str(tmp_path / "sub" / "a.png")
+    for reference in [
+        "sub/a.png", absolute, image, data, {"bytes": data, "path": None}, {"bytes": None, "path": "sub/a.png"}, plain,
+        f"data:image/png;base64,{plain}",
+    ]:  # fmt: skip
+        assert same(media.open_image(reference, tmp_path), image)
+        assert len(media.check_image(reference, tmp_path)) == 32
+
+
+def test_modes_and_orientation(tmp_path):
+    grey16 = Image.fromarray((np.arange(12, dtype=np.uint16) * 5000).reshape(3, 4))
+    seen = np.asarray(media.open_image(encoded(grey16), tmp_path))[..., 0]
+    assert np.abs(seen - np.arange(12).reshape(3, 4) * 5000 / 257).max() <= 1, "16 bits are scaled, not clipped"
+    for mode in ("RGBA", "P", "L", "LA", "1"):
+        assert media.open_image(encoded(noise().convert(mode)), tmp_path).mode == "RGB"
+    assert media.open_image(encoded(noise().convert("CMYK"), "JPEG"), tmp_path).mode == "RGB"
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    assert media.open_image(encoded(noise((7, 5)), "JPEG", exif=turned), tmp_path).size == (5, 7)
+
+
+@pytest.mark.parametrize(
+    ("reference", "reason", "detail"),
+    [
+        ("missing.png", "unreadable image", "does not exist"),
+        ("../secret.png", "image outside of the folder", "leaves"),
+        ("/etc/hostname", "image outside of the folder", "leaves"),
+        ("https://example.org/a.png", "image is a URL", "not fetched"),
+        ("text.png", "unreadable image", "no image format"),
+        ("cut.png", "unreadable image", "cut.png"),
+        ("cut.jpg", "unreadable image", "cut.jpg"),
+        ("data:image/png;base64,@@", "unreadable image", "base64"),
+        (b"", "unreadable image", ""),
+        ({"bytes": None, "path": None}, "unreadable image", "no image"),
+        (7, "unreadable image", "int"),
+        ("vector.eps", "unreadable image", "no image format"),
+    ],
+)
+def test_what_cannot_be_read(tmp_path, reference, reason, detail):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (tmp_path / "secret.png").write_bytes(encoded(noise()))
+    (folder / "text.png").write_text("hello")
+    (folder / "cut.png").write_bytes(encoded(noise((64, 64)))[:2000])
+    (folder / "cut.jpg").write_bytes(encoded(noise((64, 64)), "JPEG")[:800])
+    (folder / "vector.eps").write_bytes(encoded(noise(), "EPS"))
+    for read in (media.open_image, media.check_image):
+        with pytest.raises(Bad) as caught:
+            read(reference, folder)
+        assert caught.value.reason == reason and detail in caught.value.detail
+
+
+def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(media, "MAX_PIXELS", 30)
+    with pytest.raises(Bad, match="more than 30 pixels"):
+        media.open_image(encoded(noise()), tmp_path)
+
+
+def test_links_inside_the_folder_are_the_users_own(tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "a.png").write_bytes(encoded(noise()))
+    (tmp_path / "images").symlink_to(tmp_path / "store")
+    assert same(media.open_image("a.png", tmp_path / "images"), noise())
+    assert same(media.open_image(str(tmp_path / "store" / "a.png"), tmp_path / "images"), noise())
+
+
+def test_pixels_are_the_processors(tmp_path):
+    processor = tiny.image_model().assets.processor.image_processor
+    pictures = [noise((13, 9), 1), noise((4, 20), 2)]
+    pixels = media.pixel_values(pictures, processor)
+    assert pixels.shape == (2, 8, 8, 3) and pixels.dtype == np.float32 and pixels.flags.c_contiguous
+    assert np.array_equal(pixels.transpose(0, 3, 1, 2), processor(pictures, return_tensors="np")["pixel_values"])

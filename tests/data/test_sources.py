@@ -1,0 +1,103 @@
+"""Files of every kind open to the same rows; what cannot be opened is named."""
+
+import json
+
+import pytest
+
+from aligner.data.sources import open_rows
+from aligner.types import UserError
+from tests.data.tiny import source
+
+ROWS = [{"prompt": f"q{i}", "chosen": "é" * i, "rejected": "x"} for i in range(5)]
+
+
+def lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def test_every_kind_of_file_gives_the_same_rows(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    (tmp_path / "rows.jsonl").write_text(lines(ROWS))
+    (tmp_path / "gaps.jsonl").write_text("\n" + lines(ROWS[:2]) + "\n\n" + lines(ROWS[2:]).rstrip("\n"))
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    (tmp_path / "held.json").write_text(json.dumps({"version": 1, "data": ROWS}))
+    (tmp_path / "lines.json").write_text(lines(ROWS))
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "rows.parquet")
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    DatasetDict({"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:1])}).save_to_disk(tmp_path / "dict")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.jsonl").write_text(lines(ROWS[:2]))
+    (tmp_path / "folder" / "b.json").write_text(json.dumps(ROWS[2:]))
+    (tmp_path / "splits").mkdir()
+    (tmp_path / "splits" / "train-00000-of-1.jsonl").write_text(lines(ROWS))
+    (tmp_path / "splits" / "test.jsonl").write_text(lines(ROWS[:1]))
+    names = ["rows.jsonl", "gaps.jsonl", "rows.json", "held.json", "lines.json", "rows.parquet", "saved", "dict", "folder", "splits"]
+    for name in names:
+        rows = open_rows(source(tmp_path / name))
+        assert [rows[i] for i in range(len(rows))] == ROWS, name
+        assert rows.columns() == ["prompt", "chosen", "rejected"]
+        assert len(open_rows(source(tmp_path / name, size=2))) == 2
+    assert len(open_rows(source(tmp_path / "dict", split="test"))) == 1
+    assert len(open_rows(source(tmp_path / "splits", split="test"))) == 1
+
+
+def test_images_in_parquet_stay_encoded(tmp_path):
+    from datasets import Dataset, Features, Image, List, Value
+    from PIL import Image as Pictures
+
+    features = Features({"image": Image(), "images": List(Image()), "q": Value("string")})
+    picture = Pictures.new("RGB", (3, 2))
+    Dataset.from_list([{"image": picture, "images": [picture], "q": "?"}], features=features).to_parquet(tmp_path / "rows.parquet")
+    row = open_rows(source(tmp_path / "rows.parquet"))[0]
+    assert row["image"]["bytes"].startswith(b"\x89PNG") and row["images"][0]["bytes"].startswith(b"\x89PNG")
+
+
+def test_identity_changes_with_the_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(lines(ROWS))
+    before = open_rows(source(path)).identity
+    assert open_rows(source(path)).identity == before
+    path.write_text(lines(ROWS[1:]))
+    assert open_rows(source(path)).identity != before
+
+
+@pytest.mark.parametrize(
+    ("files", "ask", "message"),
+    [
+        ({}, {"path": ""}, "path is empty"),
+        ({"train.jsonl": "{}"}, {"path": "trian.jsonl"}, r"trian.jsonl does not exist; did you mean .*/train.jsonl\?"),
+        ({"rows/x.jsonl": "{}"}, {"path": "row/x.jsonl"}, r"row/x.jsonl does not exist; did you mean .*/rows\?"),
+        ({"a.jsonl": '{"a": 1}\n{"a": \n'}, {"path": "a.jsonl"}, "a.jsonl, line 2: not valid JSON"),
+        ({"a.jsonl": "\n[1]\n"}, {"path": "a.jsonl"}, "a.jsonl, line 2: a row must be an object"),
+        ({"a.json": "[{]"}, {"path": "a.json"}, "a.json: not valid JSON"),
+        ({"a.json": '{"x": 1}'}, {"path": "a.json"}, "must hold a list of rows"),
+        ({"a.jsonl": "\n"}, {"path": "a.jsonl"}, "holds no rows"),
+        ({"a.parquet": "nonsense"}, {"path": "a.parquet"}, "cannot be read as Parquet"),
+        ({"a.csv": "x"}, {"path": "a.csv"}, "no suffix that is known"),
+        ({"d/a.csv": "x"}, {"path": "d"}, "holds no .json"),
+        ({"d/train.jsonl": "{}", "d/test.jsonl": "{}"}, {"path": "d", "split": "val"}, r"no file of .* is named val\*"),
+        ({"a.jsonl": "{}"}, {"path": "a.jsonl", "image_folder": "nowhere"}, "nowhere is no folder"),
+        ({"a.jsonl": "{}"}, {"path": "a.jsonl", "size": 0}, "at least 1"),
+    ],
+)
+def test_what_cannot_be_opened_is_named(tmp_path, monkeypatch, files, ask, message):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    path = str(tmp_path / ask["path"]) if ask["path"] else ""
+    with pytest.raises(UserError, match=message):
+        rows = open_rows(source(**ask | {"path": path}))
+        [rows[i] for i in range(len(rows))]
+
+
+def test_a_hub_dataset_that_cannot_be_loaded(monkeypatch):
+    import datasets
+
+    def offline(path, name, split):
+        raise ConnectionError(f"no {path}/{name}/{split}\nsecond line")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(UserError, match=r"someone/pairs is no file or folder here.*cannot be loaded: no someone/pairs/None/train$"):
+        open_rows(source("someone/pairs"))
