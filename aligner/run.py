@@ -51,14 +51,14 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     algorithm = algorithms.make(config, model)
     abstract = convert.abstract_params(model)
     trained, _ = lora.split(abstract, config.optim.freeze)
-    train = loader.load_dataset(config, "train", model, cache_dir=Path(directory) / "data")
-    evaluation = loader.load_dataset(config, "eval", model, cache_dir=Path(directory) / "data") if config.data.eval.path else None
+    look = lambda split: loader.load_dataset(config, split, model, algorithm.needs, cache_dir=Path(directory) / "data")
+    train, evaluation = look("train"), look("eval") if config.data.eval.path else None
     for dataset in filter(None, (train, evaluation)):
         say(*dataset.report)
     steps = config.train.steps if config.train.steps is not None else max(1, int(config.train.epochs * train.size / config.data.batch_size))
     schedule = optim.make_schedule(config.optim, steps)
     optimizer = optim.make_optimizer(config.optim, schedule, model.trained_layers)
-    workdir.check_fingerprint(directory, convert.fingerprint(disk), config.model.path)
+    workdir.check_source(directory, model, convert.fingerprint(disk))
     if jax.process_index() == 0:
         model.assets.copy_to(Path(directory) / workdir.ASSETS)
     count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))
@@ -76,7 +76,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         trainable, base = lora.split(params, config.optim.freeze)
         fixed = {"base": base} | ({"reference": reference} if config.reference.kind == "copy" else {})
         del params, reference
-        train_state = state.create(trainable, optimizer, algorithm.carry, config.seed, mesh)
+        train_state = state.create(trainable, optimizer, algorithm.carry, config.seed, mesh, own_reference=algorithm.sync is not None)
         del trainable
         batches = loader.batches(
             train, config.data.batch_size, seed=config.seed, shuffle=config.data.shuffle, rows=local_rows(mesh, config.data.batch_size)

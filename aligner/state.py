@@ -23,6 +23,7 @@ class TrainState:
         rng: typed key; never advanced, each step folds in its number.
         carry: what the algorithm keeps from step to step.
         nonfinite: steps in a row that were skipped because loss or gradient was not finite, int32 [].
+        reference: what the policy's trainable tree was when the reference was last synchronised; None where it never is.
     """
 
     step: Int[Array, ""]
@@ -31,9 +32,12 @@ class TrainState:
     rng: Array
     carry: Any
     nonfinite: Int[Array, ""]
+    reference: Params | None = None
 
 
-def create(trainable: Params, optimizer: optax.GradientTransformation, carry: Any, seed: int, mesh: Mesh) -> TrainState:
+def create(
+    trainable: Params, optimizer: optax.GradientTransformation, carry: Any, seed: int, mesh: Mesh, own_reference: bool = False
+) -> TrainState:
     """The state before the first step; optimizer state is laid out like the parameters it belongs to."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, trainable)
     layout = like_params(jax.eval_shape(optimizer.init, trainable), trainable, shardings, mesh)
@@ -45,6 +49,7 @@ def create(trainable: Params, optimizer: optax.GradientTransformation, carry: An
         rng=jax.device_put(jax.random.key(seed), whole),
         carry=jax.device_put(carry, whole),
         nonfinite=jax.device_put(jnp.zeros((), jnp.int32), whole),
+        reference=jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)(trainable) if own_reference else None,
     )
 
 

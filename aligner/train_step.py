@@ -48,34 +48,46 @@ def make_train_step(
     def step(state: TrainState, fixed: dict[str, Params], batch: Batch) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(state.rng, state.step)
         base, trainable = cast(fixed["base"], dtype), cast(state.trainable, dtype)
+        if state.reference is not None:
+            fixed = {**fixed, "reference": combine(cast(state.reference, dtype), base)}
 
         def score(trainable, batch, key):
             return algorithm.score(combine(trainable, base), fixed, batch, key)
 
-        counts = global_counts(algorithm, score, trainable, batch, key, state.carry)
-
-        def loss_of(trainable, batch, key):
-            terms, metrics, carry = algorithm.objective(score(trainable, batch, key), batch, state.carry)
+        def objective(scores, batch, counts=None):
+            terms, metrics, carry = algorithm.objective(scores, batch, state.carry)
+            counts = counts or {name: term.count for name, term in terms.items()}
             loss = sum(term.weight * term.sum / jnp.maximum(counts[name], 1) for name, term in terms.items())
             return loss, (metrics, carry)
 
-        grad = jax.value_and_grad(loss_of, has_aux=True)
         if accumulate == 1:
-            (loss, (metrics, carry)), grads = grad(trainable, batch, key)
+            (loss, (metrics, carry)), grads = _gradient(lambda t: objective(score(t, batch, key), batch), trainable)
             grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.trainable)
         else:
-
-            def body(total, micro):
-                (loss, (metrics, carry)), grads = grad(trainable, *micro)
-                return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), (loss, metrics, carry)
-
-            zeros = jax.tree.map(jnp.zeros_like, state.trainable)
             micro = (split_rows(batch, accumulate), jax.random.split(key, accumulate))
-            grads, (losses, stacked, carries) = jax.lax.scan(body, zeros, micro)
-            loss, metrics = jnp.sum(losses), reduce_stacked(stacked)
-            carry = jax.tree.map(lambda x: x[-1], carries)
+            zeros = jax.tree.map(jnp.zeros_like, state.trainable)
+            add = lambda total, grads: jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)
+            if algorithm.whole_batch:
+                # all scores first; the gradient of the objective by them is then sent back through each micro-batch
+                _, scores = jax.lax.scan(lambda _, m: (None, score(trainable, *m)), None, micro)
+                (loss, (metrics, carry)), cotangent = _gradient(lambda s: objective(s, batch), join_rows(scores))
 
-        norm = optax.global_norm(grads)
+                def body(total, m):
+                    return add(total, jax.vjp(lambda t: score(t, *m[0]), trainable)[1](m[1])[0]), None
+
+                grads, _ = jax.lax.scan(body, zeros, (micro, split_rows(cotangent, accumulate)))
+            else:
+                counts = global_counts(algorithm, score, trainable, batch, key, state.carry)
+
+                def body(total, m):
+                    found, grads = _gradient(lambda t: objective(score(t, *m), m[0], counts), trainable)
+                    return add(total, grads), found
+
+                grads, (losses, (stacked, carries)) = jax.lax.scan(body, zeros, micro)
+                loss, metrics = jnp.sum(losses), reduce_stacked(stacked)
+                carry = jax.tree.map(lambda x: x[-1], carries)
+
+        norm = optax.tree.norm(grads)
         if max_grad_norm:
             grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, max_grad_norm / (norm + 1e-6)).astype(g.dtype), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
@@ -89,9 +101,18 @@ def make_train_step(
         metrics |= {"num_tokens": Last(jnp.sum(batch["segment_ids"] > 0)), "example_ids": Last(batch["example_id"])}
         if schedule is not None:
             metrics["learning_rate"] = Last(schedule(state.step))
-        return TrainState(step=state.step + 1, rng=state.rng, nonfinite=nonfinite, **kept), metrics
+        reference = state.reference
+        if algorithm.sync:
+            weight, every = algorithm.sync
+            now = jnp.where((state.step + 1) % every == 0, weight, 0.0)
+            reference = jax.tree.map(lambda r, p: (now * p + (1 - now) * r).astype(r.dtype), reference, kept["trainable"])
+        return TrainState(step=state.step + 1, rng=state.rng, nonfinite=nonfinite, reference=reference, **kept), metrics
 
     return step
+
+
+def _gradient(function: Callable, at):
+    return jax.value_and_grad(function, has_aux=True)(at)
 
 
 def make_eval_step(algorithm: Algorithm, *, dtype: str) -> Callable[[Params, Any, Params, Batch], dict]:
@@ -124,3 +145,10 @@ def split_rows(batch: Batch, parts: int) -> Batch:
     return jax.tree.map(one, batch)
 
 
+def join_rows(parts: Batch) -> Batch:
+    """Inverse of `split_rows`."""
+
+    def one(x):
+        return jnp.moveaxis(x, 0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+    return jax.tree.map(one, parts)

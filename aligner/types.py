@@ -178,6 +178,10 @@ class Algorithm:
         carry: initial value of what is kept from step to step (running moments, coefficients); checkpointed.
         prepare: (params, batch) -> {column: [B,G,...]}: computed once per example before training and stored, or None.
         columns: names of the columns that `objective` reads.
+        needs: the kind of sample that rows become, a key of `aligner.data.loader.ENCODERS`.
+        whole_batch: the objective is not a sum over rows (a sort, a batch mean inside a nonlinearity): under accumulation it is then
+            evaluated on the scores of the whole batch, exactly.
+        sync: (weight a, every N steps): the reference becomes a * policy + (1 - a) * reference; None keeps it fixed.
     """
 
     score: Callable[..., Scores]
@@ -185,6 +189,9 @@ class Algorithm:
     carry: Any = dataclasses.field(default_factory=dict)
     prepare: Callable[..., dict[str, Array]] | None = None
     columns: tuple[str, ...] = ()
+    needs: str = "preference"
+    whole_batch: bool = False
+    sync: tuple[float, int] | None = None
 
 
 class UserError(Exception):

@@ -1,5 +1,6 @@
 """What a working directory is: the resolved config, the model's companion files, and the run that may go on in it."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from aligner.types import Model, Params, UserError
 
 CONFIG = "config.json"
 ASSETS = "assets"
+SOURCE = "source.json"  # which weights the run started from
 
 # On a restart these may differ from what the workdir was started with; they are reported. Anything else is another run.
 MAY_DIFFER = ("mesh", "train.steps", "train.eval_every", "checkpoint", "log", "profile", "data.workers")
@@ -49,10 +51,9 @@ def enter(config: ConfigDict, workdir: str | Path) -> list[str]:
         UserError: the workdir belongs to a run whose config differs in what may not differ.
     """
     path = Path(workdir) / CONFIG
-    text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
     notes = []
     if path.exists():
-        before, now = flat(read_config(workdir)), flat(json.loads(text))
+        before, now = flat(read_config(workdir)), flat(json.loads(json.dumps(config.to_dict())))
         changed = {key: (before.get(key), now.get(key)) for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
         refused = sorted(key for key in changed if not any(key == free or key.startswith(free + ".") for free in MAY_DIFFER))
         if refused:
@@ -61,9 +62,7 @@ def enter(config: ConfigDict, workdir: str | Path) -> list[str]:
         notes = [f"config.{key} was {changed[key][0]!r} and is now {changed[key][1]!r}" for key in sorted(changed)]
     if jax.process_index() == 0:
         Path(workdir).mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text + "\n")
-        os.replace(temporary, path)
+        write_json(path, config.to_dict())
     return notes
 
 
@@ -91,28 +90,45 @@ def restore_params(workdir: str | Path, step: int | None = None) -> tuple[Model,
     from aligner import checkpoint, convert
     from aligner.convert.tables import flatten, unflatten
 
-    config = read_config(workdir)
+    config, source = read_config(workdir), read_source(workdir)
     model = convert.model_from_folder(Path(workdir) / ASSETS)
+    assets = dataclasses.replace(model.assets, dtypes=source["dtypes"])
+    model = dataclasses.replace(model, source_dtype=source["source_dtype"], assets=assets)
     trainable, step = checkpoint.restore_trainable(workdir, step)
     leaves = flatten(trainable)
     missing = flatten(convert.abstract_params(model)).keys() - leaves.keys()
-    if missing:
-        source, disk = convert.open_model(config["model"]["path"], config["model"]["revision"])
-        check_fingerprint(workdir, convert.fingerprint(disk), config["model"]["path"])
-        frozen = convert.load_params(source, disk, dtype=config["model"]["dtype"], only=missing.__contains__)
-        leaves |= flatten(frozen)
+    if missing:  # frozen: read again as they stand on disk, so that they are exported unchanged
+        original, disk = convert.open_model(config["model"]["path"], config["model"]["revision"])
+        check_source(workdir, original, convert.fingerprint(disk))
+        leaves |= flatten(convert.load_params(original, disk, dtype=None, only=missing.__contains__))
     return model, unflatten(leaves), step
 
 
-def check_fingerprint(workdir: str | Path, found: str, path: str) -> None:
-    """The weights a run started from are recorded once, and must be the same ever after.
+def read_source(workdir: str | Path) -> dict[str, Any]:
+    """What `check_source` recorded."""
+    path = Path(workdir) / SOURCE
+    if not path.exists():
+        raise UserError(f"{workdir} is not the working directory of a run that has begun to train: it has no {SOURCE}")
+    return json.loads(path.read_text())
+
+
+def check_source(workdir: str | Path, model: Model, fingerprint: str) -> None:
+    """The weights that a run started from are recorded once, and must be the same ever after.
 
     Raises:
         UserError: they changed.
     """
-    record = Path(workdir) / "source.json"
-    if record.exists():
-        if json.loads(record.read_text())["fingerprint"] != found:
-            raise UserError(f"the weights in {path} are not the ones that the run in {workdir} started from")
+    path = Path(workdir) / SOURCE
+    if path.exists():
+        if read_source(workdir)["fingerprint"] != fingerprint:
+            raise UserError(f"the weights in {model.assets.folder} are not the ones that the run in {workdir} started from")
     elif jax.process_index() == 0:
-        record.write_text(json.dumps({"path": str(path), "fingerprint": found}) + "\n")
+        folder, dtypes = str(model.assets.folder), dict(model.assets.dtypes)
+        write_json(path, dict(path=folder, fingerprint=fingerprint, source_dtype=model.source_dtype, dtypes=dtypes))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a whole file or none."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    os.replace(temporary, path)

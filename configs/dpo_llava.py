@@ -41,12 +41,13 @@ def tiny(config: ConfigDict) -> ConfigDict:
     config.data.max_length = 128
     config.data.batch_size = 32
     config.data.pad_to_multiple = 8
-    config.optim.learning_rate = 1e-3
+    config.optim.learning_rate = 5e-4
+    config.optim.schedule = "linear"
     config.optim.freeze = ()
-    config.train.steps = 300
-    config.train.eval_every = 100
+    config.train.steps = 200
+    config.train.eval_every = 50
     config.train.remat = "none"
-    config.checkpoint.every = 100
+    config.checkpoint.every = 50
     config.log.every = 1
     return config
 

@@ -122,7 +122,7 @@ def balanced_choices(n: int, rng: np.random.Generator) -> list[tuple[str, str, s
     from aligner.types import UserError
 
     if n <= 0 or n % 2:
-        raise UserError(f"a balanced split needs an even number of rows, since every row has a twin, but {n} were asked for; use {n + 1}")
+        raise UserError(f"a balanced split needs an even number of rows (each has a twin), but {n} were asked for; use {max(2, n + 1)}")
     pairs = {attribute: itertools.cycle(itertools.combinations(values, 2)) for attribute, values in VALUES.items()}
     kinds = itertools.cycle(VALUES)
     choices = []
@@ -189,7 +189,15 @@ def make_tokenizer(vocab_size: int):
 
     Returns:
         A `transformers` fast tokenizer.
+
+    Raises:
+        UserError: a vocabulary too small for the bytes and the special tokens.
     """
+    from aligner.types import UserError
+
+    if vocab_size < (least := 256 + len(SPECIAL_TOKENS)):
+        raise UserError(f"vocab_size {vocab_size} is too small for the 256 bytes and the special tokens; use at least {least}")
+
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -457,26 +465,17 @@ def setup_llava_demo(config) -> None:
     """Make the checkpoint and the demo set that a config names, where they are not there yet, and say so in one line.
 
     Args:
-        config: reads `model.path`, `data.train.path`, `data.eval.path` (DIR/train.jsonl and DIR/heldout.jsonl) and `seed`.
-
-    Raises:
-        UserError: the two data paths do not name train.jsonl and heldout.jsonl of one folder, or that folder holds something else.
+        config: reads `model.path`, `data.train.path`, `data.eval.path` (DIR/train.jsonl and DIR/heldout.jsonl; other files are
+            left alone) and `seed`.
     """
-    from aligner.types import UserError
-
-    train, heldout = Path(config.data.train.path), Path(config.data.eval.path)
     made = []
     if not Path(config.model.path).exists():
         make_llava(config.model.path, seed=config.seed)
         made.append(f"a small LLaVA in {config.model.path}")
-    if not (train.exists() and heldout.exists()):
-        if train.parent != heldout.parent or (train.name, heldout.name) != ("train.jsonl", "heldout.jsonl"):
-            raise UserError(
-                f"the demo set is DIR/train.jsonl and DIR/heldout.jsonl, but config.data.train.path is {train} and "
-                f"config.data.eval.path is {heldout}; name these two files of one folder, or files that exist"
-            )
-        make_pictures(train.parent, seed=config.seed)
-        made.append(f"the demo pictures in {train.parent}")
+    for path in map(Path, filter(None, (config.data.train.path, config.data.eval.path))):
+        if path.name in ("train.jsonl", "heldout.jsonl") and not path.exists():
+            make_pictures(path.parent, seed=config.seed)
+            made.append(f"the demo pictures in {path.parent}")
     if made:
         print(f"made {' and '.join(made)} (from code, seed {config.seed})", flush=True)
 

@@ -41,8 +41,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_to_hf(args: argparse.Namespace) -> int:
-    from aligner.checkpoint import restore_params
     from aligner.convert.hf import save
+    from aligner.workdir import restore_params
 
     model, params, step = restore_params(args.workdir, args.step)
     save(model, params, args.out, dtype=args.dtype, max_shard_size=args.max_shard_size)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from aligner.types import UserError
+
+# transformers advises at its import to install PyTorch, which is not needed here.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 # All that `from_pretrained` of a model, tokenizer or processor may look for beside weights.
 COMPANIONS = (

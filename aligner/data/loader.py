@@ -15,7 +15,7 @@ from aligner.data.census import check_census, describe, source_code, take_census
 from aligner.data.samples import Bad, as_preference
 from aligner.types import Model, UserError
 
-_ENCODERS = {"preference": lambda sample, model: templates.encode_preference(as_preference(sample), model.assets, model.media)}
+ENCODERS = {"preference": lambda sample, model: templates.encode_preference(as_preference(sample), model.assets, model.media)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +64,14 @@ def load_dataset(
         UserError: missing file, missing columns, no row left, more bad rows than `config.data.max_bad_fraction`, images for a text model.
     """
     name, source = f"data.{split}", config.data[split]
-    if needs not in _ENCODERS:
-        raise UserError(f"config.{name}: samples of kind {needs!r} cannot be made yet; there is {', '.join(_ENCODERS)}.")
+    if needs not in ENCODERS:
+        raise UserError(f"config.{name}: samples of kind {needs!r} cannot be made yet; there is {', '.join(ENCODERS)}.")
     rows = sources.open_rows(source, name)
     formatter_name, to_sample = formatters.find_formatter(source.formatter, rows.columns(), name)
     check_assets(model)
 
     def encode(index: int) -> templates.Encoded:
-        return _ENCODERS[needs](to_sample(rows[index]), model)
+        return ENCODERS[needs](to_sample(rows[index]), model)
 
     census = take_census(
         encode,

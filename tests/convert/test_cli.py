@@ -1,14 +1,12 @@
 """The command line, in this process."""
 
 import json
-import sys
-import types
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from aligner import convert
+from aligner import checkpoint, convert, workdir
 from aligner.convert import disk
 from aligner.convert.__main__ import main
 from tests.convert.folders import LLAVA, assert_same, edit, make
@@ -68,25 +66,33 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert caught.value.code == 2 and "--workdir" in capsys.readouterr().err
 
 
-def test_from_hf_and_to_hf_call_the_checkpoint_room(tmp_path, capsys, monkeypatch):
-    """With a stand-in for `aligner.checkpoint`, whose own tests cover what is stored."""
-    make(tmp_path / "a", dtype="bfloat16")
-    saved = {}
-
-    def save_params(path, params):
-        path.mkdir(parents=True)
-        saved["params"] = params
-
-    def restore_params(workdir, step):
-        return convert.model_from_folder(f"{workdir}/assets"), saved["params"], step or 7
-
-    stand_in = types.SimpleNamespace(save_params=save_params, restore_params=restore_params)
-    monkeypatch.setitem(sys.modules, "aligner.checkpoint", stand_in)
-    assert main(["from-hf", "--model", str(tmp_path / "a"), "--out", str(tmp_path / "run")]) == 0
-    assert_same(saved["params"], convert.load(tmp_path / "a", dtype="bfloat16")[1])
-    assert main(["to-hf", "--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "b"), "--dtype", "bfloat16"]) == 0
-    assert "step 7" in capsys.readouterr().out
+def test_from_hf_is_read_back_from_orbax(tmp_path, capsys):
+    make(tmp_path / "a", LLAVA, dtype="bfloat16")
+    assert main(["from-hf", "--model", str(tmp_path / "a"), "--out", str(tmp_path / "orbax")]) == 0
+    expected = convert.load(tmp_path / "a", dtype="bfloat16")[1]
+    assert_same(checkpoint.load_params(tmp_path / "orbax", expected), expected)
+    model = convert.model_from_folder(tmp_path / "orbax" / "assets")
+    convert.save(model, expected, tmp_path / "b", dtype="bfloat16")
     assert_same(*[load_file(tmp_path / x / "model.safetensors") for x in "ab"])
-    assert json.loads((tmp_path / "b" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert main(["from-hf", "--model", str(tmp_path / "a"), "--out", str(tmp_path / "b")]) == 2
     assert "b exists and is not empty" in capsys.readouterr().err
+
+
+def test_to_hf(tmp_path, capsys, monkeypatch):
+    """With a stand-in for the workdir, whose own tests cover what a run stores."""
+    make(tmp_path / "a", dtype="float32")
+    model, params = convert.load(tmp_path / "a")
+    monkeypatch.setattr(workdir, "restore_params", lambda path, step=None: (model, params, step or 7))
+    assert main(["to-hf", "--workdir", "runs/x", "--out", str(tmp_path / "b")]) == 0
+    assert capsys.readouterr().out == f"step 7 of runs/x written to {tmp_path / 'b'} in float32\n"
+    assert_same(*[load_file(tmp_path / x / "model.safetensors") for x in "ab"])
+    options = ["--step", "3", "--dtype", "bfloat16", "--max-shard-size", "900B"]
+    assert main(["to-hf", "--workdir", "runs/x", "--out", str(tmp_path / "c"), *options]) == 0
+    assert "step 3 of runs/x" in capsys.readouterr().out
+    assert json.loads((tmp_path / "c" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert len(list((tmp_path / "c").glob("model-*.safetensors"))) > 1
+
+
+def test_to_hf_without_a_run(tmp_path, capsys):
+    assert main(["to-hf", "--workdir", str(tmp_path / "none"), "--out", str(tmp_path / "b")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -151,7 +151,8 @@ def test_sharded_and_torn_flax_checkpoint(tmp_path):
 
 
 def test_fingerprint_tells_checkpoints_apart(tmp_path):
-    big = {**TENSORS, "e.weight": np.arange(90_000, dtype=np.float32).reshape(30, 3000), "f.bias": np.zeros(20_000, np.float32)}
+    big = {**TENSORS, "e.weight": np.arange(90_000, dtype=np.float32).reshape(30, 3000), "f.bias": np.zeros(20_000, np.float32),
+           "narrow.weight": np.zeros((9000, 4), np.float32)}  # fmt: skip
 
     def of(name, tensors):
         return fingerprint(open_checkpoint(write(tmp_path / name, tensors=tensors)))

@@ -78,6 +78,13 @@ def test_dtype_per_leaf(tmp_path):
     refused("cannot be loaded as dtype 'int8'; choose one of float64", convert.load, tmp_path / "a", dtype="int8")
 
 
+def test_some_leaves_only(tmp_path):
+    make(tmp_path / "a", LLAVA)
+    model, checkpoint = convert.open_model(tmp_path / "a")
+    some = convert.load_params(model, checkpoint, only=lambda path: path.startswith("vision_tower/"))
+    assert_same(some, {"vision_tower": convert.load(tmp_path / "a")[1]["vision_tower"]})
+
+
 def test_three_llava_layouts_are_one_tree(tmp_path):
     make(tmp_path / "a", LLAVA)
     _, expected = convert.load(tmp_path / "a")

@@ -163,6 +163,9 @@ def test_tokenizer_takes_any_text_and_knows_the_demo():
     for text in ("naïve café — 猫が好き 🙂\n\ttab", "It is a square.", "<image>"):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
     assert len(tokenizer("It is yellow.")["input_ids"]) <= 5 and len(tokenizer) <= 512
+    assert len(make_tokenizer(261)) == 261
+    with pytest.raises(UserError, match=r"vocab_size 260 is too small.*at least 261"):
+        make_tokenizer(260)
 
 
 # ---- the preset's setup
@@ -187,12 +190,12 @@ def test_setup_makes_what_is_missing_once(tmp_path, capsys):
     assert capsys.readouterr().out == "" and contents(tmp_path / "run") == before
 
 
-def test_setup_refuses_paths_that_it_cannot_make(tmp_path):
+def test_setup_leaves_other_data_alone_and_never_mixes_folders(tmp_path):
     config = demo_config(tmp_path)
     make_llava(config.model.path, **SMALL, **SMALL_VISION)
-    config.data.eval.path = str(tmp_path / "elsewhere/heldout.jsonl")
-    with pytest.raises(UserError, match=r"data\.eval\.path is .*elsewhere"):
-        setup_llava_demo(config)
+    config.data.train.path, config.data.eval.path = str(tmp_path / "mine.jsonl"), ""
+    setup_llava_demo(config)
+    assert not (tmp_path / "data").exists()
     config = demo_config(tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data/notes.txt").write_text("mine")
