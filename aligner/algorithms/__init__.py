@@ -1,20 +1,16 @@
 """Algorithms by name. Each is one file with `make(config, model) -> Algorithm`."""
 
-import difflib
+import importlib
 
 from ml_collections import ConfigDict
 
-from aligner.types import Algorithm, Model, UserError
+from aligner.algorithms.checks import check_choice
+from aligner.types import Algorithm, Model
+
+NAMES = ("dpo", "dpo_ranked", "kto", "orpo", "cpo", "sso")  # files of this folder
 
 
 def make(config: ConfigDict, model: Model) -> Algorithm:
     """The algorithm that `config.algorithm.name` names."""
-    from aligner.algorithms import dpo
-
-    makers = {"dpo": dpo.make}
-    name = config.algorithm.name
-    if name not in makers:
-        near = difflib.get_close_matches(str(name), makers, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"config.algorithm.name {name!r} is not an algorithm{hint} (known: {', '.join(sorted(makers))})")
-    return makers[name](config, model)
+    check_choice("algorithm.name", config.algorithm.name, NAMES)
+    return importlib.import_module(f"aligner.algorithms.{config.algorithm.name}").make(config, model)
