@@ -30,7 +30,8 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bott
 .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem }
 .text { font: 13px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere }
 .text span { border-radius: 3px; padding: 1px 0; box-shadow: inset -1px 0 #fff8 }
-.prompt { background: #eceff1 } .common { border-bottom: 2px solid #d99a00 } .trained1 { background: #bfe8c5 } .trained2 { background: #f7c6c5 }
+.prompt { background: #eceff1 } .common { border-bottom: 2px solid #d99a00 }
+.trained1 { background: #bfe8c5 } .trained2 { background: #f7c6c5 }
 .trained3 { background: #c9d8f5 } .untrained { background: #eee; color: #888 } .media { background: #d9d2f2 }
 .note { color: #666; font-size: .9em } img { image-rendering: pixelated; max-height: 14rem; min-height: 6rem; margin: .3rem .5rem .3rem 0 }
 table { border-collapse: collapse } td, th { text-align: left; padding: .15rem .8rem .15rem 0 } .bar { background: #7aa6d8; height: .8rem }
