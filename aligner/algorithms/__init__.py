@@ -7,10 +7,12 @@ from ml_collections import ConfigDict
 from aligner.algorithms.checks import check_choice
 from aligner.types import Algorithm, Model
 
-NAMES = ("dpo", "dpo_ranked", "kto", "orpo", "cpo", "sso")  # files of this folder
+# name -> file of this folder
+FILES = {name: name for name in ("dpo", "dpo_ranked", "kto", "orpo", "cpo", "sso", "sft")} | {"cpt": "sft"}
 
 
 def make(config: ConfigDict, model: Model) -> Algorithm:
     """The algorithm that `config.algorithm.name` names."""
-    check_choice("algorithm.name", config.algorithm.name, NAMES)
-    return importlib.import_module(f"aligner.algorithms.{config.algorithm.name}").make(config, model)
+    name = config.algorithm.name
+    check_choice("algorithm.name", name, FILES)
+    return importlib.import_module(f"aligner.algorithms.{FILES[name]}").make(config, model)
