@@ -8,5 +8,5 @@ from aligner.convert.assets import Assets
 from aligner.convert.disk import Checkpoint, fingerprint, open_checkpoint
 from aligner.convert.hf import abstract_params, find_folder, load, load_params, model_from_folder, open_model, save
 
-__all__ = ["Assets", "Checkpoint", "abstract_params", "find_folder", "fingerprint", "load", "load_params", "model_from_folder", "open_checkpoint",
-           "open_model", "save"]  # fmt: skip
+__all__ = ["Assets", "Checkpoint", "abstract_params", "find_folder", "fingerprint", "load", "load_params", "model_from_folder",
+           "open_checkpoint", "open_model", "save"]  # fmt: skip
