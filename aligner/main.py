@@ -9,7 +9,6 @@ goes on where the run stopped.
 """
 
 import os
-import re
 import signal
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from aligner.commandline import parse
 from aligner.types import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :ARGUMENT if it takes one.", lock_config=True)
@@ -54,21 +54,6 @@ def main(argv: list[str]) -> int:
         print(f"stopped; the same command goes on from here: {WORKDIR.value}", file=sys.stderr)
         return 130 if stopped.args[0] == signal.SIGINT else 0
     return 0
-
-
-def parse(argv: list[str]) -> list[str]:
-    """Flags, with one sentence for what is wrong with them."""
-    for path in re.findall(r"--?config[= ]([^\s:]+)", " ".join(argv)):
-        if not Path(path).is_file():
-            others = sorted(str(file) for file in Path("configs").glob("*.py") if file.stem not in ("__init__", "common"))
-            raise UserError(f"--config {path} does not exist; there is {', '.join(others) or 'no folder configs here'}")
-    try:
-        return flags.FLAGS(argv)
-    except Exception as error:  # absl, ml_collections and the config file itself each raise their own
-        told = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
-        if meant := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', told):
-            told = f"the config has no key {meant[2]!r}; did you mean {meant[1]!r}?"
-        raise UserError(f"bad command line: {told}") from None
 
 
 def cli() -> None:
