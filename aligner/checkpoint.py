@@ -41,6 +41,11 @@ def save(checkpoints: ocp.training.Checkpointer, state: TrainState, metadata: di
     checkpoints.save_checkpointables_async(int(state.step), _parts(state), custom_metadata=metadata, force=True)
 
 
+def wait(checkpoints: ocp.training.Checkpointer) -> None:
+    """Until the save under way is complete; raises what went wrong there."""
+    checkpoints.wait()
+
+
 def _parts(state: TrainState) -> dict[str, Any]:
     """The parameters stand alone, so that they can be read without the rest."""
     return {"trainable": state.trainable, "rest": {f: getattr(state, f) for f in REST}}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -39,15 +42,21 @@ def short(values: Mapping[str, float]) -> str:
 
 @contextlib.contextmanager
 def progress(start: int, total: int) -> Iterator[Callable]:
-    """A bar with loss, accuracy, tokens per second and time left; where there is no terminal, a line now and then."""
+    """A bar with loss, accuracy, tokens per second and time left; where there is no terminal, a line now and then.
+
+    Tokens per second are those of the last 20 steps, saves and evaluations included.
+    """
     every = max(1, total // 20)
+    seen: deque[tuple[float, float]] = deque(maxlen=21)  # (time, tokens up to then) after each step; the first one compiles
     with bar(total, "", "step", start) as steps:
 
-        def update(step: int, values: Mapping[str, float], tokens_per_second: float) -> None:
+        def update(step: int, values: Mapping[str, float]) -> None:
             shown = {"loss": f"{values['loss']:.4f}"}
             if "rewards/accuracies" in values:
                 shown["accuracy"] = f"{values['rewards/accuracies']:.2f}"
-            shown["tok/s"] = f"{tokens_per_second:,.0f}"
+            seen.append((time.monotonic(), values["num_tokens"] + (seen[-1][1] if seen else 0)))
+            if len(seen) > 1:
+                shown["tok/s"] = f"{(seen[-1][1] - seen[0][1]) / (seen[-1][0] - seen[0][0]):,.0f}"
             steps.set_postfix(shown, refresh=False)
             steps.update(step - steps.n)
             if steps.disable and (step % every == 0 or step == total):
@@ -68,7 +77,8 @@ def catch_signals() -> Iterator[Callable[[], None]]:
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(number)
-        say("stopping: the state is being saved" + (" (Ctrl-C again to stop at once)" if number == signal.SIGINT else ""))
+        again = " (Ctrl-C again to stop at once)" if number == signal.SIGINT else ""
+        os.write(2, f"\nstopping: the state is being saved{again}\n".encode())  # print() may be what the signal interrupted
 
     def check_stop() -> None:
         nonlocal checks

@@ -39,8 +39,8 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def enter(config: ConfigDict, workdir: str | Path) -> list[str]:
-    """Make the workdir this config's, or check that it already is.
+def check(config: ConfigDict, workdir: str | Path) -> list[str]:
+    """Whether a run with this config may go on in the workdir, if there is one in it.
 
     Returns:
         Lines about settings that differ from the run before and may.
@@ -49,22 +49,35 @@ def enter(config: ConfigDict, workdir: str | Path) -> list[str]:
         UserError: the workdir belongs to a run whose config differs in what may not differ.
     """
     path = Path(workdir) / CONFIG
-    text = json.dumps(config.to_dict(), indent=2, sort_keys=True)
-    notes = []
-    if path.exists():
-        before, now = flat(read_config(workdir)), flat(json.loads(text))
-        changed = {key: (before.get(key), now.get(key)) for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
-        refused = sorted(key for key in changed if not any(key == free or key.startswith(free + ".") for free in MAY_DIFFER))
-        if refused:
-            what = "; ".join(f"config.{key} was {changed[key][0]!r} and is {changed[key][1]!r}" for key in refused)
-            raise UserError(f"{workdir} belongs to a run with another config: {what}. Use another --workdir, or the settings of that run")
-        notes = [f"config.{key} was {changed[key][0]!r} and is now {changed[key][1]!r}" for key in sorted(changed)]
+    if Path(workdir).exists() and not Path(workdir).is_dir():
+        raise UserError(f"--workdir {workdir} is a file; name a folder, new or of an earlier run")
+    if not path.exists():
+        return []
+    before, now = flat(read_config(workdir)), flat(json.loads(_text(config)))
+    changed = {key: (before.get(key), now.get(key)) for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
+    refused = sorted(key for key in changed if not any(key == free or key.startswith(free + ".") for free in MAY_DIFFER))
+    if refused:
+        what = "; ".join(f"config.{key} was {changed[key][0]!r} and is {changed[key][1]!r}" for key in refused)
+        raise UserError(f"{workdir} belongs to a run with another config: {what}. Use another --workdir, or the settings of that run")
+    return [f"config.{key} was {changed[key][0]!r} and is now {changed[key][1]!r}" for key in sorted(changed)]
+
+
+def record(config: ConfigDict, workdir: str | Path) -> None:
+    """Make the workdir this config's; process 0 writes."""
     if jax.process_index() == 0:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text + "\n")
-        os.replace(temporary, path)
-    return notes
+        _write(Path(workdir) / CONFIG, _text(config))
+
+
+def _text(config: ConfigDict) -> str:
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all, also when the process is killed meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text + "\n")
+    os.replace(temporary, path)
 
 
 def read_config(workdir: str | Path) -> dict[str, Any]:
@@ -110,9 +123,9 @@ def check_fingerprint(workdir: str | Path, found: str, path: str) -> None:
     Raises:
         UserError: they changed.
     """
-    record = Path(workdir) / "source.json"
-    if record.exists():
-        if json.loads(record.read_text())["fingerprint"] != found:
+    file = Path(workdir) / "source.json"
+    if file.exists():
+        if json.loads(file.read_text())["fingerprint"] != found:
             raise UserError(f"the weights in {path} are not the ones that the run in {workdir} started from")
     elif jax.process_index() == 0:
-        record.write_text(json.dumps({"path": str(path), "fingerprint": found}) + "\n")
+        _write(file, json.dumps({"path": str(path), "fingerprint": found}))
