@@ -67,7 +67,7 @@ def _problem(config: Any, name: str, value: str | None) -> str | None:
     """What is wrong with `--name=value`, None where nothing is."""
     section, where = config, "config"
     for part in name.split(".")[1:]:
-        keys = [str(key) for key in section.keys()] if hasattr(section, "keys") else []
+        keys = [str(key) for key in section] if hasattr(section, "keys") else []
         if part not in keys:
             if not keys:
                 return f"{where} is a value, so there is no {name}"

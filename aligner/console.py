@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 
@@ -67,9 +66,14 @@ def progress(start: int, total: int) -> Iterator[Callable]:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[Callable[[], None]]:
-    """`check_stop()`, which raises Stopped once SIGTERM or Ctrl-C has come (to any process); a second Ctrl-C ends at once."""
+    """`check_stop()`, which raises Stopped once SIGTERM or Ctrl-C has come (to any process); a second Ctrl-C ends at once.
+
+    Several processes must stop after the same step. JAX's preemption service, which has taken SIGTERM for itself, agrees on one
+    without holding up the devices; Ctrl-C is handed on to it.
+    """
     from jax.experimental import multihost_utils
 
+    several = jax.process_count() > 1
     asked: list[int] = []
     checks = 0
 
@@ -78,18 +82,18 @@ def catch_signals() -> Iterator[Callable[[], None]]:
             raise KeyboardInterrupt
         asked.append(number)
         again = " (Ctrl-C again to stop at once)" if number == signal.SIGINT else ""
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
         os.write(2, f"\nstopping: the state is being saved{again}\n".encode())  # print() may be what the signal interrupted
 
     def check_stop() -> None:
         nonlocal checks
-        stop = bool(asked)
-        if jax.process_count() > 1:  # all must agree on the step
-            checks += 1
-            stop = multihost_utils.reached_preemption_sync_point(checks) or bool(multihost_utils.process_allgather(np.asarray(stop)).any())
-        if stop:
+        checks += 1
+        if multihost_utils.reached_preemption_sync_point(checks) if several else asked:
             raise Stopped(asked[0] if asked else signal.SIGTERM)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield check_stop
     finally:

@@ -131,7 +131,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             pending: tuple[int, dict] | None = None
             last: dict[str, float] = {}
             data_state: dict[str, Any] = batches.get_state()
-            first = True
+            first, shapes = True, set()
 
             def report() -> None:
                 """Read the metrics of the step before: the device is busy with the next one meanwhile."""
@@ -160,6 +160,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                 while step < steps:
                     batch = put(next(batches), columns[train.name], mesh)
                     data_state = batches.get_state()
+                    shapes.add(tuple(array.shape for array in batch.values()))
                     trace(step)
                     train_state, found = train_step(train_state, fixed, batch)
                     if pending:
@@ -181,15 +182,15 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             except Stopped:
                 if pending:
                     report()
+                checkpoint.wait(checkpoints)  # this very step may be what is being saved
                 if step not in checkpoint.steps(directory):
                     save()
                 metrics.draw_curves(directory)
                 raise
         if not last and evaluation is not None:
             last = last_eval(directory)
-        recompiled = train_step._cache_size() - 1
-        if recompiled > 0:
-            say(f"the step was compiled {recompiled + 1} times: the shapes of batches changed")
+        if len(shapes) > 1:
+            say(f"the step was compiled {len(shapes)} times: the shapes of batches changed")
         checkpoint.wait(checkpoints)
         finish(config, directory, model, lora.combine(train_state.trainable, base), steps, last, time.monotonic() - started)
     return last
@@ -227,7 +228,8 @@ def check_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
         raise UserError(f"config.data.max_bad_fraction is {config.data.max_bad_fraction}; it is a fraction, from 0 to 1")
     for group in config.optim.groups:
         if not (isinstance(group, list | tuple) and len(group) == 2 and isinstance(group[1], Mapping)):
-            raise UserError(f"config.optim.groups holds {group!r}; each must be a pair (regex, {{'learning_rate': factor, 'weight_decay': factor}})")
+            pair = '(regex, {"learning_rate": factor, "weight_decay": factor})'
+            raise UserError(f"config.optim.groups holds {group!r}; each must be a pair {pair}")
     for key, patterns in (("freeze", config.optim.freeze), ("groups", [pattern for pattern, _ in config.optim.groups])):
         for pattern in patterns:
             try:
