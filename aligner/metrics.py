@@ -104,6 +104,11 @@ def read(workdir: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+def has(workdir: str | Path, step: int, split: str) -> bool:
+    """Whether metrics.jsonl holds a line of this step and split."""
+    return any(record["step"] == step and record["split"] == split for record in read(workdir))
+
+
 @contextlib.contextmanager
 def _tensorboard(workdir):
     from tensorboardX import SummaryWriter  # imported where it is asked for
