@@ -216,7 +216,7 @@ SHARDING_RULES = (
     (r"(gate_proj|up_proj|fc1)/kernel$", ("embed", "mlp")),
     (r"(gate_proj|up_proj|fc1)/bias$", ("mlp",)),
     (r"(down_proj|fc2)/kernel$", ("mlp", "embed")),
-    (r"embed_tokens/embedding$", ("vocab", "embed")),
+    (r"embed_tokens/embedding$", ("rows", None)),
     (r"lm_head/kernel$", ("embed", "vocab")),
 )
 
