@@ -9,9 +9,10 @@ from aligner.types import Algorithm, Model, UserError
 
 def make(config: ConfigDict, model: Model) -> Algorithm:
     """The algorithm that `config.algorithm.name` names."""
-    from aligner.algorithms import dpo
+    from aligner.algorithms import dpo, sft
 
     makers = {"dpo": dpo.make}
+    makers |= {"sft": sft.make, "cpt": sft.make}
     name = config.algorithm.name
     if name not in makers:
         near = difflib.get_close_matches(str(name), makers, n=1)
