@@ -1,4 +1,4 @@
-"""Model families by Hugging Face's `model_type`. A family is one file with `make(hf_config) -> Model`."""
+"""Model families by Hugging Face's `model_type`. A family is one file with `make(hf_config, score_head=False) -> Model`."""
 
 import difflib
 from typing import Any
@@ -8,11 +8,13 @@ from aligner.types import Model, UserError
 SUPPORTED = ("llama", "llava")
 
 
-def from_hf(hf_config: Any) -> Model:
+def from_hf(hf_config: Any, score_head: bool = False) -> Model:
     """The model that a Hugging Face config describes.
 
     Args:
         hf_config: a `transformers` config, already normalised by `AutoConfig`.
+        score_head: with a head that gives one score instead of logits (a reward or cost model): the tree then holds `score/kernel`
+            [D, 1] and no language-model head.
 
     Raises:
         UserError: the family, or a setting of it that changes the numbers, is not supported.
@@ -25,4 +27,4 @@ def from_hf(hf_config: Any) -> Model:
         near = difflib.get_close_matches(str(family), families, n=1)
         hint = f"; nearest: {near[0]!r}" if near else ""
         raise UserError(f"model_type {family!r} is not supported{hint}; supported are {', '.join(sorted(families))}")
-    return families[family](hf_config)
+    return families[family](hf_config, score_head)

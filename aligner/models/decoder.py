@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
@@ -112,11 +113,12 @@ class CausalLM(nn.Module):
 
     config: DecoderConfig
     remat: str = "none"
+    lm_head: bool = True
 
     @nn.compact
     def __call__(self, batch: Batch, features: Float[Array, "B F D"] | None = None) -> Float[Array, "B T D"]:
         x = DecoderModel(self.config, self.remat, name="model")(batch, features)
-        if self.is_initializing() and not self.config.tie_word_embeddings:
+        if self.is_initializing() and self.lm_head and not self.config.tie_word_embeddings:
             Linear(self.config.vocab_size, False, self.config.initializer_range, name="lm_head")(x)
         return x
 
@@ -132,6 +134,11 @@ def head(config: DecoderConfig, params: Params) -> Head:
     if config.tie_word_embeddings:
         return Head(params["model"]["embed_tokens"]["embedding"], transposed=True)
     return Head(params["lm_head"]["kernel"])
+
+
+def init_score_head(config: DecoderConfig, key: Array) -> dict[str, Array]:
+    """The leaf of a fresh score head, random as Hugging Face's `score` layer is."""
+    return {"kernel": config.initializer_range * jax.random.normal(key, (config.hidden_size, 1))}
 
 
 def text_batch(inputs: Mapping[str, Any]) -> dict[str, Array]:
@@ -161,14 +168,20 @@ SHARDING_RULES = (
     (r"(down_proj|fc2)/kernel$", ("mlp", "embed")),
     (r"embed_tokens/embedding$", ("vocab", "embed")),
     (r"lm_head/kernel$", ("embed", "vocab")),
+    (r"score/kernel$", ("embed", None)),
 )
 
 IGNORED = (r"rotary_emb\.inv_freq$",)
+LM_HEAD = r"(^|\.)lm_head\."  # what a model with a score head has no use for
 
 
-def make(hf: Any) -> Model:
+def make(hf: Any, score_head: bool = False) -> Model:
     """A Llama model from its Hugging Face config."""
     config = config_from_hf(hf)
+
+    def init(key):
+        params = CausalLM(config, lm_head=not score_head).init(key, dummy_batch())["params"]
+        return {**params, "score": init_score_head(config, jax.random.fold_in(key, 1))} if score_head else params
 
     def apply(params, batch, *, features=None, cache=None, key=None, remat="none") -> Output:
         return Output(CausalLM(config, remat).apply({"params": params}, batch, features), {}, cache)
@@ -176,18 +189,20 @@ def make(hf: Any) -> Model:
     return Model(
         family=hf.model_type,
         config=config,
-        init=lambda key: CausalLM(config).init(key, dummy_batch())["params"],
+        init=init,
         encode=lambda params, batch: None,
         apply=apply,
-        head=lambda params: head(config, params),
+        head=lambda params: Head(params["score"]["kernel"]) if score_head else head(config, params),
         inputs=text_batch,
         conversion=Conversion(
             stacks={"model/layers": "model.layers.{i}"},
-            ignored=IGNORED,
-            tied=(("lm_head.weight", "model.embed_tokens.weight"),) if config.tie_word_embeddings else (),
+            ignored=(*IGNORED, LM_HEAD) if score_head else IGNORED,
+            tied=(("lm_head.weight", "model.embed_tokens.weight"),) if config.tie_word_embeddings and not score_head else (),
         ),
         sharding_rules=SHARDING_RULES,
+        has_score_head=score_head,
     )
 
 
-__all__ = ["SHARDING_RULES", "CausalLM", "DecoderConfig", "config_from_hf", "dummy_batch", "head", "make", "merge", "text_batch"]
+__all__ = ["IGNORED", "LM_HEAD", "SHARDING_RULES", "CausalLM", "DecoderConfig", "config_from_hf", "dummy_batch", "head",
+           "init_score_head", "make", "merge", "text_batch"]  # fmt: skip
