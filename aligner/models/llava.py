@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from aligner.models import clip, decoder
+from aligner.models import clip, decoder, families
 from aligner.models.layers import ACTIVATIONS, Linear
-from aligner.types import Batch, Conversion, Head, Media, Model, Output, UserError
+from aligner.types import Batch, Media, Model, Output, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +36,12 @@ class LlavaConfig:
 
 
 def config_from_hf(hf: Any) -> LlavaConfig:
-    """Read a Hugging Face `LlavaConfig` whose parts are CLIP and Llama."""
-    for part, supported in ((hf.text_config, "llama"), (hf.vision_config, "clip_vision_model")):
-        if part.model_type != supported:
-            raise UserError(f"a llava checkpoint with a {part.model_type!r} part is not supported; that part must be {supported!r}")
+    """Read a Hugging Face `LlavaConfig` whose parts are CLIP and a text family."""
+    for part, supported in ((hf.text_config, tuple(families.FAMILIES)), (hf.vision_config, ("clip_vision_model",))):
+        if part.model_type not in supported:
+            raise UserError(f"a llava checkpoint with a {part.model_type!r} part is not supported; that part may be {', '.join(supported)}")
     layer = hf.vision_feature_layer
-    text = decoder.config_from_hf(hf.text_config)
+    text = families.FAMILIES[hf.text_config.model_type](hf.text_config)
     return LlavaConfig(
         text_config=dataclasses.replace(text, tie_word_embeddings=bool(hf.tie_word_embeddings or text.tie_word_embeddings)),
         vision_config=clip.config_from_hf(hf.vision_config),
@@ -121,8 +121,8 @@ RENAMES = (
 )
 
 
-def make(hf: Any, score_head: bool = False) -> Model:
-    """A LLaVA-1.5 model from its Hugging Face config. The score head is `score.weight` at the top, beside the three parts."""
+def make(hf: Any) -> Model:
+    """A LLaVA-1.5 model from its Hugging Face config."""
     config = config_from_hf(hf)
     text, vision = config.text_config, config.vision_config
 
@@ -130,42 +130,32 @@ def make(hf: Any, score_head: bool = False) -> Model:
         keys = jax.random.split(key, 3)
         pixels = jnp.zeros((1, vision.image_size, vision.image_size, vision.num_channels))
         selected = jnp.zeros((1, vision.hidden_size * len(config.vision_feature_layer)))
-        score = {"score": decoder.init_score_head(text, jax.random.fold_in(key, 1))} if score_head else {}
         return {
-            "language_model": decoder.CausalLM(text, lm_head=not score_head).init(keys[0], decoder.dummy_batch())["params"],
+            "language_model": decoder.CausalLM(text).init(keys[0], decoder.dummy_batch())["params"],
             "vision_tower": {"vision_model": clip.VisionTransformer(vision).init(keys[1], pixels)["params"]},
             "multi_modal_projector": Projector(config).init(keys[2], selected)["params"],
-            **score,
         }
 
     def apply(params, batch, *, features=None, cache=None, key=None, remat="none") -> Output:
         hidden = decoder.CausalLM(text, remat).apply({"params": params["language_model"]}, batch, features)
         return Output(hidden, {}, cache)
 
-    tie = text.tie_word_embeddings and not score_head
-    ignored = (*decoder.IGNORED, r"embeddings\.position_ids$")
+    base = families.conversion(hf.text_config.model_type, text, "language_model/", "language_model.")
+    tower = {"vision_tower/vision_model/encoder/layers": "vision_tower.vision_model.encoder.layers.{i}"}
+    ignored = (*base.ignored, r"embeddings\.position_ids$")
     return Model(
         family=hf.model_type,
         config=config,
         init=init,
         encode=lambda params, batch, remat="none": encode(config, params, batch, remat),
         apply=apply,
-        head=lambda params: Head(params["score"]["kernel"]) if score_head else decoder.head(text, params["language_model"]),
+        head=lambda params: decoder.head(text, params["language_model"]),
         inputs=lambda processed: inputs(config, processed),
-        conversion=Conversion(
-            stacks={
-                "language_model/model/layers": "language_model.model.layers.{i}",
-                "vision_tower/vision_model/encoder/layers": "vision_tower.vision_model.encoder.layers.{i}",
-            },
-            renames=RENAMES,
-            ignored=(*ignored, decoder.LM_HEAD) if score_head else ignored,
-            tied=(("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"),) if tie else (),
-        ),
+        conversion=dataclasses.replace(base, stacks={**base.stacks, **tower}, renames=RENAMES, ignored=ignored),
         sharding_rules=SHARDING_RULES,
         trained_layers={
             "vision_tower/vision_model/encoder/layers": clip.layers_run(vision, config.vision_feature_layer),
             "vision_tower/vision_model/post_layernorm": 0,
         },
         media=Media(config.image_token_index, config.features, vision.image_size, vision.image_size),
-        has_score_head=score_head,
     )
