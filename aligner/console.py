@@ -33,7 +33,7 @@ def bar(total: int, title: str, unit: str, start: int = 0, **options) -> tqdm:
 
 
 def short(values: Mapping[str, float]) -> str:
-    names = ("loss", "rewards/accuracies", "rewards/margins")
+    names = ("loss", "rewards/accuracies", "rewards/margins", "accuracy", "margin")
     return ", ".join(f"{name} {values[name]:.4g}" for name in names if name in values)
 
 
@@ -45,8 +45,9 @@ def progress(start: int, total: int) -> Iterator[Callable]:
 
         def update(step: int, values: Mapping[str, float], tokens_per_second: float) -> None:
             shown = {"loss": f"{values['loss']:.4f}"}
-            if "rewards/accuracies" in values:
-                shown["accuracy"] = f"{values['rewards/accuracies']:.2f}"
+            for name in ("rewards/accuracies", "accuracy"):
+                if name in values:
+                    shown["accuracy"] = f"{values[name]:.2f}"
             shown["tok/s"] = f"{tokens_per_second:,.0f}"
             steps.set_postfix(shown, refresh=False)
             steps.update(step - steps.n)

@@ -47,13 +47,13 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         say(f"goes on with a different setting: {note}")
 
     # What is trained and on what: by headers and rows, no weights yet.
-    model, disk = convert.open_model(config.model.path, config.model.revision)
+    model, disk = convert.open_model(config.model.path, config.model.revision, config.algorithm.name in algorithms.SCORING)
     algorithm = algorithms.make(config, model)
     abstract = convert.abstract_params(model)
     trained, _ = lora.split(abstract, config.optim.freeze)
     look = lambda split: loader.load_dataset(config, split, model, algorithm.needs, cache_dir=Path(directory) / "data")
-    train, evaluation = look("train"), look("eval") if config.data.eval.path else None
-    for dataset in filter(None, (train, evaluation)):
+    train, evaluations = look("train"), {name: look(split) for name, split in eval_splits(config).items()}
+    for dataset in (train, *evaluations.values()):
         say(*dataset.report)
     steps = config.train.steps if config.train.steps is not None else max(1, int(config.train.epochs * train.size / config.data.batch_size))
     schedule = optim.make_schedule(config.optim, steps)
@@ -68,13 +68,14 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
 
     with jax.set_mesh(mesh), catch_signals() as check_stop, checkpoint.open_checkpoints(directory, config.checkpoint.keep) as checkpoints:
         params = load(config, model, disk, mesh, trained)
-        reference = load_reference(config, model, params, mesh, trained)
+        reference = load_reference(config, model, params, mesh, trained) if algorithm.prepare or config.reference.kind == "copy" else None
         columns = {
             dataset.name: prepare_columns(config, directory, algorithm, reference, dataset, disk, mesh, check_stop)
-            for dataset in filter(None, (train, evaluation))
+            for dataset in (train, *evaluations.values())
         }
         trainable, base = lora.split(params, config.optim.freeze)
         fixed = {"base": base} | ({"reference": reference} if config.reference.kind == "copy" else {})
+        fixed |= {name: load_frozen(config, *other, mesh) for name, other in algorithm.others.items()}
         del params, reference
         train_state = state.create(trainable, optimizer, algorithm.carry, config.seed, mesh, own_reference=algorithm.sync is not None)
         del trainable
@@ -101,9 +102,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         train_step = jit(step_function, donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh)))
         eval_step = jit(make_eval_step(algorithm, dtype=config.model.dtype), out_shardings=sharding.replicated(mesh))
 
-        def evaluate() -> dict[str, float]:
-            if evaluation is None:
-                return {}
+        def evaluate(evaluation: loader.Dataset) -> dict[str, float]:
             rows = local_rows(mesh, config.data.batch_size)
             total = None
             for batch in loader.eval_batches(evaluation, config.data.batch_size, rows=rows):
@@ -157,16 +156,17 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                         clock, first = time.monotonic(), False
                     saves = step % config.checkpoint.every == 0 or step == steps
                     every = config.train.eval_every
-                    evaluates = evaluation is not None and (step == steps or (bool(every) and step % every == 0))
+                    evaluates = bool(evaluations) and (step == steps or (bool(every) and step % every == 0))
                     if saves or evaluates:
                         report()
                         pending = None
                     if saves:
                         save()
                     if evaluates:
-                        last = evaluate()
-                        write(step, "eval", last)
-                        say(f"step {step}: held-out " + short(last))
+                        for name, evaluation in reversed(evaluations.items()):  # `last` is the first one's
+                            last = evaluate(evaluation)
+                            write(step, "eval", {"dataset": name} | last if name else last)
+                            say(f"step {step}: {name or 'held-out'} " + short(last))
                         clock = time.monotonic()
                     check_stop()
             except Stopped:
@@ -176,7 +176,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                     save()
                 metrics.draw_curves(directory)
                 raise
-        if step >= steps and not last and evaluation is not None:
+        if step >= steps and not last and evaluations:
             last = last_eval(directory)
     recompiled = train_step._cache_size() - 1
     if recompiled > 0:
@@ -243,6 +243,12 @@ def load(config: ConfigDict, model: Model, disk: Any, mesh: jax.sharding.Mesh, t
     return convert.load_params(model, disk, lambda path: config.model.param_dtype if path in names else config.model.dtype, shardings)
 
 
+def load_frozen(config: ConfigDict, model: Model, disk: Any, mesh: jax.sharding.Mesh) -> Params:
+    """Another model's parameters, none of which trains, in the dtype of the computation."""
+    shardings = sharding.param_shardings(convert.abstract_params(model), model.sharding_rules, mesh)
+    return convert.load_params(model, disk, config.model.dtype, shardings)
+
+
 def load_reference(config: ConfigDict, model: Model, params: Params, mesh: jax.sharding.Mesh, trained: Params) -> Params:
     """The reference in the dtype of the computation: the policy as loaded, or another checkpoint of the same family."""
     if config.reference.model:
@@ -277,6 +283,14 @@ def prepare_columns(
     return compute_columns(one, batches, -(-dataset.size // size), dataset.rows_total, folder, f"reference, {dataset.name}", check_stop)
 
 
+def eval_splits(config: ConfigDict) -> dict[str, str]:
+    """What each evaluation set is called in metrics.jsonl -> its section under config.data; `eval` goes without a name and comes first."""
+    for name, source in config.data.evals.items():
+        if not source.path:
+            raise UserError(f"config.data.evals.{name}.path is empty: give a file, folder or Hub dataset, or remove the set")
+    return ({"": "eval"} if config.data.eval.path else {}) | {name: f"evals.{name}" for name in config.data.evals}
+
+
 def local_rows(mesh: jax.sharding.Mesh, size: int) -> np.ndarray:
     """Which rows of the global batch this process's devices hold."""
     places = sharding.batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
@@ -309,9 +323,9 @@ def check_finite(step: int, values: Mapping[str, float], ids: np.ndarray, limit:
 
 
 def last_eval(directory: str | Path) -> dict[str, float]:
-    """The newest evaluation in metrics.jsonl."""
+    """The newest evaluation in metrics.jsonl, of the first set."""
     found: Iterable[dict] = (record for record in reversed(metrics.read(directory)) if record["split"] == "eval")
-    return {k: v for k, v in next(iter(found), {}).items() if k not in ("step", "split")}
+    return {k: v for k, v in next(iter(found), {}).items() if k not in ("step", "split", "dataset")}
 
 
 def finish(config: ConfigDict, directory: str | Path, steps: int, last: Mapping[str, float], seconds: float) -> None:

@@ -187,8 +187,6 @@ class Algorithm:
         whole_batch: the objective is not a sum over rows (a sort, a batch mean inside a nonlinearity): under accumulation it is then
             evaluated on the scores of the whole batch, exactly.
         sync: (weight a, every N steps): the reference becomes a * policy + (1 - a) * reference; None keeps it fixed.
-        reads: numbers of a sample (its `columns`) that `objective` reads from the batch as [B,G,...]: name -> what stands in their place
-            where no row has them, None where every row must.
         others: further frozen models, name -> (model, its checkpoint): `score` finds their parameters in `fixed`.
     """
 
@@ -200,7 +198,6 @@ class Algorithm:
     needs: str = "preference"
     whole_batch: bool = False
     sync: tuple[float, int] | None = None
-    reads: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
     others: Mapping[str, tuple[Model, Any]] = dataclasses.field(default_factory=dict)
 
 

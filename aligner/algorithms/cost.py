@@ -14,7 +14,8 @@ SAFER, WORSE = 0, 1  # places along R: `chosen` is the safer answer
 def make(config: ConfigDict, model: Model) -> Algorithm:
     """-log sigmoid(c_worse - c_safer) + scale * sum over both answers of -log sigmoid(s c), s = 1 for a harmful one, -1 for a safe one.
 
-    A row's `is_safe` holds two labels, of `chosen` (the safer) and of `rejected`: 1 or true is safe, -1, 0 or false harmful.
+    `chosen` is the safer answer; the batch's `safe` [B, G, 2] is 1 for a safe answer, -1 for a harmful one, 0 where that is not known: such an
+    answer has no part in the second term.
     """
     c = config.algorithm
     check(config, model)
@@ -23,12 +24,11 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
     score = make_scorer(model, 2, config.train.remat)
 
     def objective(scores: Scores, batch: Batch, carry):
-        present, costs, is_safe = scores.lengths > 0, scores.values, batch["is_safe"]
-        pairs = present.all(axis=-1)
+        present, costs, safe = scores.lengths > 0, scores.values, batch["safe"]
+        pairs, known = present.all(axis=-1), present & (safe != 0)
         higher, lower = costs[..., WORSE], costs[..., SAFER]
         terms = {"order": Term(1.0, *over(pairs, reward.bradley_terry(higher, lower)))}
-        signs = jnp.sum(reward.safety_sign(costs, is_safe), axis=-1)  # both answers of a pair: counted by pairs
-        terms["sign"] = Term(c.scale, *over(pairs, signs))
+        terms["sign"] = Term(2 * c.scale, *over(known, reward.safety_sign(costs, safe)))  # two signs a pair: twice their mean
         if c.regularization:
             terms["regularization"] = Term(c.regularization, *over(present, jnp.square(costs)))
         found = {
@@ -36,9 +36,9 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
             "mean_cost": Mean(*over(present, costs)),
             "max_cost": Max(jnp.max(jnp.where(present, costs, -jnp.inf))),
             "accuracy": Mean(*over(pairs, higher > lower)),
-            "accuracy_sign": Mean(*over(present, (costs < 0) == (is_safe > 0))),
+            "accuracy_sign": Mean(*over(known, (costs < 0) == (safe > 0))),
             "margin": Mean(*over(pairs, higher - lower)),
         }
         return terms, found, carry
 
-    return Algorithm(lambda params, fixed, batch, key: score(params, batch, key), objective, reads={"is_safe": None})
+    return Algorithm(lambda params, fixed, batch, key: score(params, batch, key), objective, needs="preference_last")

@@ -1,5 +1,7 @@
 """Distillation (arXiv 2306.13649 without sampling): the student's next-token distributions follow a teacher's on given answers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -17,11 +19,11 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
         raise UserError("config.algorithm.teacher is empty: give the teacher's checkpoint folder or Hub id")
     teacher, disk = open_model(config.algorithm.teacher)
     check_same_tokens(model, teacher)
-    return distil(config, model, teacher, disk)
+    return dataclasses.replace(distil(config, model, teacher), others={"teacher": (teacher, disk)})
 
 
-def distil(config: ConfigDict, model: Model, teacher: Model, disk=None) -> Algorithm:
-    """The mean over scored tokens of the divergence with `beta` and `temperature` (TRL's GKD names) from `fixed["teacher"]`."""
+def distil(config: ConfigDict, model: Model, teacher: Model) -> Algorithm:
+    """The mean over scored tokens of the divergence from `fixed["teacher"]`, with TRL's GKD names `beta` and `temperature`."""
     c = config.algorithm
     if not 0 <= c.beta <= 1:
         raise UserError(f"config.algorithm.beta is {c.beta}; distillation needs it in [0, 1]: 0 is forward KL, 1 reverse KL")
@@ -38,7 +40,7 @@ def distil(config: ConfigDict, model: Model, teacher: Model, disk=None) -> Algor
         tokens = divergence(ours, model.head(params), theirs, teacher.head(fixed["teacher"]), c.beta, c.temperature)
         scored = batch["score_segment"] > 0
         tokens = {name: jnp.where(scored, value, 0) for name, value in tokens.items()}
-        lengths = answer_lengths(batch, c.answers)
+        lengths = answer_lengths(batch, 1)
         return Scores(jnp.zeros_like(lengths), lengths, tokens, aux)
 
     def objective(scores: Scores, batch: Batch, carry):
@@ -46,7 +48,7 @@ def distil(config: ConfigDict, model: Model, teacher: Model, disk=None) -> Algor
         terms = {"divergence": Term(1.0, jnp.sum(scores.tokens["divergence"]), count)}
         return terms, {"agreement": Mean(jnp.sum(scores.tokens["agreement"]), count)}, carry
 
-    return Algorithm(score, objective, needs=c.needs, others={"teacher": (teacher, disk)})
+    return Algorithm(score, objective, needs="supervised")
 
 
 def check_same_tokens(model: Model, teacher: Model) -> None:
@@ -69,14 +71,14 @@ def check_same_tokens(model: Model, teacher: Model) -> None:
             f"config.algorithm.teacher {name} has another vocabulary than the student: {token!r} is {theirs.get(token, 'absent')} there and "
             f"{ours.get(token, 'absent')} here; distillation compares distributions token by token, so take a teacher of the same tokenizer"
         )
-    ours, theirs = (sum_of_vocabulary(one, abstract_params(one)) for one in (model, teacher))
+    ours, theirs = (vocabulary_size(one, abstract_params(one)) for one in (model, teacher))
     if ours != theirs:
         raise UserError(f"config.algorithm.teacher {name} gives {theirs} logits and the student {ours}; both must pad the vocabulary alike")
     if model.media != teacher.media:
         raise UserError(f"config.algorithm.teacher {name} takes other pictures than the student: {teacher.media} there, {model.media} here")
 
 
-def sum_of_vocabulary(model: Model, params) -> int:
-    """How many logits a model gives."""
-    head = jax.eval_shape(lambda tree: model.head(tree).weight, params)
-    return head.shape[0 if model.head(params).transposed else 1]
+def vocabulary_size(model: Model, params) -> int:
+    """How many logits a model gives; `params` may be shapes."""
+    head = model.head(params)
+    return head.weight.shape[0 if head.transposed else 1]

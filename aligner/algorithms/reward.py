@@ -9,7 +9,7 @@ from aligner.likelihood import make_scorer
 from aligner.losses import reward
 from aligner.types import Algorithm, Batch, Max, Mean, Min, Model, Scores, Term, UserError
 
-LOSS_TYPES = ("bradley_terry", "plackett_luce", "mse")
+NEEDS = {"bradley_terry": "preference_last", "plackett_luce": "ranked_last", "mse": "scored_last"}  # loss type -> the kind of sample it takes
 
 
 def make(config: ConfigDict, model: Model) -> Algorithm:
@@ -20,15 +20,14 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
     """
     c = config.algorithm
     check(config, model)
-    if c.loss_type not in LOSS_TYPES:
-        near = difflib.get_close_matches(str(c.loss_type), LOSS_TYPES, n=1)
+    if c.loss_type not in NEEDS:
+        near = difflib.get_close_matches(str(c.loss_type), NEEDS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"config.algorithm.loss_type {c.loss_type!r} is not a reward loss{hint} (known: {', '.join(LOSS_TYPES)})")
-    if c.answers < 2 or (c.loss_type == "bradley_terry" and c.answers != 2):
-        raise UserError(
-            f"config.algorithm.answers is {c.answers}, but loss_type {c.loss_type!r} takes {'2; use plackett_luce for more' if c.answers > 2 else 'at least 2'}"
-        )
-    score = make_scorer(model, c.answers, config.train.remat)
+        raise UserError(f"config.algorithm.loss_type {c.loss_type!r} is not a reward loss{hint} (known: {', '.join(NEEDS)})")
+    answers = 2 if c.loss_type == "bradley_terry" else c.answers
+    if answers < 1 or (answers == 1 and c.loss_type == "plackett_luce"):
+        raise UserError(f"config.algorithm.answers is {answers}, but a ranked list has at least 2")
+    score = make_scorer(model, answers, config.train.remat)
 
     def objective(scores: Scores, batch: Batch, carry):
         present, values = scores.lengths > 0, scores.values
@@ -39,11 +38,11 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
             better = targets[..., :, None] > targets[..., None, :]
         else:
             if c.loss_type == "bradley_terry":
-                losses = reward.bradley_terry(values[..., 0], values[..., 1], batch["margin"])
+                losses = reward.bradley_terry(values[..., 0], values[..., 1], batch.get("margin", 0.0))
             else:
                 losses = reward.plackett_luce(values, present)
             main = over(groups, losses)
-            better = jnp.triu(jnp.ones((c.answers, c.answers), bool), 1)  # best first
+            better = jnp.triu(jnp.ones((answers, answers), bool), 1)  # best first
         terms = {c.loss_type: Term(1.0, *main)}
         if c.center_rewards_coefficient:
             terms["center"] = Term(c.center_rewards_coefficient, *over(groups, reward.center(values, present)))
@@ -51,8 +50,7 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
             terms["regularization"] = Term(c.regularization, *over(present, jnp.square(values)))
         return terms, metrics(values, present, better), carry
 
-    reads = {"scores": None} if c.loss_type == "mse" else {"margin": 0.0} if c.loss_type == "bradley_terry" else {}
-    return Algorithm(lambda params, fixed, batch, key: score(params, batch, key), objective, needs=needs(c.answers), reads=reads)
+    return Algorithm(lambda params, fixed, batch, key: score(params, batch, key), objective, needs=NEEDS[c.loss_type])
 
 
 def check(config: ConfigDict, model: Model) -> None:
@@ -62,11 +60,6 @@ def check(config: ConfigDict, model: Model) -> None:
     for key in ("center_rewards_coefficient", "regularization"):
         if config.algorithm.get(key, 0) < 0:
             raise UserError(f"config.algorithm.{key} is {config.algorithm[key]}; it must not be negative")
-
-
-def needs(answers: int) -> str:
-    """The kind of sample with so many answers."""
-    return "preference" if answers == 2 else "ranked"
 
 
 def over(mask, values) -> tuple:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -54,7 +55,7 @@ def load_dataset(
 
     Args:
         config: the whole config; its `data` section is read.
-        split: "train" or "eval".
+        split: "train", "eval", or "evals.NAME".
         model: its assets (tokenizer, processor) and media sizes; no parameters.
         needs: the kind of sample the algorithm takes.
         cache_dir: where the result of the census is kept for the next start; None keeps nothing.
@@ -63,7 +64,7 @@ def load_dataset(
     Raises:
         UserError: missing file, missing columns, no row left, more bad rows than `config.data.max_bad_fraction`, images for a text model.
     """
-    name, source = f"data.{split}", config.data[split]
+    name, source = f"data.{split}", functools.reduce(lambda section, key: section[key], split.split("."), config.data)
     if needs not in ENCODERS:
         raise UserError(f"config.{name}: samples of kind {needs!r} cannot be made yet; there is {', '.join(ENCODERS)}.")
     rows = sources.open_rows(source, name)

@@ -41,11 +41,11 @@ def center(scores: Float[Array, "... R"], present: Bool[Array, "... R"]) -> Floa
     return jnp.square(jnp.sum(jnp.where(present, scores, 0), axis=-1))
 
 
-def safety_sign(costs: Float[Array, "..."], is_safe: Float[Array, "..."]) -> Float[Array, "..."]:
-    """-log sigmoid(s c): a harmful answer (s = 1) costs more than zero, a safe one (s = -1) less (arXiv 2310.12773, equation 5).
+def safety_sign(costs: Float[Array, "..."], safe: Array) -> Float[Array, "..."]:
+    """-log sigmoid(-s c): a safe answer (s = 1) costs less than zero, a harmful one (s = -1) more (Safe RLHF, arXiv 2310.12773).
 
     Args:
         costs: c of each answer.
-        is_safe: above zero (1, true) safe; zero or below (-1, 0, false) harmful.
+        safe: s, 1 or -1.
     """
-    return -jax.nn.log_sigmoid(jnp.where(is_safe > 0, -costs, costs))
+    return -jax.nn.log_sigmoid(-safe * costs)
