@@ -139,7 +139,8 @@ def draw_curves(workdir: str | Path) -> Path | None:
         points: dict[str, list] = {}  # "train", "eval", "eval NAME"
         for record in records:
             if name in record:
-                points.setdefault(" ".join(filter(None, (record["split"], record.get("dataset")))), []).append((record["step"], record[name]))
+                label = " ".join(filter(None, (record["split"], record.get("dataset"))))
+                points.setdefault(label, []).append((record["step"], record[name]))
         for label, pairs in points.items():
             style = dict(linewidth=1.2) if label == "train" else dict(marker="o", linestyle="--", markersize=4)
             axes.plot(*zip(*pairs), label=label, **style)

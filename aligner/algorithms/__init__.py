@@ -6,7 +6,6 @@ from ml_collections import ConfigDict
 
 from aligner.types import Algorithm, Model, UserError
 
-
 SCORING = ("reward", "cost")  # these train a score head, fresh where the checkpoint has none
 
 

@@ -9,7 +9,8 @@ from aligner.likelihood import make_scorer
 from aligner.losses import reward
 from aligner.types import Algorithm, Batch, Max, Mean, Min, Model, Scores, Term, UserError
 
-NEEDS = {"bradley_terry": "preference_last", "plackett_luce": "ranked_last", "mse": "scored_last"}  # loss type -> the kind of sample it takes
+# Loss type -> the kind of sample it takes.
+NEEDS = {"bradley_terry": "preference_last", "plackett_luce": "ranked_last", "mse": "scored_last"}
 
 
 def make(config: ConfigDict, model: Model) -> Algorithm:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 def bradley_terry(
     chosen: Float[Array, "..."], rejected: Float[Array, "..."], margin: Float[Array, "..."] | float = 0.0
 ) -> Float[Array, "..."]:
-    """-log sigmoid(r_w - r_l - margin): the better answer scores higher (arXiv 2203.02155, equation 1; margin arXiv 2307.09288, equation 2).
+    """-log sigmoid(r_w - r_l - margin): the better answer scores higher (arXiv 2203.02155, equation 1; margin: 2307.09288, equation 2).
 
     Args:
         chosen, rejected: scores r_w, r_l of each pair.
@@ -27,7 +27,7 @@ def plackett_luce(scores: Float[Array, "... R"], present: Bool[Array, "... R"]) 
     low = jnp.finfo(scores.dtype).min
     scores = jnp.where(present, scores, low)
     # log of the sum over j >= i, from behind; where i is absent the value is thrown away
-    rest = jax.lax.associative_scan(jnp.logaddexp, scores, reverse=True, axis=-1)
+    rest = jax.lax.associative_scan(jnp.logaddexp, scores, reverse=True, axis=scores.ndim - 1)
     return jnp.sum(jnp.where(present, rest - scores, 0), axis=-1)
 
 
