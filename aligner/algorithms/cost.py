@@ -14,8 +14,8 @@ SAFER, WORSE = 0, 1  # places along R: `chosen` is the safer answer
 def make(config: ConfigDict, model: Model) -> Algorithm:
     """-log sigmoid(c_worse - c_safer) + scale * sum over both answers of -log sigmoid(s c), s = 1 for a harmful one, -1 for a safe one.
 
-    `chosen` is the safer answer; the batch's `safe` [B, G, 2] is 1 for a safe answer, -1 for a harmful one, 0 where that is not known: such an answer has
-    no part in the second term.
+    `chosen` is the safer answer; the batch's `safe` [B, G, 2] is 1 for a safe answer, -1 for a harmful one, 0 where that is not
+    known: such an answer has no part in the second term.
     """
     c = config.algorithm
     check(config, model)

@@ -69,7 +69,7 @@ def check_same_tokens(model: Model, teacher: Model) -> None:
         token = min((token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)), key=str)
         raise UserError(
             f"config.algorithm.teacher {name} has another vocabulary than the student: {token!r} is {theirs.get(token, 'absent')} there "
-            f"and {ours.get(token, 'absent')} here; distillation compares distributions token by token, so take a teacher of the same tokenizer"
+            f"and {ours.get(token, 'absent')} here; distributions are compared token by token, so take a teacher of the same tokenizer"
         )
     ours, theirs = (vocabulary_size(one, abstract_params(one)) for one in (model, teacher))
     if ours != theirs:

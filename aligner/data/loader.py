@@ -2,37 +2,90 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from aligner.data import formatters, layout, media, sources, templates
+from aligner.data import formatters, layout, media, packing, samples, sources, templates, turns
 from aligner.data.census import check_census, describe, source_code, take_census
-from aligner.data.samples import Bad, as_preference
+from aligner.data.samples import Bad, Document, Preference, Ranked, Supervised, Unpaired
 from aligner.types import Model, UserError
 
-ENCODERS = {"preference": lambda sample, model: templates.encode_preference(as_preference(sample), model.assets, model.media)}
+
+class Kind(NamedTuple):
+    """How the samples that an algorithm needs become examples.
+
+    Attributes:
+        takes: types of samples that will do, the best first.
+        encode: (sample, model, config.data) -> Encoded.
+        values: columns of the batch that come with the examples: name -> shape of one example's; the batch has [B,G,*shape] float32.
+        last: score the last token of each answer alone, as reward heads do.
+    """
+
+    takes: tuple[type, ...]
+    encode: Callable[[Any, Model, Any], templates.Encoded]
+    values: Mapping[str, tuple[int, ...]] = {}
+    last: bool = False
+
+
+def _supervised(sample: Any, model: Model, data: Any) -> templates.Encoded:
+    return turns.encode_supervised(samples.as_supervised(sample), model.assets, model.media, data.get("loss_on", "assistant"))
+
+
+def _document(sample: Any, model: Model, data: Any) -> templates.Encoded:
+    return turns.encode_document(samples.as_document(sample), model.assets)
+
+
+def _preference(sample: Any, model: Model, data: Any) -> templates.Encoded:
+    return templates.encode_preference(samples.as_preference(sample), model.assets, model.media)
+
+
+def _ranked(sample: Any, model: Model, data: Any) -> templates.Encoded:
+    sample = samples.as_ranked(sample)
+    return templates.encode_answers(sample.prompt, sample.completions, model.assets, model.media)
+
+
+def _unpaired(sample: Any, model: Model, data: Any) -> templates.Encoded:
+    sample = samples.as_unpaired(sample)
+    encoded = templates.encode_answers(sample.prompt, (sample.completion,), model.assets, model.media)
+    return encoded._replace(values={"label": float(sample.label)})
+
+
+ENCODERS = {
+    "supervised": Kind((Supervised, Document, Preference, Ranked), _supervised),  # R=1
+    "text": Kind((Document,), _document),  # R=1; cut into full rows
+    "preference": Kind((Preference, Ranked), _preference),  # R=2: chosen, rejected
+    "preference_last": Kind((Preference, Ranked), _preference, {"margin": (), "safe": (2,)}, last=True),
+    "unpaired": Kind((Unpaired, Preference, Ranked), _unpaired, {"label": ()}),  # R=2: the row's answer, another row's to the same prompt
+    "ranked": Kind((Ranked, Preference), _ranked),  # as many as the longest list has; shorter ones lack the last
+    "ranked_last": Kind((Ranked, Preference), _ranked, last=True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Rows that passed the census, and how to turn one into arrays.
+    """Rows that passed the census, and how to turn them into arrays.
 
     Attributes:
         name: the config section it came from, e.g. "data.train".
-        size: N, the number of kept rows.
-        row_ids: [N] int64, their numbers in the source, ascending; `example_id` in a batch is one of these.
+        size: rows of an epoch, as batches count them: one an example unless they are packed.
+        row_ids: [N] int64, numbers in the source of the kept rows, ascending; `example_id` in a batch is one of these.
         rows_total: number of rows of the source; columns computed per example have so many rows.
         dropped: reason -> (count, up to three row numbers).
         report: lines for people: what was read, dropped, and how long examples are.
         fingerprint: sha256 over row numbers, token ids, image bytes, image-processor settings and the chat template.
         shape: (T, S, I) of every batch: columns, scored positions, images of a row.
-        example: row number -> the arrays of its row (aligner.types.Batch without the leading B); -1 gives an empty row.
+        examples: G, places for examples in a row.
+        answers: R, the most answers that an example has.
+        fill: share of all columns that hold a token.
+        row: number below `size` -> the arrays of that row (aligner.types.Batch without the leading B); -1 gives an empty row.
         workers: threads that read ahead.
     """
 
@@ -44,7 +97,10 @@ class Dataset:
     report: tuple[str, ...]
     fingerprint: str
     shape: tuple[int, int, int]
-    example: Callable[[int], layout.Row]
+    examples: int
+    answers: int
+    fill: float
+    row: Callable[[int], layout.Row]
     workers: int = 8
 
 
@@ -54,68 +110,145 @@ def load_dataset(
     """Open `config.data[split]`, look at every row once, and say what will be trained on.
 
     Args:
-        config: the whole config; its `data` section is read.
+        config: the whole config; its `data` section and `seed` are read.
         split: "train", "eval", or "evals.NAME".
         model: its assets (tokenizer, processor) and media sizes; no parameters.
-        needs: the kind of sample the algorithm takes.
+        needs: the kind of sample the algorithm takes, a key of ENCODERS.
         cache_dir: where the result of the census is kept for the next start; None keeps nothing.
         progress: show a bar; None shows it on process 0.
 
     Raises:
         UserError: missing file, missing columns, no row left, more bad rows than `config.data.max_bad_fraction`, images for a text model.
     """
-    name, source = f"data.{split}", functools.reduce(lambda section, key: section[key], split.split("."), config.data)
+    name, data, seed = f"data.{split}", config.data, config.get("seed", 0)
+    source = functools.reduce(lambda section, key: section[key], split.split("."), data)
     if needs not in ENCODERS:
         raise UserError(f"config.{name}: samples of kind {needs!r} cannot be made yet; there is {', '.join(ENCODERS)}.")
+    kind = ENCODERS[needs]
+    if data.get("loss_on", "assistant") not in turns.LOSS_ON:
+        raise UserError(f"config.data.loss_on is {data.loss_on!r}; it must be one of {', '.join(turns.LOSS_ON)}.")
     rows = sources.open_rows(source, name)
-    formatter_name, to_sample = formatters.find_formatter(source.formatter, rows.columns(), name)
+    formatter_name, to_sample = formatters.find_formatter(source.formatter, rows.columns(), name, kind.takes)
     check_assets(model)
+    halves = needs == "unpaired" and _makes_pairs(rows, to_sample)
+    if halves:  # each pair is two judged answers
+        whole, rows = rows, dataclasses.replace(rows, size=2 * len(rows), identity=f"{rows.identity}, halves")
+
+    def sample(index: int) -> Any:
+        return samples.unpair(to_sample(whole[index // 2]), index % 2) if halves else to_sample(rows[index])
 
     def encode(index: int) -> templates.Encoded:
-        return ENCODERS[needs](to_sample(rows[index]), model)
+        return kind.encode(sample(index), model, data)
 
     census = take_census(
         encode,
         rows,
         model,
-        config.data.max_length,
+        None if needs == "text" else data.max_length,
         name,
-        key=[formatter_name, source_code(to_sample), needs],
+        key=[formatter_name, source_code(to_sample), needs, data.get("loss_on", "assistant")],
         cache_dir=cache_dir,
-        workers=config.data.workers,
+        workers=data.workers,
         progress=progress,
     )
-    check_census(census, rows, name, config.data.max_bad_fraction)
-    prompt, scored, answers, images, _ = census.sizes.T
-    shared, multiple = config.data.shared_prompt, config.data.pad_to_multiple
-    T = layout.round_up(int((prompt * (1 if shared else answers) + scored).max()), multiple)
-    S, I = layout.round_up(int(scored.max()), multiple), int(images.max())
+    check_census(census, rows, name, data.max_bad_fraction)
+    fingerprint, sizes, partner = census.fingerprint, census.sizes.copy(), None
+    if needs == "unpaired":
+        partner = _partners(census.row_ids, seed, rows, name)
+        mismatched = np.minimum(sizes[partner, 1], data.max_length - sizes[:, 0])
+        sizes[:, 1:4] = np.stack([sizes[:, 1] + mismatched, sizes[:, 2] + mismatched, np.full(len(sizes), 2)], axis=1)
+        fingerprint = hashlib.sha256(fingerprint.encode() + partner.tobytes()).hexdigest()
+    prompt, tail, scored, answers, images, _ = sizes.T
+    columns = prompt * (1 if data.shared_prompt else answers) + tail
+    multiple, packed = data.pad_to_multiple, needs != "text" and bool(data.get("packing", False))
+    if needs == "text":
+        T = min(data.max_length, layout.round_up(int(columns.sum()), multiple))
+        plan = packing.cut_stream(columns, T)
+        S = T  # less the first token of each piece
+        encode = functools.lru_cache(maxsize=4 * data.workers)(encode)  # a long document stands in many rows
+    elif packed:
+        T = _packed_length(data, int(columns.max()), multiple)
+        plan = packing.first_fit(columns, T, seed if data.get("shuffle", True) else None)
+    else:
+        T, plan = layout.round_up(int(columns.max()), multiple), packing.one_per_row(len(columns))
+    if needs != "text":
+        S = int(plan.sums(answers).max()) if kind.last else layout.round_up(int(plan.sums(scored).max()), multiple)
+    G, I = int(np.diff(plan.starts).max()), int(plan.sums(images).max())
+    fill = float(columns.sum() / (T * len(plan)))
 
-    def example(row_id: int) -> layout.Row:
-        if row_id == -1:
-            return layout.empty_row(T, S, I, model.media)
+    def example(place: int, start: int, end: int) -> templates.Encoded:
+        encoded = encode(int(census.row_ids[place]))
+        if needs == "text":
+            return turns.piece(encoded, start, end)
+        if partner is not None:  # another row's answer, as it is tokenised there, after this row's prompt
+            other = encode(int(census.row_ids[partner[place]])).answers[0]
+            return encoded._replace(answers=(*encoded.answers, other[: data.max_length - len(encoded.prompt)]))
+        return encoded
+
+    def row(number: int) -> layout.Row:
+        members = plan.row(number) if number >= 0 else np.zeros((0, 3), np.int64)
+        ids = census.row_ids[members[:, 0]]
         try:
-            encoded = encode(row_id)
-            row = layout.pair_row(encoded, T, S, I, model.media, shared, example_id=row_id)
-            if encoded.images:
-                pictures = [media.open_image(image, rows.folder) for image in encoded.images]
-                row["pixel_values"][: len(pictures)] = media.pixel_values(pictures, model.assets.processor.image_processor)
+            examples = [example(*member) for member in members.tolist()]
+            made = layout.lay_out(examples, ids, T, S, I, model.media, data.shared_prompt, G, kind.last)
+            pictures = [media.open_image(image, rows.folder) for encoded in examples for image in encoded.images]
         except Bad as error:
-            raise UserError(f"{name}, row {row_id} of {rows.description} could be read when the run started, now not: {error}.") from error
-        return row
+            where = f"row {ids[0]}" if len(ids) == 1 else f"one of the rows {', '.join(map(str, ids))}"
+            raise UserError(f"{name}, {where} of {rows.description} could be read when the run started, now not: {error}.") from error
+        if pictures:
+            made["pixel_values"][: len(pictures)] = media.pixel_values(pictures, model.assets.processor.image_processor)
+        for column, shape in kind.values.items():
+            made[column] = np.zeros((G, *shape), np.float32)
+            for place, encoded in enumerate(examples):
+                made[column][place] = encoded.values[column]
+        return made
 
+    report = [*describe(census, rows, name, formatter_name, str(model.assets.tokenizer.eos_token))]
+    report += ["  every pair makes two rows, one for each answer"] if halves else []
+    report += [f"  every row: T={T} columns, S={S} scored positions, I={I} images"]
+    if packed or needs == "text":
+        report += [f"  packed into {len(plan)} rows of at most {G} examples; {fill:.1%} of their columns are filled"]
     return Dataset(
         name=name,
-        size=len(census.row_ids),
+        size=len(plan),
         row_ids=census.row_ids,
         rows_total=len(rows),
         dropped=census.dropped,
-        report=tuple(describe(census, rows, name, formatter_name, (T, S, I), str(model.assets.tokenizer.eos_token))),
-        fingerprint=census.fingerprint,
+        report=tuple(report),
+        fingerprint=fingerprint,
         shape=(T, S, I),
-        example=example,
-        workers=config.data.workers,
+        examples=G,
+        answers=int(answers.max()),
+        fill=fill,
+        row=row,
+        workers=data.workers,
     )
+
+
+def _makes_pairs(rows: sources.Rows, to_sample: Callable) -> bool:
+    """Whether the first row that can be read is a pair or a ranking."""
+    for index in range(min(20, len(rows))):
+        with contextlib.suppress(Bad):
+            return isinstance(to_sample(rows[index]), (Preference, Ranked))
+    return False
+
+
+def _partners(row_ids: np.ndarray, seed: int, rows: sources.Rows, name: str) -> np.ndarray:
+    """[N]: whose answer stands in each example as the mismatched one; a function of the seed and the kept rows alone."""
+    if len(row_ids) < 2:
+        raise UserError(
+            f"config.{name}: one row of {rows.description} is left, but each needs another row's answer beside its own; give at least two."
+        )
+    return packing.derangement(row_ids, seed)
+
+
+def _packed_length(data: Any, longest: int, multiple: int) -> int:
+    """T of packed rows: as configured, else what holds `max_length` tokens and the longest example."""
+    if data.get("packed_length") is None:
+        return layout.round_up(max(data.max_length, longest), multiple)
+    if data.packed_length < longest:
+        raise UserError(f"config.data.packed_length is {data.packed_length}, but the longest example takes {longest}; set at least that.")
+    return data.packed_length
 
 
 def check_assets(model: Model) -> None:
@@ -187,7 +320,7 @@ def batches(
 ) -> Batches:
     """Training batches: every epoch in a new order, running over the borders of epochs so that no row is left out.
 
-    Which example stands at row r of batch k depends on (seed, k * batch_size + r) alone.
+    What stands at row r of batch k depends on (seed, k * batch_size + r) alone, packed or not.
 
     Args:
         dataset: from `load_dataset`.
@@ -208,12 +341,12 @@ def batches(
         order = order.seed(seed % 2**32).shuffle()
     order = order.repeat()  # index k of the repeated dataset is in epoch k // size, each with its own shuffle
     count = None if epochs is None else math.ceil(round(epochs * dataset.size / batch_size, 6))
-    return _stream(dataset, batch_size, lambda k: int(dataset.row_ids[order[k]]), count, rows, start)
+    return _stream(dataset, batch_size, lambda k: int(order[k]), count, rows, start)
 
 
 def eval_batches(dataset: Dataset, batch_size: int, *, rows: Any = slice(None)) -> Batches:
     """One pass in order. The last batch is filled with empty rows (example_id -1), in which nothing is scored or counted."""
-    row_of = lambda k: int(dataset.row_ids[k]) if k < dataset.size else -1
+    row_of = lambda k: k if k < dataset.size else -1
     return _stream(dataset, batch_size, row_of, math.ceil(dataset.size / batch_size), rows, 0)
 
 
@@ -225,7 +358,7 @@ def _stream(dataset: Dataset, batch_size: int, row_of: Callable[[int], int], cou
     end = np.iinfo(np.int64).max // 2 if count is None else count * b
 
     def load(k: int) -> layout.Row:
-        return dataset.example(row_of(k // b * batch_size + int(local[k % b])))
+        return dataset.row(row_of(k // b * batch_size + int(local[k % b])))
 
     def make(first: int) -> Any:
         if first * b >= end:

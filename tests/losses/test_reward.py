@@ -34,7 +34,7 @@ def cases(*shape):
 def test_bradley_terry():
     for r in cases(7, 2):
         margin = RNG.normal(0, 1, 7)
-        found, gradient = jax.vjp(lambda r, m=jnp.asarray(margin): reward.bradley_terry(r[:, 0], r[:, 1], m), jnp.asarray(r))
+        found, gradient = jax.vjp(lambda r, margin=margin: reward.bradley_terry(r[:, 0], r[:, 1], margin), jnp.asarray(r))
         z = r[:, 0] - r[:, 1] - margin
         np.testing.assert_allclose(found, log1pexp(-z), rtol=BAR, atol=BAR)
         slope = -sigmoid(-z)
@@ -56,7 +56,7 @@ def test_plackett_luce_of_ragged_lists(answers):
                 expected[row] -= s[i] - lse
                 slope[row, places[i]] -= 1
                 slope[row, places[i:]] += np.exp(s[i:] - lse)
-        found, gradient = jax.vjp(lambda r, p=jnp.asarray(present): reward.plackett_luce(r, p), jnp.asarray(r))
+        found, gradient = jax.vjp(lambda r, present=present: reward.plackett_luce(r, present), jnp.asarray(r))
         np.testing.assert_allclose(found, expected, rtol=BAR, atol=BAR)
         np.testing.assert_allclose(gradient(jnp.ones(6))[0], slope, rtol=BAR, atol=BAR)
 
@@ -81,6 +81,6 @@ def test_squared_error_and_center():
 def test_safety_sign():
     for c in cases(8):
         safe = np.where(np.arange(8) % 2, 1, -1)
-        found, gradient = jax.vjp(lambda c, s=jnp.asarray(safe): reward.safety_sign(c, s), jnp.asarray(c))
+        found, gradient = jax.vjp(lambda c, safe=safe: reward.safety_sign(c, safe), jnp.asarray(c))
         np.testing.assert_allclose(found, log1pexp(safe * c), rtol=BAR, atol=BAR)  # a safe answer's cost belongs below zero
         np.testing.assert_allclose(gradient(jnp.ones(8))[0], safe * sigmoid(safe * c), rtol=BAR, atol=BAR)
