@@ -85,7 +85,8 @@ def open_log(workdir: str | Path, step: int, tensorboard: bool = False, wandb: b
         def write(step: int, split: str, values: Mapping[str, Any]) -> None:
             file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
             file.flush()
-            numbers = {f"{split}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+            place = "/".join(filter(None, (split, values.get("dataset"))))
+            numbers = {f"{place}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
             for name, value in numbers.items() if board else ():
                 board.add_scalar(name, value, step)
             if run:
@@ -127,7 +128,7 @@ def _wandb(workdir, config):
         yield run
 
 
-CURVES = ("loss", "rewards/accuracies", "rewards/margins", "learning_rate")
+CURVES = ("loss", "rewards/accuracies", "rewards/margins", "accuracy", "learning_rate")
 
 
 def draw_curves(workdir: str | Path) -> Path | None:
@@ -140,14 +141,18 @@ def draw_curves(workdir: str | Path) -> Path | None:
 
     figure = Figure(figsize=(4.2 * len(names), 3.4), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
-        for split, style in (("train", dict(linewidth=1.2)), ("eval", dict(marker="o", linestyle="--", markersize=4))):
-            points = [(record["step"], record[name]) for record in records if record["split"] == split and name in record]
-            if points:
-                axes.plot(*zip(*points), label=split, **style)
+        points: dict[str, list] = {}  # "train", "eval", "eval NAME"
+        for record in records:
+            if name in record:
+                label = " ".join(filter(None, (record["split"], record.get("dataset"))))
+                points.setdefault(label, []).append((record["step"], record[name]))
+        for label, pairs in points.items():
+            style = dict(linewidth=1.2) if label == "train" else dict(marker="o", linestyle="--", markersize=4)
+            axes.plot(*zip(*pairs), label=label, **style)
         axes.set_title(name)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-        if name == "rewards/accuracies":
+        if name.endswith(("accuracies", "accuracy")):
             axes.set_ylim(-0.02, 1.02)
         if len(axes.lines) > 1:
             axes.legend()

@@ -48,7 +48,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         say(f"goes on with a different setting: {note}")
 
     # What is trained and on what: by headers and rows, no weights yet.
-    model, disk = convert.open_model(config.model.path, config.model.revision)
+    model, disk = convert.open_model(config.model.path, config.model.revision, config.algorithm.name in algorithms.SCORING)
     reference_disk = open_reference(config, model, disk)
     algorithm = algorithms.make(config, model)
     abstract = convert.abstract_params(model)
@@ -57,8 +57,8 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         if not any(re.match(pattern, path) for path in sharding.tree_paths(trained)):
             raise UserError(f"config.optim.groups has {pattern!r}, which matches no parameter that trains")
     look = lambda split: loader.load_dataset(config, split, model, algorithm.needs, cache_dir=Path(directory) / "data")
-    train, evaluation = look("train"), look("eval") if config.data.eval.path else None
-    for dataset in filter(None, (train, evaluation)):
+    train, evaluations = look("train"), {name: look(split) for name, split in eval_splits(config).items()}
+    for dataset in (train, *evaluations.values()):
         say(*dataset.report)
     steps = config.train.steps if config.train.steps is not None else max(1, int(config.train.epochs * train.size / config.data.batch_size))
     schedule = optim.make_schedule(config.optim, steps)
@@ -74,13 +74,15 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
 
     with jax.set_mesh(mesh), catch_signals() as check_stop, checkpoint.open_checkpoints(directory, config.checkpoint.keep) as checkpoints:
         params = load(config, model, disk, mesh, trained)
-        reference = load_reference(config, model, params, disk, reference_disk, mesh, trained)
+        needs_reference = algorithm.prepare or config.reference.kind == "copy"
+        reference = load_reference(config, model, params, disk, reference_disk, mesh, trained) if needs_reference else None
         columns = {
             dataset.name: prepare_columns(config, directory, algorithm, reference, dataset, reference_disk, mesh, check_stop)
-            for dataset in filter(None, (train, evaluation))
+            for dataset in (train, *evaluations.values())
         }
         trainable, base = lora.split(params, config.optim.freeze)
         fixed = {"base": base} | ({"reference": reference} if config.reference.kind == "copy" else {})
+        fixed |= {name: load_frozen(config, *other, mesh) for name, other in algorithm.others.items()}
         del params, reference
         train_state = state.create(trainable, optimizer, algorithm.carry, config.seed, mesh, own_reference=algorithm.sync is not None)
         del trainable
@@ -107,7 +109,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         train_step = jit(step_function, donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh)))
         eval_step = jit(make_eval_step(algorithm, dtype=config.model.dtype), out_shardings=sharding.replicated(mesh))
 
-        def evaluate() -> dict[str, float]:
+        def evaluate(evaluation: loader.Dataset) -> dict[str, float]:
             rows = local_rows(mesh, config.data.batch_size)
             total = None
             for batch in loader.eval_batches(evaluation, config.data.batch_size, rows=rows):
@@ -120,7 +122,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
 
         def due(step: int) -> bool:
             every = config.train.eval_every
-            return evaluation is not None and (step == steps or (bool(every) and step % every == 0))
+            return bool(evaluations) and (step == steps or (bool(every) and step % every == 0))
 
         step = int(train_state.step)
         with (
@@ -147,9 +149,10 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
 
             def hold_out() -> None:
                 nonlocal last
-                last = evaluate()
-                write(step, "eval", last)
-                say(f"step {step}: held-out " + short(last))
+                for name, evaluation in reversed(evaluations.items()):  # `last` is the first one's
+                    last = evaluate(evaluation)
+                    write(step, "eval", {"dataset": name} | last if name else last)
+                    say(f"step {step}: {name or 'held-out'} " + short(last))
 
             def save() -> None:
                 checkpoint.save(checkpoints, train_state, {"data": data_state, "num_tokens": counted})
@@ -187,7 +190,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                     save()
                 metrics.draw_curves(directory)
                 raise
-        if not last and evaluation is not None:
+        if not last and evaluations:
             last = last_eval(directory)
         if len(shapes) > 1:
             say(f"the step was compiled {len(shapes)} times: the shapes of batches changed")
@@ -273,6 +276,12 @@ def load(config: ConfigDict, model: Model, disk: Any, mesh: jax.sharding.Mesh, t
     return convert.load_params(model, disk, lambda path: config.model.param_dtype if path in names else config.model.dtype, shardings)
 
 
+def load_frozen(config: ConfigDict, model: Model, disk: Any, mesh: jax.sharding.Mesh) -> Params:
+    """Another model's parameters, none of which trains, in the dtype of the computation."""
+    shardings = sharding.param_shardings(convert.abstract_params(model), model.sharding_rules, mesh)
+    return convert.load_params(model, disk, config.model.dtype, shardings)
+
+
 def open_reference(config: ConfigDict, model: Model, disk: Any) -> Any:
     """The reference's weights by their headers: the policy's own, or another checkpoint of the same shape."""
     if not config.reference.model:
@@ -314,6 +323,14 @@ def prepare_columns(
     return compute_columns(one, batches, -(-dataset.size // size), dataset.rows_total, folder, f"reference, {dataset.name}", check_stop)
 
 
+def eval_splits(config: ConfigDict) -> dict[str, str]:
+    """What each evaluation set is called in metrics.jsonl -> its section under config.data; `eval` goes without a name and comes first."""
+    for name, source in config.data.evals.items():
+        if not source.path:
+            raise UserError(f"config.data.evals.{name}.path is empty: give a file, folder or Hub dataset, or remove the set")
+    return ({"": "eval"} if config.data.eval.path else {}) | {name: f"evals.{name}" for name in config.data.evals}
+
+
 def local_rows(mesh: jax.sharding.Mesh, size: int) -> np.ndarray:
     """Which rows of the global batch this process's devices hold."""
     places = sharding.batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
@@ -346,9 +363,9 @@ def check_finite(step: int, values: Mapping[str, float], ids: np.ndarray, limit:
 
 
 def last_eval(directory: str | Path) -> dict[str, float]:
-    """The newest evaluation in metrics.jsonl."""
+    """The newest evaluation in metrics.jsonl, of the first set."""
     found: Iterable[dict] = (record for record in reversed(metrics.read(directory)) if record["split"] == "eval")
-    return {k: v for k, v in next(iter(found), {}).items() if k not in ("step", "split")}
+    return {k: v for k, v in next(iter(found), {}).items() if k not in ("step", "split", "dataset")}
 
 
 def finish(

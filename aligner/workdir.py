@@ -102,7 +102,7 @@ def restore_params(workdir: str | Path, step: int | None = None) -> tuple[Model,
     leaves = flatten(trainable)
     missing = flatten(convert.abstract_params(model)).keys() - leaves.keys()
     if missing:  # frozen: read again as they stand on disk, so that they are exported unchanged
-        original, disk = convert.open_model(config["model"]["path"], config["model"]["revision"])
+        original, disk = convert.open_model(config["model"]["path"], config["model"]["revision"], model.has_score_head)
         check_source(workdir, original, convert.fingerprint(disk))
         leaves |= flatten(convert.load_params(original, disk, dtype=None, only=missing.__contains__))
     return model, unflatten(leaves), step
