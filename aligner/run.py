@@ -309,7 +309,7 @@ def prepare_columns(
     weights = convert.fingerprint(disk)
     size = config.data.batch_size
     key = fingerprint(weights=weights, rows=dataset.fingerprint, dtype=config.model.dtype, columns=algorithm.columns, batch_size=size,
-                      shape=dataset.shape, shared_prompt=config.data.shared_prompt)  # fmt: skip
+                      shape=dataset.shape, shared_prompt=config.data.shared_prompt, settings=algorithm.prepared_with)  # fmt: skip
     folder = Path(config.reference.cache or Path(directory) / "reference") / f"{dataset.name.split('.')[-1]}-{key}"
     prepare = jit(algorithm.prepare, out_shardings=sharding.replicated(mesh))
     replicate = jit(lambda x: x, out_shardings=sharding.replicated(mesh))

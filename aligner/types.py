@@ -183,7 +183,9 @@ class Algorithm:
         carry: initial value of what is kept from step to step (running moments, coefficients); checkpointed.
         prepare: (params, batch) -> {column: [B,G,...]}: computed once per example before training and stored, or None.
         columns: names of the columns that `objective` reads.
+        prepared_with: settings that those columns depend on beside the weights; part of the name under which they are kept.
         needs: the kind of sample that rows become, a key of `aligner.data.loader.ENCODERS`.
+        score_prompt: prompt tokens are scored too, with role 0; their sums belong to no answer.
         whole_batch: the objective is not a sum over rows (a sort, a batch mean inside a nonlinearity): under accumulation it is then
             evaluated on the scores of the whole batch, exactly.
         sync: (weight a, every N steps): the reference becomes a * policy + (1 - a) * reference; None keeps it fixed.
@@ -195,7 +197,9 @@ class Algorithm:
     carry: Any = dataclasses.field(default_factory=dict)
     prepare: Callable[..., dict[str, Array]] | None = None
     columns: tuple[str, ...] = ()
+    prepared_with: Any = None
     needs: str = "preference"
+    score_prompt: bool = False
     whole_batch: bool = False
     sync: tuple[float, int] | None = None
     others: Mapping[str, tuple[Model, Any]] = dataclasses.field(default_factory=dict)

@@ -12,6 +12,7 @@ from aligner.data.layout import pair_row, shape_of
 from aligner.data.templates import Encoded
 from aligner.train_step import global_counts
 from aligner.types import Mean
+from configs import common
 from tests.golden import trl_dpo
 from tests.golden.checkpoints import LLAMA, LLAVA, load_hf, perturb, save_llama, save_llava
 from tests.golden.compare import by_name, relative
@@ -23,9 +24,9 @@ BETA = 0.3  # not TRL's default, so that it is seen to arrive
 
 
 def config(kind: str) -> ConfigDict:
-    return ConfigDict(
-        {"algorithm": {"name": "dpo", "beta": BETA, "label_smoothing": 0.0}, "reference": {"kind": kind}, "train": {"remat": "none"}}
-    )
+    made = common.base()
+    made.algorithm.beta, made.reference.kind = BETA, kind
+    return made
 
 
 def text_rows() -> list[dict]:
