@@ -8,7 +8,8 @@ from aligner.algorithms.checks import check_choice
 from aligner.types import Algorithm, Model, UserError
 
 # name -> file of this folder
-FILES = {name: name for name in ("dpo", "dpo_ranked", "kto", "orpo", "cpo", "sso", "sft", "reward", "cost", "distillation")} | {"cpt": "sft"}
+FILES = {name: name for name in ("dpo", "dpo_ranked", "kto", "orpo", "cpo", "sso", "reward", "cost", "distillation", "sft")}
+FILES |= {"cpt": "sft"}
 
 SCORING = ("reward", "cost")  # these train a score head, fresh where the checkpoint has none
 
