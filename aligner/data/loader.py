@@ -64,7 +64,7 @@ def load_dataset(
 
     Args:
         config: the whole config; its `data` section and `seed` are read.
-        split: "train" or "eval".
+        split: "train", "eval", or "evals.NAME".
         model: its assets (tokenizer, processor) and media sizes; no parameters.
         needs: the kind of sample the algorithm takes, a key of ENCODERS.
         cache_dir: where the result of the census is kept for the next start; None keeps nothing.
@@ -74,13 +74,14 @@ def load_dataset(
         UserError: missing file, missing columns, no row left, more bad rows than `config.data.max_bad_fraction`, images for a text model.
     """
     name, data, seed = f"data.{split}", config.data, config.get("seed", 0)
+    source = functools.reduce(lambda section, key: section[key], split.split("."), data)
     if needs not in ENCODERS:
         raise UserError(f"config.{name}: samples of kind {needs!r} cannot be made yet; there is {', '.join(ENCODERS)}.")
     kind = ENCODERS[needs]
     if data.get("loss_on", "assistant") not in turns.LOSS_ON:
         raise UserError(f"config.data.loss_on is {data.loss_on!r}; it must be one of {', '.join(turns.LOSS_ON)}.")
-    rows = sources.open_rows(data[split], name)
-    formatter_name, to_sample = formatters.find_formatter(data[split].formatter, rows.columns(), name, kind.takes)
+    rows = sources.open_rows(source, name)
+    formatter_name, to_sample = formatters.find_formatter(source.formatter, rows.columns(), name, kind.takes)
     check_assets(model)
     pairs = needs == "unpaired" and _makes_pairs(rows, to_sample)
     if pairs:
