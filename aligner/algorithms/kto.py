@@ -1,7 +1,7 @@
 """KTO (arXiv 2402.01306), APO-zero and BCO on single answers labelled good or bad.
 
-An example has two answers after its prompt: its own (role 1) and another example's (role 2), which serves KTO's reference point only.
-Which one is fixed for the dataset, so order, packing, accumulation and hosts change nothing.
+With KTO's own loss an example has two answers after its prompt: its own (role 1) and another example's (role 2), which serves the
+reference point only. Which one is fixed for the dataset, so order, packing, accumulation and hosts change nothing.
 """
 
 import jax.numpy as jnp
@@ -27,7 +27,8 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
     check_positive(c, "beta")
     check_not_negative(c, "desirable_weight", "undesirable_weight")
     check_choice("algorithm.loss_type", c.loss_type, LOSS_TYPES)
-    policy, frozen = make_likelihood(model, 2, pairs.STATS, config.train.remat), make_likelihood(model, 2)
+    answers = 2 if c.loss_type == "kto" else 1
+    policy, frozen = make_likelihood(model, answers, pairs.STATS, config.train.remat), make_likelihood(model, answers)
     reference = make_reference(config, lambda params, batch: frozen(params, batch).logps)
 
     def score(params, fixed, batch: Batch, key) -> Scores:
@@ -57,7 +58,7 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
         score,
         objective,
         carry={"mean": jnp.zeros(()), "count": jnp.zeros(())} if c.loss_type == "bco" else {},
-        needs="unpaired",
+        needs="unpaired" if c.loss_type == "kto" else "unpaired_alone",
         whole_batch=c.loss_type != "apo_zero_unpaired",
         **reference.options,
     )
@@ -66,7 +67,7 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
 def metrics(scores: Scores, batch: Batch, good, bad, rewards) -> dict[str, Mean]:
     """TRL's metrics of a batch of labelled answers. `rewards/margins` follows from two of them (`aligner.metrics.values`)."""
     lengths, logps = scores.lengths[..., OWN], scores.logps[..., OWN]
-    token_sums = {name: sum_answers(scores.tokens[name], batch, answers=2)[..., OWN] for name in ("entropy", "mean_logit")}
+    token_sums = {name: sum_answers(scores.tokens[name], batch, scores.lengths.shape[-1])[..., OWN] for name in ("entropy", "mean_logit")}
     found = {"entropy": Mean(jnp.sum(token_sums["entropy"]), jnp.sum(lengths))}
     for name, mask in (("chosen", good), ("rejected", bad)):
         found[f"rewards/{name}"] = pairs.mean_over(mask, rewards)

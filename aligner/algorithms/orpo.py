@@ -34,12 +34,10 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
         losses = reference_free.odds_ratio(average[..., 0], average[..., 1])
         # a scored token of the prompt has role 0: it stands once for both answers
         learned = (batch["score_segment"] > 0) & (batch["score_role"] <= CHOSEN + 1)
-        if not with_prompt:
-            learned &= batch["score_role"] > 0
         nll = Mean(-jnp.sum(jnp.where(learned, scores.tokens["logp"], 0)), jnp.sum(learned))
         found = pairs.metrics(scores._replace(logps=average), batch, mask, c.beta * average)
         found |= {"nll_loss": nll, "log_odds_ratio": pairs.mean_over(mask, -losses), "log_odds_chosen": pairs.mean_over(mask, log_odds)}
         odds_ratio = Term(c.beta, jnp.sum(jnp.where(mask, losses, 0)), jnp.sum(mask))
         return {"nll": Term(1.0, nll.sum, nll.count), "odds_ratio": odds_ratio}, found, carry
 
-    return Algorithm(score, objective, score_prompt=with_prompt)
+    return Algorithm(score, objective, needs="preference_prompt" if with_prompt else "preference")

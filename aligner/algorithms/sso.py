@@ -45,7 +45,7 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
         terms = {"dpo": Term(1.0, total(losses), jnp.sum(mask)), "nll": Term(c.gamma, -total(average), jnp.sum(mask))}
         return terms, metrics(scores, batch, both, rewards), carry
 
-    return Algorithm(score, objective, needs="sso", **reference.options)
+    return Algorithm(score, objective, needs="two_sided", **reference.options)
 
 
 def metrics(scores: Scores, batch: Batch, both, rewards) -> dict[str, Mean]:
