@@ -60,10 +60,9 @@ def page(config: Any, model: Model, datasets: Iterable[Any], rows: int) -> str:
         parts.append(f"<h2>{html.escape(dataset.name)}</h2>")
         parts.append("<pre>" + html.escape("\n".join(dataset.report)) + "</pre>")
         parts.append(drops(dataset.dropped))
-        chosen = dataset.row_ids[np.linspace(0, dataset.size - 1, min(rows, dataset.size)).astype(int)]
-        examples = [(int(i), dataset.example(int(i))) for i in chosen]
-        parts.append(histogram(dataset, examples))
-        parts += [show_row(i, example, model) for i, example in examples]
+        shown = [dataset.row(int(i)) for i in np.linspace(0, dataset.size - 1, min(rows, dataset.size))]
+        parts.append(histogram(dataset, shown))
+        parts += [show_row(row, model) for row in shown]
     template = chat_template(model.assets)
     parts.append("<h2>Chat template</h2><pre>" + html.escape(template or "none: raw text") + "</pre>")
     title = html.escape(f"aligner preview: {config.model.path}")
@@ -80,9 +79,9 @@ def drops(dropped: Mapping[str, tuple[int, list[int]]]) -> str:
     return f"<table><tr><th>dropped because</th><th>rows</th><th>for example rows</th></tr>{lines}</table>"
 
 
-def histogram(dataset: Any, examples: list[tuple[int, Mapping[str, np.ndarray]]], bins: int = 12) -> str:
+def histogram(dataset: Any, shown: list[Mapping[str, np.ndarray]], bins: int = 12) -> str:
     """Lengths of the shown rows against the width that they are padded to."""
-    lengths = np.asarray([int((row["segment_ids"] > 0).sum()) for _, row in examples])
+    lengths = np.asarray([int((row["segment_ids"] > 0).sum()) for row in shown])
     counts, edges = np.histogram(lengths, bins=min(bins, max(len(lengths) // 2, 1)), range=(0, dataset.shape[0]))
     most = max(int(counts.max()), 1)
     bars = [f'<div class="bar" style="width:{18 * n / most:.1f}rem"></div>' for n in counts]
@@ -93,7 +92,7 @@ def histogram(dataset: Any, examples: list[tuple[int, Mapping[str, np.ndarray]]]
     return f"<table><tr><th>tokens of a row</th><th>rows</th><th></th></tr>{lines}</table>{note}"
 
 
-def show_row(row_id: int, row: Mapping[str, np.ndarray], model: Model) -> str:
+def show_row(row: Mapping[str, np.ndarray], model: Model) -> str:
     """One row: its images, then for each segment the prompt and its answers side by side."""
     pictures = "".join(picture(pixels) for pixels, real in zip(row.get("pixel_values", ()), row.get("image_mask", ())) if real)
     # the columns whose token is trained: the one after a scored position in the same answer, or the first of an answer
@@ -109,7 +108,8 @@ def show_row(row_id: int, row: Mapping[str, np.ndarray], model: Model) -> str:
         cells = [f"<div><h3>answer {role}</h3>{text}</div>" for role, text in zip(roles, texts)]
         blocks.append(f'<h3>prompt</h3>{prompt}<div class="answers">{"".join(cells)}</div>')
     used, scored = int((row["segment_ids"] > 0).sum()), int((row["score_segment"] > 0).sum())
-    note = f'<p class="note">row {row_id}: {used} of {len(row["tokens"])} columns, {scored} tokens trained</p>'
+    ids = ", ".join(str(i) for i in row["example_id"] if i >= 0)
+    note = f'<p class="note">row {ids}: {used} of {len(row["tokens"])} columns, {scored} tokens trained</p>'
     return f'<div class="row">{note}{pictures}{"".join(blocks)}</div>'
 
 

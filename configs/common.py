@@ -13,6 +13,7 @@ def data_source() -> ConfigDict:
             path="",  # local .json, .jsonl, .parquet, a folder of them, or a Hub dataset id; "" means none
             split="train",  # split of a Hub dataset
             subset=placeholder(str),  # configuration name of a Hub dataset
+            sample_by="paragraph",  # of .txt files: a document is a "line", a "paragraph" (blank lines between) or the whole "document"
             formatter="auto",  # how a row becomes a sample; "auto" goes by the columns (aligner/data/formatters.py)
             image_folder="",  # images named in the rows are looked up here; "" is the folder of the file
             size=placeholder(int),  # use only the first rows
@@ -68,6 +69,18 @@ def distillation() -> ConfigDict:
     )
 
 
+def sft() -> ConfigDict:
+    """config.algorithm for supervised fine-tuning; with name="cpt" for continued pre-training on running text."""
+    return ConfigDict(
+        dict(
+            name="sft",  # sft: conversations, prompts with completions; cpt: documents, cut into full rows of data.max_length
+            loss_type="nll",  # nll: cross-entropy; dft: each token's weighted by its own probability (arXiv 2508.05629)
+            neftune_noise_alpha=0.0,  # uniform noise of +-alpha / sqrt(length * width) on the embeddings while training (NEFTune)
+            z_loss=0.0,  # weight of the mean squared log-sum-exp of the logits, which keeps them from drifting
+        )
+    )
+
+
 def base() -> ConfigDict:
     """The defaults of every section; TRL's values where TRL has the setting."""
     config = ConfigDict()
@@ -91,6 +104,9 @@ def base() -> ConfigDict:
     config.data.evals = ConfigDict()  # more evaluation sets, NAME = data_source(); reported apart under "dataset": NAME
     config.data.max_length = 1024  # tokens of prompt + longer answer; longer examples are dropped and counted, never cut
     config.data.batch_size = 8  # examples per optimizer step on all devices; a pair is one
+    config.data.packing = False  # put several examples into a row; batch_size then counts rows. Changes speed, not what is learned from one
+    config.data.packed_length = placeholder(int)  # columns of a packed row; None: max_length, or the longest pair if that is longer
+    config.data.loss_on = "assistant"  # of conversations: assistant (all its turns), last (its last turn), all (every token)
     config.data.shared_prompt = True  # compute the prompt once for all its answers; the result is the same, only faster
     config.data.shuffle = True  # a new order every epoch, a function of `seed`
     config.data.max_bad_fraction = 0.05  # stop when more rows than this are broken, unreadable or too long

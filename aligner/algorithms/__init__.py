@@ -11,9 +11,11 @@ SCORING = ("reward", "cost")  # these train a score head, fresh where the checkp
 
 def make(config: ConfigDict, model: Model) -> Algorithm:
     """The algorithm that `config.algorithm.name` names."""
-    from aligner.algorithms import cost, distillation, dpo, reward
+    from aligner.algorithms import cost, distillation, dpo, reward, sft
 
-    makers = {"dpo": dpo.make, "reward": reward.make, "cost": cost.make, "distillation": distillation.make}
+    makers = {"dpo": dpo.make}
+    makers |= {"sft": sft.make, "cpt": sft.make}
+    makers |= {"reward": reward.make, "cost": cost.make, "distillation": distillation.make}
     name = config.algorithm.name
     if name not in makers:
         near = difflib.get_close_matches(str(name), makers, n=1)

@@ -7,66 +7,19 @@ import dataclasses
 import functools
 import hashlib
 import math
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from aligner.data import formatters, layout, media, packing, samples, sources, templates, turns
-from aligner.data.census import check_census, describe, source_code, take_census
-from aligner.data.samples import Bad, Document, Preference, Ranked, Supervised, Unpaired
+from aligner.data import formatters, layout, media, packing, samples, sources, turns
+from aligner.data.census import Census, check_census, describe, source_code, take_census
+from aligner.data.kinds import ENCODERS, Kind
+from aligner.data.samples import Bad, Preference, Ranked
+from aligner.data.templates import Encoded, image_token
 from aligner.types import Model, UserError
-
-
-class Kind(NamedTuple):
-    """How the samples that an algorithm needs become examples.
-
-    Attributes:
-        takes: types of samples that will do, the best first.
-        encode: (sample, model, config.data) -> Encoded.
-        values: columns of the batch that come with the examples: name -> shape of one example's; the batch has [B,G,*shape] float32.
-        last: score the last token of each answer alone, as reward heads do.
-    """
-
-    takes: tuple[type, ...]
-    encode: Callable[[Any, Model, Any], templates.Encoded]
-    values: Mapping[str, tuple[int, ...]] = {}
-    last: bool = False
-
-
-def _supervised(sample: Any, model: Model, data: Any) -> templates.Encoded:
-    return turns.encode_supervised(samples.as_supervised(sample), model.assets, model.media, data.get("loss_on", "assistant"))
-
-
-def _document(sample: Any, model: Model, data: Any) -> templates.Encoded:
-    return turns.encode_document(samples.as_document(sample), model.assets)
-
-
-def _preference(sample: Any, model: Model, data: Any) -> templates.Encoded:
-    return templates.encode_preference(samples.as_preference(sample), model.assets, model.media)
-
-
-def _ranked(sample: Any, model: Model, data: Any) -> templates.Encoded:
-    sample = samples.as_ranked(sample)
-    return templates.encode_answers(sample.prompt, sample.completions, model.assets, model.media)
-
-
-def _unpaired(sample: Any, model: Model, data: Any) -> templates.Encoded:
-    sample = samples.as_unpaired(sample)
-    encoded = templates.encode_answers(sample.prompt, (sample.completion,), model.assets, model.media)
-    return encoded._replace(values={"label": float(sample.label)})
-
-
-ENCODERS = {
-    "supervised": Kind((Supervised, Document, Preference, Ranked), _supervised),  # R=1
-    "text": Kind((Document,), _document),  # R=1; cut into full rows
-    "preference": Kind((Preference, Ranked), _preference),  # R=2: chosen, rejected
-    "preference_last": Kind((Preference, Ranked), _preference, {"margin": (), "safe": (2,)}, last=True),
-    "unpaired": Kind((Unpaired, Preference, Ranked), _unpaired, {"label": ()}),  # R=2: the row's answer, another row's to the same prompt
-    "ranked": Kind((Ranked, Preference), _ranked),  # as many as the longest list has; shorter ones lack the last
-    "ranked_last": Kind((Ranked, Preference), _ranked, last=True),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,15 +83,12 @@ def load_dataset(
     rows = sources.open_rows(source, name)
     formatter_name, to_sample = formatters.find_formatter(source.formatter, rows.columns(), name, kind.takes)
     check_assets(model)
-    halves = needs == "unpaired" and _makes_pairs(rows, to_sample)
-    if halves:  # each pair is two judged answers
-        whole, rows = rows, dataclasses.replace(rows, size=2 * len(rows), identity=f"{rows.identity}, halves")
+    pairs = needs == "unpaired" and _makes_pairs(rows, to_sample)
+    if pairs:
+        rows, to_sample = _halves(rows, to_sample)
 
-    def sample(index: int) -> Any:
-        return samples.unpair(to_sample(whole[index // 2]), index % 2) if halves else to_sample(rows[index])
-
-    def encode(index: int) -> templates.Encoded:
-        return kind.encode(sample(index), model, data)
+    def encode(index: int) -> Encoded:
+        return kind.encode(to_sample(rows[index]), model, data)
 
     census = take_census(
         encode,
@@ -152,38 +102,21 @@ def load_dataset(
         progress=progress,
     )
     check_census(census, rows, name, data.max_bad_fraction)
-    fingerprint, sizes, partner = census.fingerprint, census.sizes.copy(), None
-    if needs == "unpaired":
-        partner = _partners(census.row_ids, seed, rows, name)
-        mismatched = np.minimum(sizes[partner, 1], data.max_length - sizes[:, 0])
-        sizes[:, 1:4] = np.stack([sizes[:, 1] + mismatched, sizes[:, 2] + mismatched, np.full(len(sizes), 2)], axis=1)
-        fingerprint = hashlib.sha256(fingerprint.encode() + partner.tobytes()).hexdigest()
-    prompt, tail, scored, answers, images, _ = sizes.T
-    columns = prompt * (1 if data.shared_prompt else answers) + tail
-    multiple, packed = data.pad_to_multiple, needs != "text" and bool(data.get("packing", False))
-    if needs == "text":
-        T = min(data.max_length, layout.round_up(int(columns.sum()), multiple))
-        plan = packing.cut_stream(columns, T)
-        S = T  # less the first token of each piece
-        encode = functools.lru_cache(maxsize=4 * data.workers)(encode)  # a long document stands in many rows
-    elif packed:
-        T = _packed_length(data, int(columns.max()), multiple)
-        plan = packing.first_fit(columns, T, seed if data.get("shuffle", True) else None)
-    else:
-        T, plan = layout.round_up(int(columns.max()), multiple), packing.one_per_row(len(columns))
-    if needs != "text":
-        S = int(plan.sums(answers).max()) if kind.last else layout.round_up(int(plan.sums(scored).max()), multiple)
-    G, I = int(np.diff(plan.starts).max()), int(plan.sums(images).max())
-    fill = float(columns.sum() / (T * len(plan)))
 
-    def example(place: int, start: int, end: int) -> templates.Encoded:
-        encoded = encode(int(census.row_ids[place]))
-        if needs == "text":
-            return turns.piece(encoded, start, end)
-        if partner is not None:  # another row's answer, as it is tokenised there, after this row's prompt
-            other = encode(int(census.row_ids[partner[place]])).answers[0]
-            return encoded._replace(answers=(*encoded.answers, other[: data.max_length - len(encoded.prompt)]))
-        return encoded
+    if needs == "text":
+        example, fingerprint, sizes = _pieces(encode, census, data.workers), census.fingerprint, census.sizes
+    elif needs == "unpaired":
+        if len(census.row_ids) < 2:
+            raise UserError(
+                f"config.{name}: one row of {rows.description} is left, but each needs the answer of another; give two or more."
+            )
+        partner = packing.derangement(census.row_ids, seed)
+        example, sizes = _mismatched(encode, census, partner, data.max_length)
+        fingerprint = hashlib.sha256(census.fingerprint.encode() + partner.tobytes()).hexdigest()
+    else:
+        example, fingerprint, sizes = lambda place, *_: encode(int(census.row_ids[place])), census.fingerprint, census.sizes
+    plan, (T, S, I) = make_plan(sizes, data, needs, seed)
+    G = int(np.diff(plan.starts).max())
 
     def row(number: int) -> layout.Row:
         members = plan.row(number) if number >= 0 else np.zeros((0, 3), np.int64)
@@ -197,16 +130,13 @@ def load_dataset(
             raise UserError(f"{name}, {where} of {rows.description} could be read when the run started, now not: {error}.") from error
         if pictures:
             made["pixel_values"][: len(pictures)] = media.pixel_values(pictures, model.assets.processor.image_processor)
-        for column, shape in kind.values.items():
-            made[column] = np.zeros((G, *shape), np.float32)
-            for place, encoded in enumerate(examples):
-                made[column][place] = encoded.values[column]
-        return made
+        return made | _values(examples, kind, G)
 
+    fill = float(_columns(sizes, data).sum() / (T * len(plan)))
     report = [*describe(census, rows, name, formatter_name, str(model.assets.tokenizer.eos_token))]
-    report += ["  every pair makes two rows, one for each answer"] if halves else []
+    report += ["  every pair makes two rows, one for each answer"] if pairs else []
     report += [f"  every row: T={T} columns, S={S} scored positions, I={I} images"]
-    if packed or needs == "text":
+    if needs == "text" or data.get("packing", False):
         report += [f"  packed into {len(plan)} rows of at most {G} examples; {fill:.1%} of their columns are filled"]
     return Dataset(
         name=name,
@@ -218,11 +148,53 @@ def load_dataset(
         fingerprint=fingerprint,
         shape=(T, S, I),
         examples=G,
-        answers=int(answers.max()),
+        answers=int(sizes[:, 3].max()),
         fill=fill,
         row=row,
         workers=data.workers,
     )
+
+
+def make_plan(sizes: np.ndarray, data: Any, needs: str, seed: int) -> tuple[packing.Plan, tuple[int, int, int]]:
+    """Which examples stand in which row, and the shape (T, S, I) that holds every row.
+
+    Args:
+        sizes: [N,6] as `Census` has them.
+        data: config.data.
+        needs: key of ENCODERS.
+        seed: of the order in which examples are packed.
+
+    Raises:
+        UserError: `packed_length` holds not even one of the examples.
+    """
+    _, _, scored, answers, images, _ = sizes.T
+    columns, multiple, length = _columns(sizes, data), data.pad_to_multiple, data.get("packed_length")
+    longest = int(columns.max())
+    if needs == "text":  # the first token of a piece is not scored, but that is all
+        T = S = min(data.max_length, layout.round_up(int(columns.sum()), multiple))
+        return packing.cut_stream(columns, T), (T, S, 0)
+    if data.get("packing", False):
+        T = length or layout.round_up(max(data.max_length, longest), multiple)
+        if longest > T:
+            raise UserError(f"config.data.packed_length is {length}, but the longest example takes {longest} columns; set at least that.")
+        plan = packing.first_fit(columns, T, seed if data.get("shuffle", True) else None)
+    else:
+        T, plan = layout.round_up(longest, multiple), packing.one_per_row(len(columns))
+    S = int(plan.sums(answers).max()) if ENCODERS[needs].last else layout.round_up(int(plan.sums(scored).max()), multiple)
+    return plan, (T, S, int(plan.sums(images).max()))
+
+
+def _columns(sizes: np.ndarray, data: Any) -> np.ndarray:
+    """[N]: how many columns each example takes."""
+    return sizes[:, 0] * (1 if data.shared_prompt else sizes[:, 3]) + sizes[:, 1]
+
+
+def _values(examples: list[Encoded], kind: Kind, G: int) -> layout.Row:
+    made = {column: np.zeros((G, *shape), np.float32) for column, shape in kind.values.items()}
+    for column in made:
+        for place, encoded in enumerate(examples):
+            made[column][place] = encoded.values[column]
+    return made
 
 
 def _makes_pairs(rows: sources.Rows, to_sample: Callable) -> bool:
@@ -233,22 +205,45 @@ def _makes_pairs(rows: sources.Rows, to_sample: Callable) -> bool:
     return False
 
 
-def _partners(row_ids: np.ndarray, seed: int, rows: sources.Rows, name: str) -> np.ndarray:
-    """[N]: whose answer stands in each example as the mismatched one; a function of the seed and the kept rows alone."""
-    if len(row_ids) < 2:
-        raise UserError(
-            f"config.{name}: one row of {rows.description} is left, but each needs another row's answer beside its own; give at least two."
-        )
-    return packing.derangement(row_ids, seed)
+def _halves(rows: sources.Rows, to_sample: Callable) -> tuple[sources.Rows, Callable]:
+    """Each pair as two judged answers: rows 2i and 2i+1 are the chosen and the rejected one of row i."""
+    read = lambda index: {"pair": rows[index // 2], "half": index % 2}
+
+    @functools.wraps(to_sample)
+    def half(row: dict[str, Any]) -> samples.Unpaired:
+        return samples.unpair(to_sample(row["pair"]), row["half"])
+
+    return dataclasses.replace(rows, read=read, size=2 * len(rows), identity=f"{rows.identity}, halves"), half
 
 
-def _packed_length(data: Any, longest: int, multiple: int) -> int:
-    """T of packed rows: as configured, else what holds `max_length` tokens and the longest example."""
-    if data.get("packed_length") is None:
-        return layout.round_up(max(data.max_length, longest), multiple)
-    if data.packed_length < longest:
-        raise UserError(f"config.data.packed_length is {data.packed_length}, but the longest example takes {longest}; set at least that.")
-    return data.packed_length
+def _pieces(encode: Callable[[int], Encoded], census: Census, workers: int) -> Callable[[int, int, int], Encoded]:
+    """Pieces of documents. A long document stands in many rows, so the latest ones are kept, each tokenised by one thread alone."""
+    kept, lock = functools.lru_cache(maxsize=4 * workers)(encode), threading.Lock()
+
+    def example(place: int, start: int, end: int) -> Encoded:
+        with lock:
+            encoded = kept(int(census.row_ids[place]))
+        return turns.piece(encoded, start, end)
+
+    return example
+
+
+def _mismatched(
+    encode: Callable[[int], Encoded], census: Census, partner: np.ndarray, max_length: int
+) -> tuple[Callable[[int, int, int], Encoded], np.ndarray]:
+    """Examples with another row's answer, as it is tokenised there, after their own prompt; and their sizes. What of it exceeds
+    `max_length` is cut: it serves an estimate over many rows, and its own row has it whole."""
+
+    def example(place: int, *_: int) -> Encoded:
+        encoded, other = encode(int(census.row_ids[place])), encode(int(census.row_ids[partner[place]]))
+        return encoded._replace(answers=(*encoded.answers, other.answers[0][: max_length - len(encoded.prompt)]))
+
+    sizes = census.sizes.copy()
+    added = np.minimum(sizes[partner, 1], max_length - sizes[:, 0])
+    sizes[:, 1] += added
+    sizes[:, 2] += added
+    sizes[:, 3] = 2
+    return example, sizes
 
 
 def check_assets(model: Model) -> None:
@@ -264,7 +259,7 @@ def check_assets(model: Model) -> None:
         return
     if assets.processor is None or getattr(assets.processor, "image_processor", None) is None:
         raise UserError(f"the {model.family} model takes images but has no image processor; preprocessor_config.json is missing.")
-    token = templates.image_token(assets)
+    token = image_token(assets)
     found = assets.tokenizer.convert_tokens_to_ids(token)
     if found != model.media.placeholder:
         raise UserError(f"the tokenizer gives {token} the id {found}, the model's config (image_token_index) {model.media.placeholder}.")

@@ -148,6 +148,8 @@ class DecoderModel(nn.Module):
         x = Embed(c.vocab_size, c.hidden_size, c.initializer_range, name="embed_tokens")(batch["tokens"])
         if c.embedding_scale != 1.0:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
+        if "embedding_noise" in batch:  # [B,T,D], from an algorithm that trains with it
+            x = x + batch["embedding_noise"].astype(x.dtype)
         if features is not None:
             x = merge(x, features, batch["media_index"])
         x = constrain(x, "batch", None, None)
