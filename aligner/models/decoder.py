@@ -152,7 +152,7 @@ class DecoderModel(nn.Module):
             x = merge(x, features, batch["media_index"])
         x = constrain(x, "batch", None, None)
         width = int(c.head_dim * c.rotary_fraction)
-        tables = tuple(rope.tables(kind, width, c.max_position_embeddings, positions, x.dtype) for kind in c.rope)
+        tables = tuple(rope.tables(kind, width, c.max_position_embeddings, positions, batch["segment_ids"], x.dtype) for kind in c.rope)
         specs = tuple(dense(spec_of(batch), window) for window in c.windows)
         numbers = [jnp.asarray(of or (0,) * c.num_hidden_layers, jnp.int32) for of in (c.window_of_layer, c.rope_of_layer)]
         layers = stack(Layer, c.num_hidden_layers, self.remat, in_axes=(nn.broadcast, nn.broadcast, 0, 0))
@@ -217,6 +217,7 @@ SHARDING_RULES = (
     (r"embed_tokens/embedding$", ("vocab", "embed")),
     (r"lm_head/kernel$", ("embed", "vocab")),
 )
+
 
 def make(config: DecoderConfig, family: str, conversion: Conversion) -> Model:
     """A text model: what families.py read from a Hugging Face config, as functions."""
