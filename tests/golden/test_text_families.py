@@ -48,7 +48,11 @@ CASES: dict[str, list[dict]] = {
         dict(tie_word_embeddings=True, num_key_value_heads=1, rope_parameters=YARN),
         dict(max_position_embeddings=8, rope_parameters=DYNAMIC, hidden_act="gelu_pytorch_tanh"),
     ],
-    "mistral": [dict(sliding_window=3, head_dim=6), dict(sliding_window=None, rope_parameters=YARN), dict(num_key_value_heads=4, sliding_window=5)],
+    "mistral": [
+        dict(sliding_window=3, head_dim=6),
+        dict(sliding_window=None, rope_parameters=YARN),
+        dict(num_key_value_heads=4, sliding_window=5),
+    ],
     "qwen2": [
         dict(use_sliding_window=True, sliding_window=3, max_window_layers=1, num_hidden_layers=3),
         dict(tie_word_embeddings=True, rope_parameters={**YARN, "attention_factor": 1.3}),
@@ -88,6 +92,23 @@ CASES: dict[str, list[dict]] = {
     "glm": [dict(head_dim=8), dict(head_dim=6, attention_bias=False, tie_word_embeddings=True), dict(head_dim=4, num_key_value_heads=1)],
     "glm4": [dict(head_dim=8), dict(head_dim=6, attention_bias=True), dict(head_dim=4, num_key_value_heads=1, num_hidden_layers=3)],
     "olmo2": [dict(), dict(attention_bias=True, rope_parameters=YARN), dict(num_key_value_heads=4, tie_word_embeddings=True)],
+    "gpt2": [
+        dict(n_inner=None, n_positions=16),
+        dict(n_inner=20, scale_attn_weights=False, activation_function="relu", tie_word_embeddings=False),
+        dict(n_layer=3, n_head=2, layer_norm_epsilon=1e-2, reorder_and_upcast_attn=True),
+    ],
+    "opt": [
+        dict(word_embed_proj_dim=10, do_layer_norm_before=False, max_position_embeddings=14),  # as the 350m
+        dict(num_hidden_layers=3, tie_word_embeddings=False, activation_function="gelu"),
+        dict(enable_bias=False, _remove_final_layer_norm=True),
+    ],
+    "gpt_neox": [
+        dict(hidden_size=32),
+        dict(use_parallel_residual=False, attention_bias=False, hidden_size=24,
+             rope_parameters={"rope_type": "linear", "rope_theta": 50.0, "factor": 2.0, "partial_rotary_factor": 0.67}),
+        dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}, tie_word_embeddings=True),
+    ],
+    "bloom": [dict(n_head=6, hidden_size=24), dict(n_layer=3, layer_norm_epsilon=1e-2), dict(n_head=3, hidden_size=18, tie_word_embeddings=False)],
     "smollm3": [
         dict(num_hidden_layers=3, no_rope_layers=[1, 0, 1]),
         dict(num_hidden_layers=4, no_rope_layer_interval=2, attention_bias=True, tie_word_embeddings=False),
@@ -107,10 +128,15 @@ ALL = [pytest.param(family, n, id=f"{family}-{n}") for family, configs in CASES.
 
 
 def hf_config(family: str, **overrides):
+    """The family's config of the sizes T, of which it takes what it knows."""
     from transformers import CONFIG_MAPPING
 
     cls = CONFIG_MAPPING[family]
-    return cls(**{**T, **overrides})
+    fields = {field.name for field in dataclasses.fields(cls)} | {"num_attention_heads", "hidden_size", "num_hidden_layers"}
+    sizes = {name: value for name, value in T.items() if name in fields and cls.attribute_map.get(name, name) not in overrides}
+    if "ffn_dim" in fields:
+        sizes |= dict(ffn_dim=T["intermediate_size"], pad_token_id=1)
+    return cls(**sizes | overrides)
 
 
 def save_checkpoint(folder, family: str, **overrides):
@@ -139,10 +165,10 @@ class Rows:
     mask: np.ndarray
     packed: tuple[np.ndarray, np.ndarray]
 
-    def batch(self, model, by_length: bool):
-        """Ours: all four rows. Positions as `transformers` counts them, or without the padding where lengths matter."""
+    def batch(self, model, alone: bool):
+        """Ours: all four rows. Positions as `transformers` counts them, or without the padding where they run alone in `theirs`."""
         inputs = dict(input_ids=self.tokens, attention_mask=self.mask)
-        if by_length:
+        if alone:
             inputs["position_ids"] = np.maximum(np.cumsum(self.mask, axis=1) - 1, 0)
         fourth = dict(
             tokens=np.concatenate(self.packed),
@@ -152,17 +178,17 @@ class Rows:
         )
         return {name: jnp.concatenate([rows, jnp.asarray(fourth[name], rows.dtype)[None]]) for name, rows in model.inputs(inputs).items()}
 
-    def theirs(self, model, by_length: bool) -> torch.Tensor:
-        """Theirs at the real positions of the four rows, one after another: [N, V]. The packed texts are run alone."""
+    def theirs(self, model, alone: bool) -> torch.Tensor:
+        """Theirs at the real positions of the four rows, one after another: [N, V]. The packed texts are run alone, the others where asked."""
         run = lambda tokens, **rest: model(input_ids=torch.tensor(tokens), use_cache=False, **rest).logits
-        alone = lambda tokens: run(tokens[None])[0]
+        one = lambda tokens: run(tokens[None])[0]
         real = self.mask.astype(bool)
-        if by_length:  # a padded row counts its padding, and a longer text changes what follows it: the shortest first
+        if alone:  # the shortest first: with some rope types a longer text changes what follows it
             texts = [self.tokens[i][real[i]] for i in range(3)] + list(self.packed)
-            found = {i: alone(texts[i]) for i in sorted(range(5), key=lambda i: len(texts[i]))}
+            found = {i: one(texts[i]) for i in sorted(range(5), key=lambda i: len(texts[i]))}
             return torch.cat([found[i] for i in range(5)])
         padded = run(self.tokens, attention_mask=torch.tensor(self.mask))
-        return torch.cat([padded[torch.tensor(real)], *map(alone, self.packed)])
+        return torch.cat([padded[torch.tensor(real)], *map(one, self.packed)])
 
     def ours(self, logits):
         """The same of ours, [4, T, V] -> [N, V]."""
@@ -178,8 +204,9 @@ def rows(vocab_size: int) -> Rows:
     return Rows(draw[:3] * mask, mask, (draw[3, :7], draw[3, 7:]))
 
 
-def by_length(config) -> bool:
-    return any((kind or {}).get("rope_type") in ("dynamic", "longrope") for kind in config.rope)
+def must_run_alone(config, dtype: str) -> bool:
+    """Whether `transformers` says something else of a padded row: where its length matters, and in float64, whose least mask is -inf in float32."""
+    return dtype == "float64" or any((kind or {}).get("rope_type") in ("dynamic", "longrope") for kind in config.rope)
 
 
 def compile_quickly(function, *arguments):
@@ -194,10 +221,10 @@ def logits_of(model, params, batch):
 def check_logits(folder, dtype: str, bar: float):
     model, params = aligner.load(folder, dtype=dtype)
     data = rows(model.config.vocab_size)
-    lengths = by_length(model.config)
+    alone = must_run_alone(model.config, dtype)
     with torch.no_grad():
-        theirs = data.theirs(load_torch(folder, getattr(torch, dtype)), lengths).numpy()
-    ours = np.asarray(data.ours(compile_quickly(functools.partial(logits_of, model), params, data.batch(model, lengths))))
+        theirs = data.theirs(load_torch(folder, getattr(torch, dtype)), alone).numpy()
+    ours = np.asarray(data.ours(compile_quickly(functools.partial(logits_of, model), params, data.batch(model, alone))))
     assert ours.dtype == theirs.dtype == dtype
     assert np.abs(ours - theirs).max() <= bar * max(1, np.abs(theirs).max())
 
@@ -239,12 +266,11 @@ def test_gradients(family, tmp_path):
     with jax.enable_x64(True):
         model, params = aligner.load(folder, dtype="float64")
         data = rows(model.config.vocab_size)
-        lengths = by_length(model.config)
-        logits = data.theirs(theirs, lengths)
+        logits = data.theirs(theirs, alone=True)
         weight = np.random.default_rng(1).normal(size=logits.shape)
         (logits * torch.tensor(weight)).sum().backward()
         loss = lambda params, batch: jnp.sum(data.ours(logits_of(model, params, batch)) * weight)
-        grads = flatten(compile_quickly(jax.grad(loss), params, data.batch(model, lengths)))
+        grads = flatten(compile_quickly(jax.grad(loss), params, data.batch(model, alone=True)))
     grads = {name: write_tensor(parts, lambda path, index: np.asarray(grads[path][index]))
              for name, parts in by_tensor(table(model.conversion, params)).items()}  # fmt: skip
     expected = {canonical_name(model.conversion, name): p.grad.numpy() for name, p in theirs.named_parameters()}
