@@ -7,7 +7,7 @@ from aligner.types import Model, UserError
 
 SUPPORTED = (
     *("baichuan", "bloom", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neox", "granite", "llama", "mistral"),
-    *("olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3"),
+    *("mixtral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"),
     "llava",
 )
 

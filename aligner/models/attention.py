@@ -54,7 +54,7 @@ def dense(spec: Spec, window: int | None = None) -> Spec:
 
 
 def alibi_slopes(heads: int) -> tuple[float, ...]:
-    """ALiBi's slope of every head (arXiv 2108.12409): a geometric sequence; where `heads` is no power of two, filled up from the next one's."""
+    """ALiBi's slope of every head (arXiv 2108.12409): a geometric sequence, filled up from the next one where `heads` is no power of 2."""
     power = 2 ** math.floor(math.log2(heads))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     return tuple(slopes + [2 ** (-4 * (2 * i + 1) / power) for i in range(heads - power)])
@@ -71,8 +71,8 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """Softmax attention with grouped heads (N a multiple of K), softmax in float32; `spec=None` lets everything see everything.
 
-    `softcap` c bends the logits to c * tanh(logits / c) before the mask (Gemma 2). `slopes` of the heads, times the distance in positions, are
-    taken off them (ALiBi).
+    `softcap` c bends the logits to c * tanh(logits / c) before the mask (Gemma 2). `slopes` of the heads, times the distance in
+    positions, are taken off them (ALiBi).
     """
     with jax.named_scope("attention"):
         batch, length, heads, width = q.shape

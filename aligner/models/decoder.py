@@ -13,7 +13,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from aligner.models import rope
+from aligner.models import moe, rope
 from aligner.models.attention import Spec, alibi_slopes, attention, dense, spec_of
 from aligner.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear, RMSNorm, at_least_float32, stack
 from aligner.sharding import constrain
@@ -72,6 +72,7 @@ class DecoderConfig:
     normalized_head: bool = False  # every token's row of the head has length 1
     initializer_range: float = 0.02
     o_name: str = "o_proj"
+    experts: moe.ExpertsConfig | None = None  # in place of every layer's MLP
     mlp_names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     qk_norm_names: tuple[str, str] = ("q_norm", "k_norm")
     final_norm: str = "norm"
@@ -121,7 +122,25 @@ class MLP(nn.Module):
         return Linear(c.hidden_size, c.mlp_bias, c.initializer_range, name=out)(constrain(y, "batch", None, "mlp"))
 
 
+class SparseMLP(nn.Module):
+    """Routed experts, with or without one that sees every token; also how evenly the real tokens were routed."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], real: Array) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
+        c, e = self.config, self.config.experts
+        probabilities, weights, chosen = moe.route(e, Linear(e.num_experts, init_scale=c.initializer_range, name="gate")(x))
+        y = moe.Experts(e, c.hidden_act, c.initializer_range, name="experts")(x, weights, chosen)
+        if e.shared_intermediate_size:
+            shared = MLP(dataclasses.replace(c, intermediate_size=e.shared_intermediate_size), name="shared_expert")(x)
+            y = y + jax.nn.sigmoid(Linear(1, init_scale=c.initializer_range, name="shared_expert_gate")(x)) * shared
+        return y, moe.load(probabilities, chosen, real)
+
+
 class Layer(nn.Module):
+    """One layer; what it collects is a sparse MLP's load, None without."""
+
     config: DecoderConfig
 
     @nn.compact
@@ -141,8 +160,12 @@ class Layer(nn.Module):
             x = x + y + MLP(c, name="mlp")(normed(c.mlp_norm, x) if c.mlp_norm else into)
             return constrain(x, "batch", None, None), None
         x = add(x, y, c.attention_out_norm)
-        y = MLP(c, name="mlp")(normed(c.mlp_norm, x))
-        return constrain(add(x, y, c.mlp_out_norm), "batch", None, None), None
+        into, load = normed(c.mlp_norm, x), None
+        if c.experts:
+            y, load = SparseMLP(c, name="mlp")(into, specs[0].segment_ids > 0)
+        else:
+            y = MLP(c, name="mlp")(into)
+        return constrain(add(x, y, c.mlp_out_norm), "batch", None, None), load
 
 
 def pick(kinds: tuple, index: Array) -> Any:
@@ -177,7 +200,10 @@ class DecoderModel(nn.Module):
         specs = tuple(dense(spec_of(batch), window) for window in c.windows)
         numbers = [jnp.asarray(of or (0,) * c.num_hidden_layers, jnp.int32) for of in (c.window_of_layer, c.rope_of_layer)]
         layers = stack(Layer, c.num_hidden_layers, self.remat, in_axes=(nn.broadcast, nn.broadcast, 0, 0))
-        x, _ = layers(c, name="layers")(x, specs, tables, *numbers)
+        x, load = layers(c, name="layers")(x, specs, tables, *numbers)
+        if load is not None:
+            for name, value in zip(("router_count", "router_probability"), load):
+                self.sow("aux", name, jnp.sum(value, axis=0))
         x = make_norm(c, c.final_norm)(x) if c.final_norm else x
         return Linear(c.embedding_size, init_scale=c.initializer_range, name="project_out")(x) if c.embedding_size else x
 
@@ -240,6 +266,8 @@ SHARDING_RULES = (
     (r"(q_proj|k_proj|v_proj)/kernel$", ("embed", "heads")),
     (r"(q_proj|k_proj|v_proj)/bias$", ("heads",)),
     (r"(o_proj|out_proj|dense)/kernel$", ("heads", "embed")),
+    (r"experts/(gate_proj|up_proj)/kernel$", ("expert", None, "mlp")),
+    (r"experts/down_proj/kernel$", ("expert", "mlp", None)),
     (r"(gate_proj|up_proj|fc1)/kernel$", ("embed", "mlp")),
     (r"(gate_proj|up_proj|fc1)/bias$", ("mlp",)),
     (r"(down_proj|fc2)/kernel$", ("mlp", "embed")),
@@ -253,7 +281,8 @@ def make(config: DecoderConfig, family: str, conversion: Conversion) -> Model:
     """A text model: what families.py read from a Hugging Face config, as functions."""
 
     def apply(params, batch, *, features=None, cache=None, key=None, remat="none") -> Output:
-        return Output(CausalLM(config, remat).apply({"params": params}, batch, features), {}, cache)
+        hidden, variables = CausalLM(config, remat).apply({"params": params}, batch, features, mutable=["aux"])
+        return Output(hidden, {name: value for name, (value,) in variables.get("aux", {}).get("model", {}).items()}, cache)
 
     return Model(
         family=family,

@@ -7,6 +7,7 @@ from typing import Any
 from aligner.models import rope
 from aligner.models.decoder import DecoderConfig
 from aligner.models.layers import ACTIVATIONS
+from aligner.models.moe import ExpertsConfig
 from aligner.types import Conversion, UserError
 
 IGNORED = (r"rotary_emb\.inv_freq$", r"\.(attention|attn)\.(bias|masked_bias)$")
@@ -223,9 +224,52 @@ def bloom(hf: Any) -> DecoderConfig:
 
 
 def baichuan(hf: Any) -> DecoderConfig:
-    """Llama with one fused projection; the 13B has ALiBi, the second generation a head of rows of length 1."""
-    config = common(hf, rotary_fraction=1.0, normalized_head=hf.normalized_head)
-    return dataclasses.replace(config, rope=(), alibi=True) if hf.alibi else config
+    """Llama with one fused projection; the 13B, which says no number of positions, has ALiBi, the second generation a normalised head."""
+    second = hf.vocab_size == 125696 or getattr(hf, "z_loss_weight", None) is not None
+    config = common(hf, rotary_fraction=1.0, normalized_head=second)
+    return config if hf.max_position_embeddings else dataclasses.replace(config, rope=(), alibi=True)
+
+
+def register_configs() -> None:
+    """Teach `AutoConfig` the families that `transformers` itself reads by code from the Hub only."""
+    from transformers import AutoConfig, LlamaConfig
+
+    class BaichuanConfig(LlamaConfig):
+        model_type = "baichuan"
+        max_position_embeddings: int = 0
+
+    AutoConfig.register("baichuan", BaichuanConfig, exist_ok=True)
+
+
+def mixtral(hf: Any) -> DecoderConfig:
+    if hf.router_jitter_noise:
+        raise UserError(f"router_jitter_noise={hf.router_jitter_noise} of the mixtral config is not implemented; set it to 0")
+    return common(hf, rotary_fraction=1.0, experts=ExpertsConfig(hf.num_local_experts, hf.num_experts_per_tok, hf.intermediate_size, True,
+                                                                 aux_coef=aux_coef(hf)))  # fmt: skip
+
+
+def qwen_moe(hf: Any, **flags: Any) -> DecoderConfig:
+    if hf.mlp_only_layers or hf.decoder_sparse_step != 1:
+        raise UserError(
+            f"the {hf.model_type} config has layers without experts (mlp_only_layers={hf.mlp_only_layers}, decoder_sparse_step="
+            f"{hf.decoder_sparse_step}), which is not implemented; every layer must have them"
+        )
+    shared = getattr(hf, "shared_expert_intermediate_size", None)
+    experts = ExpertsConfig(hf.num_experts, hf.num_experts_per_tok, hf.moe_intermediate_size, hf.norm_topk_prob, shared, aux_coef(hf))
+    return common(hf, experts=experts, **flags)
+
+
+def qwen2_moe(hf: Any) -> DecoderConfig:
+    return qwen_moe(hf, qkv_bias=hf.qkv_bias, o_bias=False)
+
+
+def qwen3_moe(hf: Any) -> DecoderConfig:
+    return qwen_moe(hf, qk_norm="head")
+
+
+def aux_coef(hf: Any) -> float:
+    """The load-balance loss is on where the config asks for router logits, as in `transformers` and TRL."""
+    return hf.router_aux_loss_coef if hf.output_router_logits else 0.0
 
 
 FAMILIES: dict[str, Callable[[Any], DecoderConfig]] = {
@@ -235,8 +279,11 @@ FAMILIES: dict[str, Callable[[Any], DecoderConfig]] = {
     "gpt_neox": gpt_neox,
     "llama": llama,
     "mistral": llama,
+    "mixtral": mixtral,
     "qwen2": qwen2,
+    "qwen2_moe": qwen2_moe,
     "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
     "gemma": gemma,
     "gemma2": sandwich,
     "gemma3_text": gemma3,
@@ -283,6 +330,14 @@ _NAMES = {
         "model/layers/mlp/fc1": "transformer.h.{i}.mlp.dense_h_to_4h",
         "model/layers/mlp/fc2": "transformer.h.{i}.mlp.dense_4h_to_h",
     },
+    "mixtral": {
+        "model/layers/mlp": "model.layers.{i}.block_sparse_moe",
+        "model/layers/mlp/experts/gate_proj": "model.layers.{i}.block_sparse_moe.experts.{e}.w1",
+        "model/layers/mlp/experts/up_proj": "model.layers.{i}.block_sparse_moe.experts.{e}.w3",
+        "model/layers/mlp/experts/down_proj": "model.layers.{i}.block_sparse_moe.experts.{e}.w2",
+    },
+    "qwen2_moe": {"model/layers/mlp/experts": "model.layers.{i}.mlp.experts.{e}"},
+    "qwen3_moe": {"model/layers/mlp/experts": "model.layers.{i}.mlp.experts.{e}"},
     "opt": {
         "model": "model.decoder",
         "model/norm": "model.decoder.final_layer_norm",

@@ -108,7 +108,28 @@ CASES: dict[str, list[dict]] = {
              rope_parameters={"rope_type": "linear", "rope_theta": 50.0, "factor": 2.0, "partial_rotary_factor": 0.67}),
         dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}, tie_word_embeddings=True),
     ],
-    "bloom": [dict(n_head=6, hidden_size=24), dict(n_layer=3, layer_norm_epsilon=1e-2), dict(n_head=3, hidden_size=18, tie_word_embeddings=False)],
+    "bloom": [
+        dict(n_head=6, hidden_size=24),
+        dict(n_layer=3, layer_norm_epsilon=1e-2),
+        dict(n_head=3, hidden_size=18, tie_word_embeddings=False),
+    ],
+    "mixtral": [
+        dict(num_local_experts=5, num_experts_per_tok=2, sliding_window=3),
+        dict(num_local_experts=3, num_experts_per_tok=1, head_dim=6, hidden_act="gelu"),
+        dict(num_local_experts=4, num_experts_per_tok=4, tie_word_embeddings=True, num_hidden_layers=3),
+    ],
+    "qwen2_moe": [
+        dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=6, shared_expert_intermediate_size=10),
+        dict(num_experts=4, num_experts_per_tok=3, moe_intermediate_size=6, shared_expert_intermediate_size=10, norm_topk_prob=True,
+             qkv_bias=False),
+        dict(num_experts=3, num_experts_per_tok=1, moe_intermediate_size=6, shared_expert_intermediate_size=4, num_hidden_layers=3,
+             use_sliding_window=True, sliding_window=3, max_window_layers=1),
+    ],
+    "qwen3_moe": [
+        dict(head_dim=6, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=6, norm_topk_prob=True),
+        dict(head_dim=8, num_experts=4, num_experts_per_tok=3, moe_intermediate_size=10, norm_topk_prob=False, attention_bias=True),
+        dict(head_dim=6, num_experts=3, num_experts_per_tok=1, moe_intermediate_size=6, num_hidden_layers=3, tie_word_embeddings=True),
+    ],
     "smollm3": [
         dict(num_hidden_layers=3, no_rope_layers=[1, 0, 1]),
         dict(num_hidden_layers=4, no_rope_layer_interval=2, attention_bias=True, tie_word_embeddings=False),
@@ -179,7 +200,7 @@ class Rows:
         return {name: jnp.concatenate([rows, jnp.asarray(fourth[name], rows.dtype)[None]]) for name, rows in model.inputs(inputs).items()}
 
     def theirs(self, model, alone: bool) -> torch.Tensor:
-        """Theirs at the real positions of the four rows, one after another: [N, V]. The packed texts are run alone, the others where asked."""
+        """Theirs at the real positions of the four rows, one after another: [N, V]. The packed texts always run alone."""
         run = lambda tokens, **rest: model(input_ids=torch.tensor(tokens), use_cache=False, **rest).logits
         one = lambda tokens: run(tokens[None])[0]
         real = self.mask.astype(bool)
@@ -205,7 +226,7 @@ def rows(vocab_size: int) -> Rows:
 
 
 def must_run_alone(config, dtype: str) -> bool:
-    """Whether `transformers` says something else of a padded row: where its length matters, and in float64, whose least mask is -inf in float32."""
+    """Whether padding changes what `transformers` says: where lengths matter, and in float64, whose mask is -inf in float32."""
     return dtype == "float64" or any((kind or {}).get("rope_type") in ("dynamic", "longrope") for kind in config.rope)
 
 
@@ -240,7 +261,7 @@ def test_float32_logits_and_bytes(family, tmp_path):
 
 
 def test_every_text_family_has_three_odd_configs():
-    assert CASES.keys() == families.FAMILIES.keys()
+    assert CASES.keys() | {"baichuan"} == families.FAMILIES.keys()
     assert all(len(configs) >= 3 for configs in CASES.values())
 
 
@@ -278,6 +299,56 @@ def test_gradients(family, tmp_path):
     assert len(shared) >= 3
     for name in shared:
         assert np.abs(grads[name] - expected[name]).max() <= 1e-4 * np.abs(expected[name]).max() + 1e-12, name
+
+
+# Baichuan is code on the Hub; what stands in for it here is a Llama with the same numbers.
+BAICHUAN = {
+    "7b": dict(max_position_embeddings=64),
+    "2_7b": dict(max_position_embeddings=64, model_max_length=64, z_loss_weight=0),
+    "13b": dict(model_max_length=64),
+    "2_13b": dict(model_max_length=64, z_loss_weight=0),
+}
+
+
+@pytest.mark.parametrize("name", ["2_13b", *(pytest.param(name, marks=pytest.mark.slow) for name in list(BAICHUAN)[:3])])
+def test_baichuan(name, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from aligner.models.attention import alibi_slopes
+
+    save_checkpoint(tmp_path, "llama", num_key_value_heads=4)
+    theirs = load_torch(tmp_path, torch.float32)
+    file, config = tmp_path / "model.safetensors", json.loads((tmp_path / "config.json").read_text())
+    tensors = load_file(file)
+    for layer in (f"model.layers.{i}.self_attn." for i in range(2)):
+        tensors[layer + "W_pack.weight"] = torch.cat([tensors.pop(f"{layer}{which}_proj.weight") for which in "qkv"])
+    save_file(tensors, file, metadata={"format": "pt"})
+    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps", "hidden_act",
+              "initializer_range", "tie_word_embeddings")  # fmt: skip
+    auto_map = {"AutoConfig": "configuration_baichuan.BaichuanConfig"}
+    values = dict(model_type="baichuan", auto_map=auto_map, **{key: config[key] for key in shared}, **BAICHUAN[name])
+    (tmp_path / "config.json").write_text(json.dumps(values))
+
+    model, params = aligner.load(tmp_path)
+    data = rows(T["vocab_size"])
+    ours = data.ours(compile_quickly(functools.partial(logits_of, model), params, data.batch(model, alone=True)))
+    if "z_loss_weight" in values:
+        theirs.lm_head.weight.data = torch.nn.functional.normalize(theirs.lm_head.weight.data)
+    if "max_position_embeddings" not in values:  # no rotation, and a mask that falls off
+        theirs.model.rotary_emb.forward = lambda x, position_ids: (torch.ones(*position_ids.shape, 4), torch.zeros(*position_ids.shape, 4))
+        slopes, plain = torch.tensor(alibi_slopes(4)), theirs.forward
+
+        def forward(input_ids, **rest):
+            place = torch.arange(input_ids.shape[1], dtype=torch.float32)
+            distance = place[:, None] - place
+            mask = torch.where(distance < 0, torch.finfo(torch.float32).min, -slopes[:, None, None] * distance)
+            return plain(input_ids=input_ids, attention_mask=mask[None], **rest)
+
+        theirs.forward = forward
+    with torch.no_grad():
+        expected = data.theirs(theirs, alone=True).numpy()
+    assert np.abs(np.asarray(ours) - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
+    assert verify(tmp_path).different == ()
 
 
 # Fields as releases of `transformers` before 5 wrote them.
