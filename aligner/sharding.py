@@ -23,6 +23,7 @@ LOGICAL: Mapping[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "vocab": "tensor",
     "expert": "fsdp",
+    "rows": ("tensor", "fsdp"),  # of a table that is looked up: sharding its width would gather it whole
 }
 
 

@@ -185,6 +185,8 @@ class DecoderModel(nn.Module):
         x = Embed(c.vocab_size, c.embedding_size or c.hidden_size, c.initializer_range, name="embed_tokens")(batch["tokens"])
         if c.embedding_scale != 1.0:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
+        if "embedding_noise" in batch:  # [B,T,D], from an algorithm that trains with it
+            x = x + batch["embedding_noise"].astype(x.dtype)
         if features is not None:
             x = merge(x, features, batch["media_index"])
         if c.embedding_size:
@@ -271,7 +273,7 @@ SHARDING_RULES = (
     (r"(gate_proj|up_proj|fc1)/kernel$", ("embed", "mlp")),
     (r"(gate_proj|up_proj|fc1)/bias$", ("mlp",)),
     (r"(down_proj|fc2)/kernel$", ("mlp", "embed")),
-    (r"embed_tokens/embedding$", ("vocab", "embed")),
+    (r"embed_tokens/embedding$", ("rows", None)),
     (r"project_(in|out)/kernel$", (None, "embed")),
     (r"lm_head/kernel$", ("embed", "vocab")),
 )
