@@ -111,6 +111,9 @@ def model_from_folder(folder: str | Path, score_head: bool = False) -> Model:
         raise UserError(f"{path} describes weights quantised by {method}; use the unquantised checkpoint.")
     from transformers import AutoConfig
 
+    from aligner.models.families import register_configs
+
+    register_configs()
     try:
         normalised = AutoConfig.from_pretrained(assets.folder)
     except Exception as error:  # transformers raises whatever its validators do
