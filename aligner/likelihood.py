@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from aligner.logprobs import token_stats
-from aligner.types import Batch, Model, Params, Scores
+from aligner.logprobs import dense_logits, token_stats
+from aligner.types import Batch, Int, Model, Params, Scores
 
 
 def cast(params: Params, dtype: str) -> Params:
@@ -41,6 +41,45 @@ def make_likelihood(model: Model, answers: int, stats: Sequence[str] = ("logp",)
         return Scores(sum_answers(tokens["logp"], batch, answers), answer_lengths(batch, answers), tokens, output.aux)
 
     return likelihood
+
+
+def make_scorer(model: Model, answers: int, remat: str = "none") -> Callable[..., Scores]:
+    """What a score head says of every answer, read from the hidden state of the answer's last token.
+
+    Args:
+        model: with a score head.
+        answers: R, how many answers an example has at most.
+        remat: as in `make_likelihood`.
+
+    Returns:
+        (params, batch, key) -> Scores with `values`; parameters already in the dtype of the computation. `logps` is zero: such a model
+        gives no probabilities.
+    """
+
+    def scorer(params: Params, batch: Batch, key: Array | None = None) -> Scores:
+        features = model.encode(params, batch)
+        output = model.apply(params, batch, features=features, key=key, remat=remat)
+        columns = last_columns(batch, answers)
+        hidden = jnp.take_along_axis(output.hidden, columns.reshape(len(columns), -1, 1), axis=1)
+        values = dense_logits(hidden, model.head(params))[..., 0].reshape(columns.shape)
+        lengths = answer_lengths(batch, answers)
+        return Scores(jnp.zeros_like(lengths), lengths, {}, output.aux, values=jnp.where(lengths > 0, values, 0))
+
+    return scorer
+
+
+def last_columns(batch: Batch, answers: int) -> Int[Array, "B G R"]:
+    """The column of each answer's last token; 0 where there is no answer."""
+    rows, examples = batch["example_id"].shape
+    slot = (batch["score_segment"] - 1) * answers + batch["score_role"] - 1  # negative where nothing is scored
+    member = slot[..., None] == jnp.arange(examples * answers)
+    # an example is one segment, or one per answer where the prompt is not shared: its scored positions say which
+    segments = jnp.take_along_axis(batch["segment_ids"], batch["score_from"], axis=1)
+    segment = jnp.max(jnp.where(member, segments[..., None], 0), axis=1)
+    role = jnp.tile(jnp.arange(1, answers + 1), examples)
+    of_answer = (batch["segment_ids"][..., None] == segment[:, None]) & (batch["role"][..., None] == role) & (segment[:, None] > 0)
+    column = jnp.arange(batch["tokens"].shape[1])[:, None]
+    return jnp.max(jnp.where(of_answer, column, 0), axis=1).reshape(rows, examples, answers)
 
 
 def answer_members(batch: Batch, answers: int, dtype: Any = jnp.float32) -> Float[Array, "B S G*R"]:

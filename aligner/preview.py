@@ -183,7 +183,7 @@ def main(argv: list[str]) -> None:
     config = workdir.resolve(CONFIG.value, WORKDIR.value or "runs/preview")
     if config.setup:
         call_setup(config)
-    model, _ = convert.open_model(config.model.path, config.model.revision)
+    model, _ = convert.open_model(config.model.path, config.model.revision, config.algorithm.name in algorithms.SCORING)
     needs = algorithms.make(config, model).needs
     datasets = [loader.load_dataset(config, split, model, needs) for split in ("train", "eval") if config.data[split].path]
     for dataset in datasets:

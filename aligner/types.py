@@ -60,6 +60,7 @@ class Scores(NamedTuple):
     tokens: dict[str, Float[Array, "B S"]]  # TokenStats by name, 0 at padding
     aux: dict[str, Array]
     reference_logps: Float[Array, "B G R"] | None = None
+    values: Float[Array, "B G R"] | None = None  # what a score head says of each answer; 0 where there is none
 
 
 class Mean(NamedTuple):
@@ -105,6 +106,7 @@ class Conversion:
         renames: (regex, replacement) pairs that turn every older layout's names on disk into the layout we write.
         ignored: regexes of tensors on disk that carry no parameter (old buffers such as `rotary_emb.inv_freq`).
         tied: (name, other) pairs: `name`, when it is stored, must equal `other` and is not a parameter of its own.
+        fresh: names that need not be stored; `Model.init` then makes them.
     """
 
     stacks: Mapping[str, str]
@@ -112,6 +114,7 @@ class Conversion:
     renames: Sequence[tuple[str, str]] = ()
     ignored: Sequence[str] = ()
     tied: Sequence[tuple[str, str]] = ()
+    fresh: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +137,7 @@ class Model:
         init: key -> params, float32, random as the family initialises.
         encode: (params, batch) -> features [B, I*P, D], or None when the batch holds no media.
         apply: (params, batch, *, features=None, cache=None, key=None, remat="none") -> Output.
-        head: params -> Head.
+        head: params -> Head; of a model with a score head, weight [D, 1].
         inputs: what a Hugging Face processor returns (NumPy) -> Batch, for looking and testing.
         conversion: how the tree maps to Hugging Face names.
         sharding_rules: (regex on the tree path, logical axes) pairs; the first match wins.
@@ -142,6 +145,7 @@ class Model:
         media: sizes that the data side needs, None for text models.
         assets: the checkpoint folder's companions (tokenizer, processor, ...), None for a model made from a bare config.
         source_dtype: dtype name of the weights on disk: what `save` writes unless told otherwise.
+        has_score_head: the head gives one score, not logits over a vocabulary.
     """
 
     family: str
@@ -157,6 +161,7 @@ class Model:
     media: Media | None = None
     assets: Any = None
     source_dtype: str = "float32"
+    has_score_head: bool = False
 
     def logits(self, params: Params, inputs: Mapping[str, Any]) -> Float[Array, "B T V"]:
         """Dense logits [B,T,V] of a Hugging Face processor's output, for looking and testing; training never makes them."""
@@ -183,6 +188,7 @@ class Algorithm:
         whole_batch: the objective is not a sum over rows (a sort, a batch mean inside a nonlinearity): under accumulation it is then
             evaluated on the scores of the whole batch, exactly.
         sync: (weight a, every N steps): the reference becomes a * policy + (1 - a) * reference; None keeps it fixed.
+        others: further frozen models, name -> (model, its checkpoint): `score` finds their parameters in `fixed`.
     """
 
     score: Callable[..., Scores]
@@ -194,6 +200,7 @@ class Algorithm:
     needs: str = "preference"
     whole_batch: bool = False
     sync: tuple[float, int] | None = None
+    others: Mapping[str, tuple[Model, Any]] = dataclasses.field(default_factory=dict)
 
 
 class UserError(Exception):

@@ -133,6 +133,43 @@ def sft() -> ConfigDict:
     )
 
 
+def reward() -> ConfigDict:
+    """config.algorithm for a reward model: a score head on the model, fresh where the checkpoint has none."""
+    return ConfigDict(
+        dict(
+            name="reward",
+            loss_type="bradley_terry",  # bradley_terry: pairs, with their `margin` where rows have one; plackett_luce: ranked lists;
+            # mse: answers with `scores`
+            answers=2,  # the most answers that a row has; pairs have two
+            center_rewards_coefficient=0.0,  # weight of (sum of a group's rewards)^2, which keeps them around zero; TRL recommends 0.01
+            regularization=0.0,  # weight of the mean square of all rewards; align-anything's is 0.001
+        )
+    )
+
+
+def cost() -> ConfigDict:
+    """config.algorithm for a cost model (Safe RLHF): `chosen` is the safer answer, the sign says whether an answer is safe."""
+    return ConfigDict(
+        dict(
+            name="cost",
+            scale=1.0,  # weight of the sign of both answers against their order
+            regularization=0.001,  # weight of the mean square of all costs
+        )
+    )
+
+
+def distillation() -> ConfigDict:
+    """config.algorithm for following a teacher's next-token distributions on given answers."""
+    return ConfigDict(
+        dict(
+            name="distillation",
+            teacher="",  # checkpoint folder or Hub id, of the same vocabulary; "{workdir}" stands for the working directory
+            beta=0.5,  # 0: forward KL(teacher || student); 1: reverse KL(student || teacher); between: generalised Jensen-Shannon
+            temperature=1.0,  # all logits are divided by it
+        )
+    )
+
+
 def base() -> ConfigDict:
     """The defaults of every section; TRL's values where TRL has the setting."""
     config = ConfigDict()
@@ -153,6 +190,7 @@ def base() -> ConfigDict:
     config.data = ConfigDict()
     config.data.train = data_source()
     config.data.eval = data_source()
+    config.data.evals = ConfigDict()  # more evaluation sets, NAME = data_source(); reported apart under "dataset": NAME
     config.data.max_length = 1024  # tokens of prompt + longer answer; longer examples are dropped and counted, never cut
     config.data.batch_size = 8  # examples per optimizer step on all devices; a pair is one
     config.data.packing = False  # put several examples into a row; batch_size then counts rows. Changes speed, not what is learned from one

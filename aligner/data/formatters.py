@@ -323,6 +323,16 @@ def sso(row: dict[str, Any]) -> TwoSided:
     return TwoSided(Preference(good, answers["chosen"], answers["rejected"]), Preference(bad, answers["raw"], answers["chosen"]))
 
 
+@formatter("scores", needs=("prompt", "completions", "scores"), makes=Ranked)
+@formatter("score", needs=("prompt", "completion", "score"), makes=Ranked)
+def scores(row: dict[str, Any]) -> Ranked:
+    """`prompt` with `completions` and their `scores`, or one `completion` and its `score`; a user's message and the assistant's."""
+    answers = row["completions"] if "completions" in row else [row["completion"]]
+    given = row["scores"] if "scores" in row else [row["score"]]
+    prompt = place_images(messages_of(row["prompt"], role="user"), images_in(row))
+    return Ranked(prompt, tuple(messages_of(answer) for answer in answers), tuple(float(score) for score in given))
+
+
 # --- judged answers --------------------------------------------------------------------------------------------------------------
 
 

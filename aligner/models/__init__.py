@@ -6,22 +6,27 @@ from typing import Any
 from aligner.types import Model, UserError
 
 SUPPORTED = (
-    *("gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite", "llama", "mistral"),
-    *("olmo2", "phi", "phi3", "qwen2", "qwen3", "smollm3"),
+    *("baichuan", "bloom", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neox", "granite", "llama", "mistral"),
+    *("mixtral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"),
     "llava",
 )
 
 
-def from_hf(hf_config: Any) -> Model:
+def from_hf(hf_config: Any, score_head: bool = False) -> Model:
     """The model that a Hugging Face config describes.
 
     Args:
         hf_config: a `transformers` config, already normalised by `AutoConfig`.
+        score_head: with a head that gives one score instead of logits (a reward or cost model); see `aligner.models.score_head`.
 
     Raises:
         UserError: the family, or a setting of it that changes the numbers, is not supported.
     """
     from aligner.models import decoder, families, llava  # imported late: flax is slow to import
+    from aligner.models.score_head import with_score_head
+
+    if score_head:
+        return with_score_head(from_hf(hf_config))
 
     family = hf_config.model_type
     if family in families.FAMILIES:
