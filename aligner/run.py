@@ -51,6 +51,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     algorithm = algorithms.make(config, model)
     abstract = convert.abstract_params(model)
     trained, _ = lora.split(abstract, config.optim.freeze)
+    optim.check_groups(config.optim.groups, trained)
     train = loader.load_dataset(config, "train", model, cache_dir=Path(directory) / "data")
     evaluation = loader.load_dataset(config, "eval", model, cache_dir=Path(directory) / "data") if config.data.eval.path else None
     for dataset in filter(None, (train, evaluation)):
