@@ -53,9 +53,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     algorithm = algorithms.make(config, model)
     abstract = convert.abstract_params(model)
     trained, _ = lora.split(abstract, config.optim.freeze)
-    for pattern, _ in config.optim.groups:
-        if not any(re.match(pattern, path) for path in sharding.tree_paths(trained)):
-            raise UserError(f"config.optim.groups has {pattern!r}, which matches no parameter that trains")
+    optim.check_groups(config.optim.groups, trained)
     look = lambda split: loader.load_dataset(config, split, model, algorithm.needs, cache_dir=Path(directory) / "data")
     train, evaluations = look("train"), {name: look(split) for name, split in eval_splits(config).items()}
     for dataset in (train, *evaluations.values()):
