@@ -14,8 +14,7 @@ SAFER, WORSE = 0, 1  # places along R: `chosen` is the safer answer
 def make(config: ConfigDict, model: Model) -> Algorithm:
     """-log sigmoid(c_worse - c_safer) + scale * sum over both answers of -log sigmoid(s c), s = 1 for a harmful one, -1 for a safe one.
 
-    `chosen` is the safer answer; the batch's `safe` [B, G, 2] is 1 for a safe answer, -1 for a harmful one, 0 where that is not
-    known: such an answer has no part in the second term.
+    `chosen` is the safer answer; the batch's `safe` [B, G, 2] is 1 for a safe answer and -1 for a harmful one.
     """
     c = config.algorithm
     check(config, model)
@@ -25,10 +24,10 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
 
     def objective(scores: Scores, batch: Batch, carry):
         present, costs, safe = scores.lengths > 0, scores.values, batch["safe"]
-        pairs, known = present.all(axis=-1), present & (safe != 0)
+        pairs = present.all(axis=-1)
         higher, lower = costs[..., WORSE], costs[..., SAFER]
         terms = {"order": Term(1.0, *over(pairs, reward.bradley_terry(higher, lower)))}
-        terms["sign"] = Term(2 * c.scale, *over(known, reward.safety_sign(costs, safe)))  # two signs a pair: twice their mean
+        terms["sign"] = Term(c.scale, *over(pairs, jnp.sum(reward.safety_sign(costs, safe), axis=-1)))
         if c.regularization:
             terms["regularization"] = Term(c.regularization, *over(present, jnp.square(costs)))
         found = {
@@ -36,9 +35,9 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
             "mean_cost": Mean(*over(present, costs)),
             "max_cost": Max(jnp.max(jnp.where(present, costs, -jnp.inf))),
             "accuracy": Mean(*over(pairs, higher > lower)),
-            "accuracy_sign": Mean(*over(known, (costs < 0) == (safe > 0))),
+            "accuracy_sign": Mean(*over(present, (costs < 0) == (safe > 0))),
             "margin": Mean(*over(pairs, higher - lower)),
         }
         return terms, found, carry
 
-    return Algorithm(lambda params, fixed, batch, key: score(params, batch, key), objective, needs="preference_last")
+    return Algorithm(lambda params, fixed, batch, key: score(params, batch, key), objective, needs="cost_last")

@@ -9,6 +9,8 @@ from aligner.data import samples, templates, turns
 from aligner.data.samples import Document, Preference, Ranked, Supervised, TwoSided, Unpaired
 from aligner.types import Model
 
+ANSWERS = -1  # in a shape: the most answers that an example of the dataset has
+
 
 class Kind(NamedTuple):
     """How the samples that an algorithm needs become examples.
@@ -57,16 +59,31 @@ def _two_sided(sample: Any, model: Model, data: Any) -> templates.Encoded:
     return templates.encode_two_sided(samples.as_two_sided(sample), model.assets, model.media)
 
 
+def _cost(sample: Any, model: Model, data: Any) -> templates.Encoded:
+    pair = samples.as_preference(sample)
+    if 0 in pair.safe:
+        raise samples.Bad("no safety label", "a cost model needs to know of both answers whether they are safe")
+    return templates.encode_preference(pair, model.assets, model.media)
+
+
+def _scored(sample: Any, model: Model, data: Any) -> templates.Encoded:
+    sample = samples.as_scored(sample)
+    encoded = templates.encode_answers(sample.prompt, sample.completions, model.assets, model.media)
+    return encoded._replace(values={"scores": sample.scores})
+
+
 ENCODERS = {
     "supervised": Kind((Supervised, Document, Preference, Ranked), _supervised),  # R=1
     "text": Kind((Document,), _document),  # R=1; cut into full rows
     "preference": Kind((Preference, Ranked), _preference),  # R=2: chosen, rejected
     "preference_prompt": Kind((Preference, Ranked), _preference, prompt=True),  # R=2
-    "preference_last": Kind((Preference, Ranked), _preference, {"margin": (), "safe": (2,)}, last=True),
+    "preference_last": Kind((Preference, Ranked), _preference, {"margin": ()}, last=True),
+    "cost_last": Kind((Preference,), _cost, {"safe": (2,)}, last=True),
     # R=2: the row's answer, another row's to the same prompt
     "unpaired": Kind((Unpaired, Preference, Ranked), _unpaired, {"label": ()}, mismatched=True),
     "unpaired_alone": Kind((Unpaired, Preference, Ranked), _unpaired, {"label": ()}),  # R=1
     "two_sided": Kind((TwoSided,), _two_sided),  # R=4: chosen, rejected under a good principle, then under a bad one
     "ranked": Kind((Ranked, Preference), _ranked),  # as many as the longest list has; shorter ones lack the last
     "ranked_last": Kind((Ranked, Preference), _ranked, last=True),
+    "scored_last": Kind((Ranked,), _scored, {"scores": (ANSWERS,)}, last=True),
 }

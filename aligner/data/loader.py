@@ -16,7 +16,7 @@ import numpy as np
 
 from aligner.data import formatters, layout, media, packing, samples, sources, turns
 from aligner.data.census import Census, check_census, describe, source_code, take_census
-from aligner.data.kinds import ENCODERS, Kind
+from aligner.data.kinds import ANSWERS, ENCODERS, Kind
 from aligner.data.samples import Bad, Preference, Ranked
 from aligner.data.templates import Encoded, image_token
 from aligner.types import Model, UserError
@@ -116,7 +116,7 @@ def load_dataset(
     else:
         example, fingerprint, sizes = lambda place, *_: encode(int(census.row_ids[place])), census.fingerprint, census.sizes
     plan, (T, S, I) = make_plan(sizes, data, needs, seed)
-    G = int(np.diff(plan.starts).max())
+    G, answers = int(np.diff(plan.starts).max()), int(sizes[:, 3].max())
 
     def row(number: int) -> layout.Row:
         members = plan.row(number) if number >= 0 else np.zeros((0, 3), np.int64)
@@ -130,7 +130,7 @@ def load_dataset(
             raise UserError(f"{name}, {where} of {rows.description} could be read when the run started, now not: {error}.") from error
         if pictures:
             made["pixel_values"][: len(pictures)] = media.pixel_values(pictures, model.assets.processor.image_processor)
-        return made | _values(examples, kind, G)
+        return made | _values(examples, kind, G, answers)
 
     fill = float(_columns(sizes, data).sum() / (T * len(plan)))
     report = [*describe(census, rows, name, formatter_name, str(model.assets.tokenizer.eos_token))]
@@ -148,7 +148,7 @@ def load_dataset(
         fingerprint=fingerprint,
         shape=(T, S, I),
         examples=G,
-        answers=int(sizes[:, 3].max()),
+        answers=answers,
         fill=fill,
         row=row,
         workers=data.workers,
@@ -191,11 +191,13 @@ def _columns(sizes: np.ndarray, data: Any) -> np.ndarray:
     return sizes[:, 0] * (1 if data.shared_prompt else sizes[:, 3]) + sizes[:, 1]
 
 
-def _values(examples: list[Encoded], kind: Kind, G: int) -> layout.Row:
-    made = {column: np.zeros((G, *shape), np.float32) for column, shape in kind.values.items()}
-    for column in made:
+def _values(examples: list[Encoded], kind: Kind, G: int, answers: int) -> layout.Row:
+    made = {}
+    for column, shape in kind.values.items():
+        made[column] = np.zeros((G, *(answers if size == ANSWERS else size for size in shape)), np.float32)
         for place, encoded in enumerate(examples):
-            made[column][place] = encoded.values[column]
+            value = np.asarray(encoded.values[column], np.float32)
+            made[column][(place, *map(slice, value.shape))] = value
     return made
 
 

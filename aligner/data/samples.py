@@ -9,6 +9,7 @@ such text is used as it is, without a chat template.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 Text = Any  # a conversation, a string, or a list of parts
@@ -63,10 +64,11 @@ class Preference:
 
 @dataclasses.dataclass(frozen=True)
 class Ranked:
-    """Several answers to a prompt, best first."""
+    """Several answers to a prompt, best first; with `scores`, in any order, each with its own."""
 
     prompt: Text
     completions: tuple[Text, ...]
+    scores: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +170,23 @@ def as_two_sided(sample: Any) -> TwoSided:
     if images_of(good.prompt) != images_of(bad.prompt):
         raise Bad("image placeholders", "the two prompts show different images")
     return TwoSided(good, bad)
+
+
+def as_scored(sample: Any) -> Ranked:
+    """Answers, one or more, each with a score.
+
+    Raises:
+        Bad: no answer, one is empty, or the scores are not one finite number for each.
+    """
+    if not isinstance(sample, Ranked) or not sample.completions:
+        raise Bad("no scores", f"the formatter returned a {type(sample).__name__}, not a Ranked with scores")
+    if any(map(is_blank, sample.completions)):
+        raise Bad("empty answer", "one of the scored answers is empty")
+    if len(sample.scores) != len(sample.completions):
+        raise Bad("no scores", f"there are {len(sample.scores)} scores for {len(sample.completions)} answers")
+    if not all(math.isfinite(score) for score in sample.scores):
+        raise Bad("score is not finite", repr(sample.scores))
+    return sample
 
 
 def as_unpaired(sample: Any) -> Unpaired:

@@ -1,0 +1,242 @@
+"""Score a dataset offline: with a reward or cost model, or with a language model's log-probabilities.
+
+    python -m aligner.score --model runs/reward_tiny/export --data rows.jsonl --out scored.jsonl
+    python -m aligner.score --model DIR --data rows.jsonl --out scored.jsonl --kind logprob
+
+Every row of the dataset becomes one line of OUT, in its order: the row itself, and
+
+    rewards             the score of each of its answers (a pair's are chosen, rejected); --kind reward
+    logps, lengths      the log-probability of each answer given the prompt, and its number of tokens; --kind logprob
+    not_scored          why a row could not be used, where that is so
+
+A killed run goes on where it stopped when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aligner.types import UserError
+
+ROWS_PER_BLOCK = 256  # read, sorted by length, scored, and written together
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser("python -m aligner.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("--model", required=True, help="checkpoint folder or Hub id; for rewards a *ForSequenceClassification folder")
+    top.add_argument("--data", required=True, help=".json, .jsonl or .parquet file, a folder of them, or a Hub dataset id")
+    top.add_argument("--out", required=True, help="file to write, .jsonl; must not exist yet")
+    top.add_argument("--kind", choices=("reward", "logprob"), default="reward", help="default: %(default)s")
+    top.add_argument("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
+    top.add_argument("--formatter", default="auto", help="how a row becomes a sample, as in configs (default: %(default)s)")
+    top.add_argument("--image-folder", default="", help="images named in the rows are looked up here (default: the folder of the file)")
+    top.add_argument("--size", type=int, help="score only the first rows")
+    top.add_argument("--max-length", type=int, default=4096, help="rows longer than so many tokens are not scored (default: %(default)s)")
+    top.add_argument("--batch-size", type=int, default=16, help="rows at once on all devices (default: %(default)s)")
+    top.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation (default: %(default)s)")
+    top.add_argument("--fsdp", type=int, default=1, help="devices over which the parameters are split (default: %(default)s)")
+    return top
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Score a dataset.
+
+    Args:
+        args: as `parser` gives them.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        UserError: bad input, or a half-written file of another command stands in the way.
+    """
+    import jax
+
+    from aligner import convert, sharding
+    from aligner.console import bar, say
+    from aligner.data import loader, sources
+    from aligner.data.formatters import find_formatter
+    from aligner.data.samples import Preference, Ranked, Supervised, Unpaired
+
+    out = Path(args.out)
+    if out.exists():
+        raise UserError(f"{out} is there already; name another file with --out, or remove it")
+    for name in ("batch_size", "max_length", "fsdp"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    model, disk = convert.open_model(args.model)
+    if model.has_score_head != (args.kind == "reward"):
+        has, other = ("a score head", "reward") if model.has_score_head else ("no score head", "logprob")
+        raise UserError(f"{args.model} has {has}: use --kind {other}, or another --model")
+    rows = sources.open_rows(source(args), "data")
+    kinds = (Preference, Ranked, Unpaired, Supervised)
+    name, to_sample = find_formatter(args.formatter, rows.columns(), "data", kinds)
+    loader.check_assets(model)
+    partial = out.with_name(out.name + ".partial")
+    done = resume(partial, dict(model=convert.fingerprint(disk), rows=rows.identity, formatter=name, **settings(args)))
+    say(f"{rows.description}, formatter {name}: {len(rows)} rows" + (f", {done} of them done before" if done else ""))
+
+    mesh = sharding.make_mesh({"data": -1, "fsdp": args.fsdp})
+    size = -(-args.batch_size // mesh.size) * mesh.size
+    with jax.set_mesh(mesh):
+        shardings = sharding.param_shardings(convert.abstract_params(model), model.sharding_rules, mesh)
+        params = convert.load_params(model, disk, args.dtype, shardings)
+        score = make_score(model, args.kind)
+        with bar(len(rows), "scoring", "row", done) as progress, partial.open("a", encoding="utf-8") as file:
+            for start in range(done, len(rows), ROWS_PER_BLOCK):
+                block = range(start, min(start + ROWS_PER_BLOCK, len(rows)))
+                found: dict[int, dict] = {}
+                for ids, batch in batches(block, rows, to_sample, model, args.max_length, size, found):
+                    found |= dict(zip(ids, score(params, jax.device_put(batch, sharding.batch_sharding(mesh)))))
+                    progress.update(len(ids))
+                progress.update(block[-1] + 1 - progress.n)  # those that could not be scored
+                file.write("".join(line(rows[i], found[i]) for i in block))
+                file.flush()
+    os.replace(partial, out)
+    partial.with_suffix(".settings").unlink()
+    return out
+
+
+def source(args: argparse.Namespace) -> Any:
+    """The dataset as a config section."""
+    from ml_collections import ConfigDict
+
+    return ConfigDict(dict(path=args.data, split=args.split, subset=None, image_folder=args.image_folder, size=args.size))
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides the numbers, so that a file is not continued with others."""
+    return {name: getattr(args, name) for name in ("kind", "image_folder", "max_length", "dtype")}
+
+
+def resume(partial: Path, described: dict[str, Any]) -> int:
+    """How many rows a half-written file holds; a line that a kill left unfinished is cut off.
+
+    Raises:
+        UserError: it was written with other settings.
+    """
+    beside, now = partial.with_suffix(".settings"), json.dumps(described, sort_keys=True)
+    if partial.exists() and (not beside.exists() or beside.read_text() != now):
+        raise UserError(f"{partial} was begun with another model, dataset or settings; give the same command, or remove the file")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    beside.write_text(now)
+    if not partial.exists():
+        return 0
+    with partial.open("rb+") as file:
+        whole = file.read()
+        file.truncate(whole.rfind(b"\n") + 1)
+    return whole.count(b"\n")
+
+
+def answers_of(sample: Any) -> tuple[Any, tuple]:
+    """(prompt, answers) of a sample of any kind."""
+    from aligner.data.samples import Bad, Preference, Ranked, Supervised, Unpaired, is_conversation
+
+    match sample:
+        case Preference():
+            return sample.prompt, (sample.chosen, sample.rejected)
+        case Ranked():
+            return sample.prompt, tuple(sample.completions)
+        case Unpaired():
+            return sample.prompt, (sample.completion,)
+        case Supervised(conversation=text, prompt=prompt):
+            if prompt:
+                return prompt, (text,)
+            if is_conversation(text) and len(text) > 1 and text[-1]["role"] == "assistant":
+                return text[:-1], (text[-1:],)
+    raise Bad("no answer", "the row does not end with the assistant's message")
+
+
+def batches(block: range, rows: Any, to_sample: Any, model: Any, max_length: int, size: int, found: dict) -> Iterator[tuple]:
+    """(row numbers, batch of `size` rows) for the rows of a block, rows of like length together; what cannot be used goes into `found`."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from aligner.data import layout, media, templates
+    from aligner.data.samples import Bad
+
+    def encode(i: int):
+        try:
+            prompt, answers = answers_of(to_sample(rows[i]))
+            encoded = templates.encode_answers(prompt, answers, model.assets, model.media)
+            length = len(encoded.prompt) + max(map(len, encoded.answers))
+            if length > max_length:
+                raise Bad("too long", f"{length} tokens, --max-length is {max_length}")
+            pictures = [media.open_image(image, rows.folder) for image in encoded.images]
+            return i, encoded, media.pixel_values(pictures, model.assets.processor.image_processor) if pictures else None
+        except Bad as bad:
+            found[i] = {"not_scored": str(bad)}
+
+    with ThreadPoolExecutor(8) as pool:
+        encoded = sorted(filter(None, pool.map(encode, block)), key=lambda item: layout.shape_of(item[1]))
+    for start in range(0, len(encoded), size):
+        part = encoded[start : start + size]
+        # powers of two, so that few shapes are compiled
+        T, S, I = (1 << int(most - 1).bit_length() if most else 0 for most in map(max, zip(*(layout.shape_of(e) for _, e, _ in part))))
+        made = []
+        for i, one, pixels in part:
+            made.append(layout.pair_row(one, T, S, I, model.media, example_id=i))
+            if pixels is not None:
+                made[-1]["pixel_values"][: len(pixels)] = pixels
+        made += [layout.empty_row(T, S, I, model.media)] * (size - len(made))
+        yield [i for i, *_ in part], {name: np.stack([row[name] for row in made]) for name in made[0]}
+
+
+def make_score(model: Any, kind: str) -> Any:
+    """(params, batch) -> for every row of the batch what is written of it."""
+    from aligner.likelihood import make_likelihood, make_scorer
+    from aligner.train_step import jit
+
+    @functools.cache
+    def compiled(answers: int):
+        likelihood = (make_scorer if kind == "reward" else make_likelihood)(model, answers)
+        return jit(lambda params, batch: likelihood(params, batch, None))
+
+    def score(params: Any, batch: dict) -> list[dict]:
+        most = int(batch["score_role"].max())
+        scores = compiled(1 << (most - 1).bit_length())(params, batch)
+        lengths = np.asarray(scores.lengths)[:, 0].astype(int)
+        columns = {"rewards": scores.values} if kind == "reward" else {"logps": scores.logps, "lengths": lengths[:, None]}
+        columns = {name: np.asarray(column)[:, 0] for name, column in columns.items()}
+        return [{name: column[b][: (n > 0).sum()].tolist() for name, column in columns.items()} for b, n in enumerate(lengths)]
+
+    return score
+
+
+def line(row: dict[str, Any], found: dict[str, Any]) -> str:
+    """A line of the output. Columns that JSON cannot hold, such as embedded images, are left out of it."""
+    kept = {}
+    for name, value in row.items():
+        try:
+            json.dumps(value)
+        except TypeError:
+            continue
+        kept[name] = value
+    return json.dumps({**kept, **found}, ensure_ascii=False) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. Returns the exit code: 0 done, 2 bad input."""
+    args = parser().parse_args(argv)
+    try:
+        print(f"written: {run(args)}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

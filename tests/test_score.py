@@ -1,0 +1,100 @@
+"""`python -m aligner.score` end to end on a tiny model: values, order, what cannot be scored, and going on after a kill."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import aligner
+from aligner import convert, score
+from scripts.make_tiny_checkpoint import make_llama
+
+PAIRS = [
+    {"prompt": "Which is larger, 3 or 5?", "chosen": "It is 5.", "rejected": "It is 3, I do not know.", "note": i} for i in range(7)
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A language model, a reward model, and rows of which two cannot be scored."""
+    folder = tmp_path_factory.mktemp("score")
+    make_llama(folder / "lm", hidden_size=32, layers=1, heads=2, kv_heads=1)
+    model, disk = convert.open_model(folder / "lm", score_head=True)
+    convert.save(model, convert.load_params(model, disk), folder / "rm")
+    rows = [{**row, "prompt": row["prompt"] + " One" * (i % 3)} for i, row in enumerate(PAIRS)]
+    rows[2]["chosen"] = ""
+    rows[5]["prompt"] = "long " * 300
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def command(folder, out, model="rm", *more):
+    return ["--model", str(folder / model), "--data", str(folder / "rows.jsonl"), "--out", str(folder / out), "--dtype", "float32",
+            "--max-length", "200", "--batch-size", "4", *more]  # fmt: skip
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rewards_from_the_command_line(folder):
+    done = subprocess.run([sys.executable, "-m", "aligner.score", *command(folder, "scored.jsonl")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = read(folder / "scored.jsonl")
+    assert [row["note"] for row in found] == list(range(7))
+    assert found[5]["not_scored"].startswith("too long") and "not_scored" in found[2]
+    model, params = aligner.load(folder / "rm")
+    for i in (0, 4):
+        for answer, value in zip(("chosen", "rejected"), found[i]["rewards"]):
+            ids = model.assets.tokenizer(found[i]["prompt"] + found[i][answer] + "</s>")["input_ids"]
+            assert value == pytest.approx(float(model.logits(params, {"input_ids": [ids]})[0, -1, 0]), rel=1e-4, abs=1e-6)
+    assert not list(folder.glob("*.partial")) and not list(folder.glob("*.settings"))
+
+
+def test_log_probabilities_and_going_on(folder, monkeypatch):
+    monkeypatch.setattr(score, "ROWS_PER_BLOCK", 3)
+    whole = command(folder, "whole.jsonl", "lm", "--kind", "logprob")
+    assert score.main(whole) == 0
+    rows = read(folder / "whole.jsonl")
+    model, params = aligner.load(folder / "lm")
+    start, end = (model.assets.tokenizer(text)["input_ids"] for text in (PAIRS[0]["prompt"], PAIRS[0]["prompt"] + "It is 5.</s>"))
+    logits = np.asarray(model.logits(params, {"input_ids": [end]})[0], np.float64)
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    shared = next((i for i, (a, b) in enumerate(zip(start, end)) if a != b), len(start))
+    expected = sum(logp[i - 1, end[i]] for i in range(shared, len(end)))
+    assert rows[0]["lengths"][0] == len(end) - shared and rows[0]["logps"][0] == pytest.approx(expected, rel=1e-4)
+
+    class Kill(Exception):
+        pass
+
+    def torn(row, found):
+        if row["note"] == 5:
+            raise Kill
+        return json.dumps({**row, **found}, ensure_ascii=False) + "\n"
+
+    again = command(folder, "again.jsonl", "lm", "--kind", "logprob")
+    with monkeypatch.context() as patch, pytest.raises(Kill):
+        patch.setattr(score, "line", torn)
+        score.main(again)
+    partial = folder / "again.jsonl.partial"
+    assert len(read(partial)) == 3
+    partial.write_text(partial.read_text() + '{"half a li')
+    other = command(folder, "again.jsonl", "lm", "--kind", "logprob", "--max-length", "100")
+    assert score.main(other) == 2, "other settings must not go on with it"
+    assert score.main(again) == 0
+    assert read(folder / "again.jsonl") == rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"--out": "rows.jsonl"}, "is there already"), ({"--model": "lm"}, "use --kind logprob"), ({"--data": "row.jsonl"}, "did you mean")],
+)
+def test_bad_input_is_one_sentence(folder, capsys, changes, words):
+    arguments = command(folder, "none.jsonl")
+    for name, value in changes.items():
+        arguments[arguments.index(name) + 1] = str(folder / value)
+    assert score.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and words in error and error.count("\n") == 1
