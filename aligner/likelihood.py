@@ -1,6 +1,7 @@
 """What a model says of a batch: media encoded, the model run, the scored positions gathered, token statistics, sums per answer."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,13 +82,18 @@ def last_columns(batch: Batch, answers: int) -> Int[Array, "B G R"]:
     return jnp.max(jnp.where(of_answer, column, 0), axis=1).reshape(rows, examples, answers)
 
 
+def answer_members(batch: Batch, answers: int, dtype: Any = jnp.float32) -> Float[Array, "B S G*R"]:
+    """1 where a scored token belongs to an answer (example * R + role - 1), else 0. A scored token of the prompt belongs to none."""
+    examples = batch["example_id"].shape[1]
+    place = (batch["score_segment"] - 1) * answers + batch["score_role"] - 1  # negative where nothing is scored
+    return jax.nn.one_hot(jnp.where(batch["score_role"] > 0, place, -1), examples * answers, dtype=dtype)
+
+
 def sum_answers(values: Float[Array, "B S"], batch: Batch, answers: int) -> Float[Array, "B G R"]:
     """Sum per-token values over each answer of each example of a row."""
-    rows, examples = batch["example_id"].shape
-    slot = (batch["score_segment"] - 1) * answers + batch["score_role"] - 1  # negative where nothing is scored
-    member = jax.nn.one_hot(slot, examples * answers, dtype=values.dtype)
+    member = answer_members(batch, answers, values.dtype)
     total = jnp.einsum("bs,bsx->bx", values, member, precision=jax.lax.Precision.HIGHEST)
-    return total.reshape(rows, examples, answers)
+    return total.reshape(*batch["example_id"].shape, answers)
 
 
 def answer_lengths(batch: Batch, answers: int) -> Float[Array, "B G R"]:

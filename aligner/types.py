@@ -25,7 +25,7 @@ Params = Mapping[str, Any]
 #   score_from    [B,S] int32  the column whose hidden state predicts the scored token
 #   score_token   [B,S] int32  the scored token
 #   score_segment [B,S] int32  0 padding (nothing is scored), else 1..G: which example of the row it belongs to
-#   score_role    [B,S] int32  1..R: which answer of the example
+#   score_role    [B,S] int32  1..R: which answer of the example; 0 its prompt, where an algorithm learns that as well
 #   example_id    [B,G] int32  the row of the dataset that the example came from; -1 where there is none
 #   pixel_values  [B,I,H,W,3] float32   only for models that see (NHWC)
 #   image_mask    [B,I] bool            which of them are real
@@ -183,6 +183,7 @@ class Algorithm:
         carry: initial value of what is kept from step to step (running moments, coefficients); checkpointed.
         prepare: (params, batch) -> {column: [B,G,...]}: computed once per example before training and stored, or None.
         columns: names of the columns that `objective` reads.
+        prepared_with: settings that those columns depend on beside the weights; part of the name under which they are kept.
         needs: the kind of sample that rows become, a key of `aligner.data.loader.ENCODERS`.
         whole_batch: the objective is not a sum over rows (a sort, a batch mean inside a nonlinearity): under accumulation it is then
             evaluated on the scores of the whole batch, exactly.
@@ -195,6 +196,7 @@ class Algorithm:
     carry: Any = dataclasses.field(default_factory=dict)
     prepare: Callable[..., dict[str, Array]] | None = None
     columns: tuple[str, ...] = ()
+    prepared_with: Any = None
     needs: str = "preference"
     whole_batch: bool = False
     sync: tuple[float, int] | None = None

@@ -22,12 +22,113 @@ def data_source() -> ConfigDict:
 
 
 def dpo() -> ConfigDict:
-    """config.algorithm for direct preference optimisation."""
+    """config.algorithm for direct preference optimisation and its kin, on pairs."""
     return ConfigDict(
         dict(
             name="dpo",
             beta=0.1,  # strength of the pull towards the reference
-            label_smoothing=0.0,  # probability that a label is wrong (conservative DPO)
+            # one loss or several: sigmoid, hinge, ipo (scores per token, as TRL), ipo_sum (scores summed), exo_pair, nca_pair, robust,
+            # bco_pair (no reward shift), bco (shift: running mean of rewards), sppo_hard, aot, aot_unpaired, apo_zero, apo_down,
+            # discopop, sigmoid_norm (scores per token), sft (negative log-likelihood of the chosen)
+            loss_type=("sigmoid",),
+            loss_weights=(),  # one number a loss; () weighs all 1
+            label_smoothing=0.0,  # probability that a label is wrong; used by sigmoid, sigmoid_norm (not in TRL), exo_pair, robust, aot
+            f_divergence_type="reverse_kl",  # or forward_kl, js_divergence, alpha_divergence
+            f_alpha_divergence_coef=0.5,  # of alpha_divergence
+            discopop_tau=0.05,  # temperature of discopop's blend
+            ld_alpha=placeholder(float),  # LD-DPO: weight in [0, 1] of tokens beyond the shorter answer's length; None is off
+            use_weighting=False,  # WPO: weigh pairs by how likely the policy itself is to write them
+            sync_ref_model=False,  # TR-DPO: move the reference towards the policy; needs config.reference.kind="copy"
+            ref_model_mixup_alpha=0.6,  # reference <- a * policy + (1 - a) * reference
+            ref_model_sync_steps=512,  # every so many steps
+        )
+    )
+
+
+def dpo_ranked() -> ConfigDict:
+    """config.algorithm for DPO on rankings of several answers (Plackett-Luce)."""
+    return ConfigDict(
+        dict(
+            name="dpo_ranked",
+            beta=0.1,  # strength of the pull towards the reference
+            answers=4,  # the most answers that a row has
+        )
+    )
+
+
+def kto() -> ConfigDict:
+    """config.algorithm for single answers labelled good or bad."""
+    return ConfigDict(
+        dict(
+            name="kto",
+            loss_type="kto",  # kto; apo_zero_unpaired (reference point 0); bco (classifier with the running mean of rewards as its shift)
+            beta=0.1,  # strength of the pull towards the reference
+            desirable_weight=1.0,  # of good answers; with n good and m bad ones, KTO wants weight * n / m in [1, 1.33]
+            undesirable_weight=1.0,  # of bad answers
+        )
+    )
+
+
+def orpo() -> ConfigDict:
+    """config.algorithm for ORPO."""
+    return ConfigDict(
+        dict(
+            name="orpo",
+            beta=0.1,  # weight of the odds ratio (lambda in the paper)
+            nll_over="prompt_and_completion",  # tokens of the supervised term: as TRL, or "completion" alone
+        )
+    )
+
+
+def cpo() -> ConfigDict:
+    """config.algorithm for CPO, TRL's defaults."""
+    return ConfigDict(
+        dict(
+            name="cpo",
+            loss_type="sigmoid",  # sigmoid, hinge: log-probabilities summed; ipo, simpo: averaged per token
+            beta=0.1,
+            label_smoothing=0.0,  # probability that a label is wrong; sigmoid and simpo
+            cpo_alpha=1.0,  # weight of the negative log-likelihood per token of the chosen answers
+            simpo_gamma=0.5,  # simpo: margin of rewards, subtracted after beta
+            alpha=0.0,  # AlphaPO: reward (1 - p^-alpha) / alpha; 0 is log p
+        )
+    )
+
+
+def simpo() -> ConfigDict:
+    """config.algorithm for SimPO as its paper has it, without the likelihood of the chosen; beta and gamma are TRL's defaults."""
+    config = cpo()
+    config.update(dict(loss_type="simpo", cpo_alpha=0.0))
+    return config
+
+
+def alphapo() -> ConfigDict:
+    """config.algorithm for AlphaPO: SimPO with another reward."""
+    config = simpo()
+    config.alpha = 0.25
+    return config
+
+
+def sso() -> ConfigDict:
+    """config.algorithm for SSO's two-sided loss."""
+    return ConfigDict(
+        dict(
+            name="sso",
+            beta=0.1,  # strength of the pull towards the reference
+            label_smoothing=0.0,  # probability that a label is wrong
+            gamma=0.1,  # weight of log p per token of the preferred answers
+        )
+    )
+
+
+def sft() -> ConfigDict:
+    """config.algorithm for supervised fine-tuning; with name="cpt" for continued pre-training on running text."""
+    return ConfigDict(
+        dict(
+            name="sft",  # sft: conversations, prompts with completions; cpt: documents, cut into full rows of data.max_length
+            loss_type="nll",  # nll: cross-entropy; dft: each token's weighted by its own probability (arXiv 2508.05629)
+            neftune_noise_alpha=0.0,  # uniform noise of +-alpha / sqrt(length * width) on the embeddings while training (NEFTune)
+            z_loss=0.0,  # weight of the mean squared log-sum-exp of the logits, which keeps them from drifting
         )
     )
 
@@ -65,18 +166,6 @@ def distillation() -> ConfigDict:
             teacher="",  # checkpoint folder or Hub id, of the same vocabulary; "{workdir}" stands for the working directory
             beta=0.5,  # 0: forward KL(teacher || student); 1: reverse KL(student || teacher); between: generalised Jensen-Shannon
             temperature=1.0,  # all logits are divided by it
-        )
-    )
-
-
-def sft() -> ConfigDict:
-    """config.algorithm for supervised fine-tuning; with name="cpt" for continued pre-training on running text."""
-    return ConfigDict(
-        dict(
-            name="sft",  # sft: conversations, prompts with completions; cpt: documents, cut into full rows of data.max_length
-            loss_type="nll",  # nll: cross-entropy; dft: each token's weighted by its own probability (arXiv 2508.05629)
-            neftune_noise_alpha=0.0,  # uniform noise of +-alpha / sqrt(length * width) on the embeddings while training (NEFTune)
-            z_loss=0.0,  # weight of the mean squared log-sum-exp of the logits, which keeps them from drifting
         )
     )
 

@@ -111,6 +111,9 @@ def model_from_folder(folder: str | Path, score_head: bool = False) -> Model:
         raise UserError(f"{path} describes weights quantised by {method}; use the unquantised checkpoint.")
     from transformers import AutoConfig
 
+    from aligner.models.families import register_configs
+
+    register_configs()
     try:
         normalised = AutoConfig.from_pretrained(assets.folder)
     except Exception as error:  # transformers raises whatever its validators do
@@ -309,8 +312,10 @@ def abstract_params(model: Model) -> Params:
     return jax.eval_shape(model.init, jax.random.key(0))
 
 
-def find_folder(path: str | Path, revision: str | None = None) -> Path:
+def find_folder(path: str | Path, revision: str | None = None, weights: bool = True) -> Path:
     """A local folder as it is, or a Hub id fetched into the Hub's cache (weights as safetensors; old Flax ones where there are none).
+
+    `weights=False` fetches the small files alone.
 
     Raises:
         UserError: neither exists.
@@ -328,9 +333,9 @@ def find_folder(path: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        for weights in ("model*.safetensors", "flax_model*.msgpack"):
-            fetched = Path(snapshot_download(str(path), revision=revision, allow_patterns=[*_HUB_FILES, weights]))
-            if any(fetched.glob(weights)):
+        for pattern in ("model*.safetensors", "flax_model*.msgpack") if weights else (_HUB_FILES[0],):
+            fetched = Path(snapshot_download(str(path), revision=revision, allow_patterns=[*_HUB_FILES, pattern]))
+            if any(fetched.glob(pattern)):
                 break
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"there is no folder {path}{hint}, and the Hub did not give it: {disk.first_line(error)}") from error

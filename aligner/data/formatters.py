@@ -16,7 +16,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from aligner.data.samples import Bad, Document, Preference, Ranked, Supervised, Unpaired, is_conversation, parts_of
+from aligner.data.samples import Bad, Document, Preference, Ranked, Supervised, TwoSided, Unpaired, is_conversation, parts_of
 from aligner.types import UserError
 
 Formatter = Callable[[dict[str, Any]], Any]
@@ -311,6 +311,16 @@ def language_feedback(row: dict[str, Any]) -> Preference:
 def spin(row: dict[str, Any]) -> Preference:
     """Self-play pairs (SPIN, arXiv 2401.01335): `real` of the dataset is preferred to what the model `generated`."""
     return trl({**row, "chosen": row["real"], "rejected": row["generated"]})
+
+
+@formatter("sso", needs=("p_system", "n_system", "chosen", "rejected", "raw"), makes=TwoSided)
+def sso(row: dict[str, Any]) -> TwoSided:
+    """AutoAlign's keys for SSO: under the good principle `p_system` chosen is preferred to rejected, under the bad one `n_system` `raw`
+    to chosen. All three are whole conversations that differ in their last message."""
+    answers = {name: messages_of(row[name])[-1:] for name in ("chosen", "rejected", "raw")}
+    turns = place_images(messages_of(row["chosen"])[:-1], images_in(row))
+    good, bad = ([{"role": "system", "content": row[name]}] * bool(row[name]) + turns for name in ("p_system", "n_system"))
+    return TwoSided(Preference(good, answers["chosen"], answers["rejected"]), Preference(bad, answers["raw"], answers["chosen"]))
 
 
 @formatter("scores", needs=("prompt", "completions", "scores"), makes=Ranked)

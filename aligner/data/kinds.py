@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from aligner.data import samples, templates, turns
-from aligner.data.samples import Document, Preference, Ranked, Supervised, Unpaired
+from aligner.data.samples import Document, Preference, Ranked, Supervised, TwoSided, Unpaired
 from aligner.types import Model
 
 ANSWERS = -1  # in a shape: the most answers that an example of the dataset has
@@ -20,12 +20,16 @@ class Kind(NamedTuple):
         encode: (sample, model, config.data) -> Encoded.
         values: columns of the batch that come with the examples: name -> shape of one example's; the batch has [B,G,*shape] float32.
         last: score the last token of each answer alone, as reward heads do.
+        prompt: score the prompt's tokens too.
+        mismatched: put another row's answer beside each row's own.
     """
 
     takes: tuple[type, ...]
     encode: Callable[[Any, Model, Any], templates.Encoded]
     values: Mapping[str, tuple[int, ...]] = {}
     last: bool = False
+    prompt: bool = False
+    mismatched: bool = False
 
 
 def _supervised(sample: Any, model: Model, data: Any) -> templates.Encoded:
@@ -51,6 +55,10 @@ def _unpaired(sample: Any, model: Model, data: Any) -> templates.Encoded:
     return encoded._replace(values={"label": float(sample.label)})
 
 
+def _two_sided(sample: Any, model: Model, data: Any) -> templates.Encoded:
+    return templates.encode_two_sided(samples.as_two_sided(sample), model.assets, model.media)
+
+
 def _cost(sample: Any, model: Model, data: Any) -> templates.Encoded:
     pair = samples.as_preference(sample)
     if 0 in pair.safe:
@@ -68,9 +76,13 @@ ENCODERS = {
     "supervised": Kind((Supervised, Document, Preference, Ranked), _supervised),  # R=1
     "text": Kind((Document,), _document),  # R=1; cut into full rows
     "preference": Kind((Preference, Ranked), _preference),  # R=2: chosen, rejected
+    "preference_prompt": Kind((Preference, Ranked), _preference, prompt=True),  # R=2
     "preference_last": Kind((Preference, Ranked), _preference, {"margin": ()}, last=True),
+    # R=2: the row's answer, another row's to the same prompt
+    "unpaired": Kind((Unpaired, Preference, Ranked), _unpaired, {"label": ()}, mismatched=True),
+    "unpaired_alone": Kind((Unpaired, Preference, Ranked), _unpaired, {"label": ()}),  # R=1
+    "two_sided": Kind((TwoSided,), _two_sided),  # R=4: chosen, rejected under a good principle, then under a bad one
     "cost_last": Kind((Preference,), _cost, {"safe": (2,)}, last=True),
-    "unpaired": Kind((Unpaired, Preference, Ranked), _unpaired, {"label": ()}),  # R=2: the row's answer, another row's to the same prompt
     "ranked": Kind((Ranked, Preference), _ranked),  # as many as the longest list has; shorter ones lack the last
     "ranked_last": Kind((Ranked, Preference), _ranked, last=True),
     "scored_last": Kind((Ranked,), _scored, {"scores": (ANSWERS,)}, last=True),

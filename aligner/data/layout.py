@@ -57,6 +57,7 @@ def lay_out(
     shared: bool = True,
     G: int | None = None,
     last: bool = False,
+    prompt: bool = False,
 ) -> Row:
     """Lay examples one after another into a row.
 
@@ -72,12 +73,22 @@ def lay_out(
         shared: whether the answers of an example share one copy of the prompt.
         G: places for examples; default: as many as there are.
         last: score one position an answer, its last token from the column where it stands, as reward heads do.
+        prompt: score the prompt's tokens too, but for the first and for media, with role 0; once, whatever the number of answers.
 
     Returns:
         Arrays as `empty_row` lists them; pixel_values are zeros, to be filled with the images in the order of the examples.
     """
     row = empty_row(T, S, I, media, G=len(examples) if G is None else G)
     column = slot = segment = image = 0
+
+    def score(sources: Sequence[int], targets: np.ndarray, role: int) -> None:
+        nonlocal slot
+        span = slice(slot, slot + len(targets))
+        row["score_from"][span] = sources
+        row["score_token"][span] = targets
+        row["score_segment"][span] = number
+        row["score_role"][span] = role
+        slot = span.stop
 
     def put(tokens: np.ndarray, position: int, role: int) -> int:
         nonlocal column, feature
@@ -99,20 +110,19 @@ def lay_out(
             if role == 1 or not shared:
                 segment += 1
                 feature = image * media.features if example.images else 0
-                put(example.prompt, 0, role=0)
-                before = column - 1
+                start = put(example.prompt, 0, role=0)
+                before, after_prompt = column - 1, feature
+                if prompt and role == 1:
+                    text = np.flatnonzero(example.prompt[1:] != (media.placeholder if media is not None else -1))
+                    score(start + text, example.prompt[1 + text], role=0)
+            feature = after_prompt  # pictures in an answer follow those of its prompt, whatever stands in other answers
             start = put(answer, len(example.prompt), role)
             sources, targets = np.concatenate([[before], np.arange(start, column - 1)])[: len(answer)], answer
             if last:
                 sources, targets = [column - 1], answer[-1:]
             elif example.scored is not None:
                 sources, targets = sources[example.scored[role - 1]], answer[example.scored[role - 1]]
-            span = slice(slot, slot + len(targets))
-            row["score_from"][span] = sources
-            row["score_token"][span] = targets
-            row["score_segment"][span] = number
-            row["score_role"][span] = role
-            slot = span.stop
+            score(sources, targets, role)
         image += len(example.images)
     if "image_mask" in row:
         row["image_mask"][:image] = True

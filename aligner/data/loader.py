@@ -83,7 +83,7 @@ def load_dataset(
     rows = sources.open_rows(source, name)
     formatter_name, to_sample = formatters.find_formatter(source.formatter, rows.columns(), name, kind.takes)
     check_assets(model)
-    pairs = needs == "unpaired" and _makes_pairs(rows, to_sample)
+    pairs = needs.startswith("unpaired") and _makes_pairs(rows, to_sample)
     if pairs:
         rows, to_sample = _halves(rows, to_sample)
 
@@ -105,7 +105,7 @@ def load_dataset(
 
     if needs == "text":
         example, fingerprint, sizes = _pieces(encode, census, data.workers), census.fingerprint, census.sizes
-    elif needs == "unpaired":
+    elif kind.mismatched:
         if len(census.row_ids) < 2:
             raise UserError(
                 f"config.{name}: one row of {rows.description} is left, but each needs the answer of another; give two or more."
@@ -123,7 +123,7 @@ def load_dataset(
         ids = census.row_ids[members[:, 0]]
         try:
             examples = [example(*member) for member in members.tolist()]
-            made = layout.lay_out(examples, ids, T, S, I, model.media, data.shared_prompt, G, kind.last)
+            made = layout.lay_out(examples, ids, T, S, I, model.media, data.shared_prompt, G, kind.last, kind.prompt)
             pictures = [media.open_image(image, rows.folder) for encoded in examples for image in encoded.images]
         except Bad as error:
             where = f"row {ids[0]}" if len(ids) == 1 else f"one of the rows {', '.join(map(str, ids))}"
@@ -167,7 +167,9 @@ def make_plan(sizes: np.ndarray, data: Any, needs: str, seed: int) -> tuple[pack
     Raises:
         UserError: `packed_length` holds not even one of the examples.
     """
-    _, _, scored, answers, images, _ = sizes.T
+    prompt, _, scored, answers, images, _ = sizes.T
+    kind = ENCODERS[needs]
+    scored = scored + prompt if kind.prompt else scored
     columns, multiple, length = _columns(sizes, data), data.pad_to_multiple, data.get("packed_length")
     longest = int(columns.max())
     if needs == "text":  # the first token of a piece is not scored, but that is all
@@ -180,7 +182,7 @@ def make_plan(sizes: np.ndarray, data: Any, needs: str, seed: int) -> tuple[pack
         plan = packing.first_fit(columns, T, seed if data.get("shuffle", True) else None)
     else:
         T, plan = layout.round_up(longest, multiple), packing.one_per_row(len(columns))
-    S = int(plan.sums(answers).max()) if ENCODERS[needs].last else layout.round_up(int(plan.sums(scored).max()), multiple)
+    S = int(plan.sums(answers).max()) if kind.last else layout.round_up(int(plan.sums(scored).max()), multiple)
     return plan, (T, S, int(plan.sums(images).max()))
 
 

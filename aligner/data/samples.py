@@ -72,6 +72,14 @@ class Ranked:
 
 
 @dataclasses.dataclass(frozen=True)
+class TwoSided:
+    """One request under two principles, with a preference under each: answers that suit the good one, answers that suit the bad one."""
+
+    good: Preference
+    bad: Preference
+
+
+@dataclasses.dataclass(frozen=True)
 class Unpaired:
     """One answer and whether it is a good one."""
 
@@ -148,6 +156,20 @@ def as_ranked(sample: Any) -> Ranked:
     if any(answer in answers[:i] for i, answer in enumerate(answers)):
         raise Bad("answers are equal", "two of the ranked answers are the same")
     return sample
+
+
+def as_two_sided(sample: Any) -> TwoSided:
+    """Two pairs about one request.
+
+    Raises:
+        Bad: the sample is none, a pair is none, or their pictures differ.
+    """
+    if not isinstance(sample, TwoSided):
+        raise Bad("no two pairs", f"the formatter returned a {type(sample).__name__}, not a TwoSided")
+    good, bad = as_preference(sample.good), as_preference(sample.bad)
+    if images_of(good.prompt) != images_of(bad.prompt):
+        raise Bad("image placeholders", "the two prompts show different images")
+    return TwoSided(good, bad)
 
 
 def as_scored(sample: Any) -> Ranked:

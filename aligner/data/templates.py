@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aligner.data.samples import Bad, Preference, images_of, is_conversation, parts_of
+from aligner.data.samples import Bad, Preference, TwoSided, images_of, is_conversation, parts_of
 from aligner.types import Media, UserError
 
 # Used where a checkpoint brings no template: Vicuna's manner, as LLaVA-1.5 was trained.
@@ -42,6 +42,24 @@ def encode_preference(sample: Preference, assets: Any, media: Media | None = Non
     """Tokens of a pair; answers are (chosen, rejected). See `encode_answers`."""
     encoded = encode_answers(sample.prompt, (sample.chosen, sample.rejected), assets, media)
     return encoded._replace(values={"margin": sample.margin, "safe": sample.safe})
+
+
+def encode_two_sided(sample: TwoSided, assets: Any, media: Media | None = None) -> Encoded:
+    """Tokens of two pairs under two prompts; answers are (chosen, rejected) of the good side, then of the bad.
+
+    What both prompts begin with is the prompt of all; the rest of its own prompt stands, not scored, before each answer.
+    """
+    sides = [encode_preference(pair, assets, media) for pair in (sample.good, sample.bad)]
+    shared = common_prefix(sides[0].prompt, sides[1].prompt)
+    if not shared:
+        raise Bad("empty prompt", "the two prompts have no first token in common; a chat template or a BOS token gives one")
+    answers = [(side.prompt[shared:], answer) for side in sides for answer in side.answers]
+    return Encoded(
+        sides[0].prompt[:shared],
+        tuple(np.concatenate(parts) for parts in answers),
+        sides[0].images,
+        scored=tuple(np.repeat([False, True], [len(part) for part in parts]) for parts in answers),
+    )
 
 
 def encode_answers(prompt: Any, answers: tuple[Any, ...], assets: Any, media: Media | None = None) -> Encoded:

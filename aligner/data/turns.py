@@ -27,7 +27,7 @@ def encode_supervised(sample: Supervised, assets: Any, media: Media | None = Non
         loss_on: "assistant" scores every turn of the assistant, "last" only the last one, "all" every token but the first.
 
     Raises:
-        Bad: nothing would be scored, or the template does not say where the assistant's turns are.
+        Bad: nothing would be scored.
     """
     prompt, rest = sample.prompt, sample.conversation
     placeholder = None if media is None else media.placeholder
@@ -93,7 +93,7 @@ def _turns(conversation: list[dict], assets: Any, loss_on: str) -> tuple[np.ndar
         if loss_on == "last" and len(spans):
             mask[: spans[-1]] = False
     else:
-        ids, mask = _by_growing_prefix(conversation, text, assets, loss_on)
+        ids, mask = _by_rendering(conversation, text, assets, loss_on)
     if not mask.any():
         raise Bad("nothing to imitate", f"the chat template marks no token as the assistant's: {_head(assets)}")
     return ids, mask
@@ -111,11 +111,8 @@ def _by_generation_marks(conversation: list[dict], text: str, assets: Any) -> tu
     return ids, np.pad(mask, (before, len(ids) - len(bare) - before))
 
 
-def _by_growing_prefix(conversation: list[dict], text: str, assets: Any, loss_on: str) -> tuple[np.ndarray, np.ndarray]:
-    """The assistant's turn is what the text gains when the turn is added, after the prompt that asks for it.
-
-    White space that the template puts after a turn is not the assistant's; what ends the turn (EOS) is.
-    """
+def _by_rendering(conversation: list[dict], text: str, assets: Any, loss_on: str) -> tuple[np.ndarray, np.ndarray]:
+    """The template does not say: rendering parts of the conversation shows where each turn of the assistant stands."""
     if not assets.tokenizer.is_fast:
         raise UserError("the tokenizer cannot say where in the text its tokens stand; add tokenizer.json to the checkpoint folder.")
     ids, offsets = _tokens(text, assets, return_offsets_mapping=True)
@@ -124,28 +121,39 @@ def _by_growing_prefix(conversation: list[dict], text: str, assets: Any, loss_on
     turns = [number for number, message in enumerate(conversation) if message["role"] == "assistant"]
     for number in turns[-1:] if loss_on == "last" else turns:
         start, end = _span(conversation, number, text, assets)
-        inside = np.flatnonzero((ends > start) & (starts < end) & (ends > starts))  # a token that merges over the start is the answer's
+        words = start + len(text[start:end].rstrip())  # a token over the start is the answer's, one over the end if it holds its words
+        inside = np.flatnonzero((ends > start) & (ends > starts) & ((ends <= end) | (starts < words)) & (starts < end))
         if len(inside):
             mask[inside[0] : inside[-1] + 1] = True
     return ids, mask
 
 
 def _span(conversation: list[dict], number: int, text: str, assets: Any) -> tuple[int, int]:
-    """Where in the text a turn of the assistant stands."""
-    after = render(conversation[: number + 1], assets).rstrip()
-    before = render(conversation[:number], assets) if number else ""
-    if not (text.startswith(after) and text.startswith(before.rstrip())):
-        raise Bad(
-            "chat template",
-            "the template writes a turn differently when others follow, so the assistant's words cannot be told apart; mark them in it "
-            f"with {{% generation %}}, or set config.data.loss_on=last: {_head(assets)}",
-        )
-    if not number:  # nobody asked: the turn begins with its own words
-        content = plain_text(conversation[0]["content"], assets).removesuffix(assets.tokenizer.eos_token).strip()
-        return max(text.find(content), 0), len(after)
-    asked = render(conversation[:number], assets, add_generation_prompt=True)
-    start = next((i for i, (a, b) in enumerate(zip(asked, text)) if a != b), min(len(asked), len(text)))
-    return start, len(after)
+    """Where in the text a turn of the assistant stands, with what the template ends it with.
+
+    Usually the text grows turn by turn: the turn is what follows the prompt that asks for it, up to where the next one begins. Some
+    templates write a turn differently when others follow (reasoning is left out); then it is what changes in the text when its words do.
+    """
+    after = render(conversation[: number + 1], assets)
+    eos = assets.tokenizer.eos_token or ""
+    shorter = after.removesuffix(eos)  # some end the whole conversation once more
+    end = next((len(way) for way in (after, shorter, after.rstrip(), shorter.rstrip()) if text.startswith(way)), None)
+    if number and end is not None and text.startswith(render(conversation[:number], assets).removesuffix(eos).rstrip()):
+        return _common(text, render(conversation[:number], assets, add_generation_prompt=True)), end
+    marked = [dict(message, content=_MARKER) if i == number else message for i, message in enumerate(conversation)]
+    other = render(marked, assets)
+    start = _common(text, other)
+    end = len(text) - _common(text[:start:-1], other[:start:-1])
+    alone = render(marked[: number + 1], assets)
+    return start, end + _common(text[end:], alone[alone.find(_MARKER) + 1 :])
+
+
+_MARKER = "\ue000"  # of private use: no text holds it
+
+
+def _common(a: str, b: str) -> int:
+    """Length of the common start."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def _head(assets: Any) -> str:

@@ -64,10 +64,15 @@ def image_model(template=CHATML, size=8, patch=4, **options):
 
 def source(path, **changes):
     """A `config.data.train` section."""
-    return ConfigDict(dict(path=str(path), split="train", subset=None, formatter="auto", image_folder="", size=None) | changes)
+    made = dict(path=str(path), split="train", subset=None, formatter="auto", image_folder="", sample_by="paragraph", size=None)
+    return ConfigDict(made | changes)
 
 
-def config(path, max_length=4096, max_bad_fraction=1.0, shared_prompt=True, pad_to_multiple=8, workers=2, **changes):
-    """As much of a config as `load_dataset` reads."""
-    data = dict(max_length=max_length, max_bad_fraction=max_bad_fraction, shared_prompt=shared_prompt, workers=workers)
-    return ConfigDict(dict(data=data | dict(pad_to_multiple=pad_to_multiple, train=source(path, **changes))))
+DATA = dict(max_length=4096, max_bad_fraction=1.0, shared_prompt=True, pad_to_multiple=8, workers=2, packing=False, packed_length=None,
+            loss_on="assistant", shuffle=True)  # fmt: skip
+
+
+def config(path, seed=0, **changes):
+    """As much of a config as `load_dataset` reads; `changes` are keys of `config.data` or of `config.data.train`."""
+    data = DATA | {key: changes.pop(key) for key in [*changes] if key in DATA}
+    return ConfigDict(dict(data=data | dict(train=source(path, **changes)), seed=seed))
