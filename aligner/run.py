@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from aligner import algorithms, checkpoint, convert, lora, metrics, optim, sharding, state, workdir
+from aligner import algorithms, checkpoint, convert, lora, metrics, optim, quant, sharding, state, workdir
 from aligner.console import Stopped, catch_signals, progress, say, short, tracing
+from aligner.convert import peft
 from aligner.data import loader
 from aligner.likelihood import cast
 from aligner.prepare import compute_columns, fingerprint
@@ -50,7 +51,10 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     model, disk = convert.open_model(config.model.path, config.model.revision)
     algorithm = algorithms.make(config, model)
     abstract = convert.abstract_params(model)
-    trained, _ = lora.split(abstract, config.optim.freeze)
+    adapters, start = peft.plan(config, model, abstract)
+    if adapters:
+        abstract = jax.eval_shape(lambda params: attach(config, model, params, adapters, start), abstract)
+    trained, _ = lora.split(abstract, config.optim.freeze, adapters)
     look = lambda split: loader.load_dataset(config, split, model, algorithm.needs, cache_dir=Path(directory) / "data")
     train, evaluation = look("train"), look("eval") if config.data.eval.path else None
     for dataset in filter(None, (train, evaluation)):
@@ -58,7 +62,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     steps = config.train.steps if config.train.steps is not None else max(1, int(config.train.epochs * train.size / config.data.batch_size))
     schedule = optim.make_schedule(config.optim, steps)
     optimizer = optim.make_optimizer(config.optim, schedule, model.trained_layers)
-    workdir.check_source(directory, model, convert.fingerprint(disk))
+    workdir.check_source(directory, model, convert.fingerprint(disk), adapters)
     if jax.process_index() == 0:
         model.assets.copy_to(Path(directory) / workdir.ASSETS)
     count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))
@@ -68,14 +72,19 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
 
     with jax.set_mesh(mesh), catch_signals() as check_stop, checkpoint.open_checkpoints(directory, config.checkpoint.keep) as checkpoints:
         params = load(config, model, disk, mesh, trained)
-        reference = load_reference(config, model, params, mesh, trained)
+        if adapters:
+            params = attach(config, model, params, adapters, start, mesh)
+        trainable, base = lora.split(params, config.optim.freeze, adapters)
+        del params
+        reference = load_reference(config, model, trainable, base, mesh)
         columns = {
             dataset.name: prepare_columns(config, directory, algorithm, reference, dataset, disk, mesh, check_stop)
             for dataset in filter(None, (train, evaluation))
         }
-        trainable, base = lora.split(params, config.optim.freeze)
         fixed = {"base": base} | ({"reference": reference} if config.reference.kind == "copy" else {})
-        del params, reference
+        if config.reference.kind == "base":
+            fixed["initial"] = frozen_copy(config, {path: leaf for path, leaf in lora.flatten(trainable).items() if path in adapters.saved})
+        del reference
         train_state = state.create(trainable, optimizer, algorithm.carry, config.seed, mesh, own_reference=algorithm.sync is not None)
         del trainable
         batches = loader.batches(
@@ -191,9 +200,14 @@ def check_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
         raise UserError("config.model.path is empty: give a checkpoint folder or Hub id, --config.model.path=DIR")
     if not config.data.train.path:
         raise UserError("config.data.train.path is empty: give a file, folder or Hub dataset, --config.data.train.path=rows.jsonl")
-    kinds = ("precomputed", "copy")
+    kinds = ("precomputed", "copy", "base")
     if config.reference.kind not in kinds:
         raise UserError(f"config.reference.kind is {config.reference.kind!r}; it must be one of {', '.join(kinds)}")
+    if config.reference.kind == "base" and (not config.lora.rank or config.reference.model):
+        other = "config.reference.model is set" if config.lora.rank else "config.lora.rank is 0"
+        raise UserError(f'config.reference.kind is "base", the model with its adapters off, but {other}; use "precomputed" or "copy"')
+    lora.check(config)
+    quant.check(config)
     for key in ("dtype", "param_dtype"):
         if config.model[key] not in ("float32", "bfloat16", "float64"):
             raise UserError(f"config.model.{key} is {config.model[key]!r}; it must be float32, bfloat16 or float64")
@@ -237,21 +251,46 @@ def call_setup(config: ConfigDict) -> None:
 
 
 def load(config: ConfigDict, model: Model, disk: Any, mesh: jax.sharding.Mesh, trained: Params) -> Params:
-    """The parameters over the mesh: what trains in `param_dtype`, the frozen rest in `dtype`."""
+    """The parameters over the mesh: what trains in `param_dtype`, the frozen rest in `dtype`, some of it quantised."""
     names = sharding.tree_paths(trained).keys()
-    shardings = sharding.param_shardings(convert.abstract_params(model), model.sharding_rules, mesh)
-    return convert.load_params(model, disk, lambda path: config.model.param_dtype if path in names else config.model.dtype, shardings)
+    abstract = convert.abstract_params(model)
+    shardings = sharding.param_shardings(abstract, model.sharding_rules, mesh)
+    packed = lora.quantised_kernels(model.conversion, abstract) - names if config.quant.base else ()
+    return convert.load_params(
+        model,
+        disk,
+        lambda path: config.model.param_dtype if path in names else config.model.dtype,
+        shardings,
+        finish=lambda path, leaf: quant.quantise_leaf(leaf, config.quant.base) if path in packed else leaf,
+    )
 
 
-def load_reference(config: ConfigDict, model: Model, params: Params, mesh: jax.sharding.Mesh, trained: Params) -> Params:
-    """The reference in the dtype of the computation: the policy as loaded, or another checkpoint of the same family."""
+def attach(config: ConfigDict, model: Model, params: Params, adapters: lora.Adapters, start: Mapping[str, Any], mesh=None) -> Params:
+    """The tree with its adapters, new or from `config.lora.adapter`."""
+    key, rules = jax.random.key(config.seed), model.sharding_rules
+    options = dict(key=key, dtype=config.model.param_dtype, init=config.lora.init, rules=rules, mesh=mesh, jit=jit)
+    return lora.attach(params, adapters, start, **options)
+
+
+def frozen_copy(config: ConfigDict, leaves: Mapping[str, jax.Array]) -> Params:
+    """A copy in the dtype of the computation, {tree path: leaf} as a tree: what trains is donated to the step and lost."""
+    same = {path: leaf.sharding for path, leaf in leaves.items()}
+    return lora.unflatten(jit(lambda tree: jax.tree.map(jnp.copy, cast(tree, config.model.dtype)), out_shardings=same)(leaves))
+
+
+def load_reference(config: ConfigDict, model: Model, trainable: Params, base: Params, mesh: jax.sharding.Mesh) -> Params | None:
+    """The reference in the dtype of the computation: the policy as loaded, or another checkpoint of the same family.
+
+    What does not train is shared with the policy. None where the base is the reference.
+    """
     if config.reference.model:
         other, disk = convert.open_model(config.reference.model)
         if other.config != model.config:
             raise UserError(f"config.reference.model {config.reference.model} is not of the same shape as {config.model.path}")
-        params = load(config, other, disk, mesh, trained)
-    same = jax.tree.map(lambda leaf: leaf.sharding, params)
-    return jit(lambda tree: jax.tree.map(jnp.copy, cast(tree, config.model.dtype)), out_shardings=same)(params)
+        return load(config, other, disk, mesh, {})
+    if config.reference.kind == "base":
+        return None
+    return lora.combine(frozen_copy(config, lora.flatten(trainable)), base)
 
 
 def prepare_columns(
@@ -327,7 +366,7 @@ def finish(config: ConfigDict, directory: str | Path, steps: int, last: Mapping[
         if jax.process_count() == 1:
             model, params, _ = workdir.restore_params(directory)
             convert.save(model, params, directory / "export")
-        lines.append(f"  export      {directory / 'export'}  (Hugging Face layout)")
+        lines.append(f"  export      {directory / 'export'}  (Hugging Face layout{', adapters merged' if config.lora.rank else ''})")
     else:
         lines.append(f"  export it   python -m aligner.convert to-hf --workdir {directory} --out DIR")
     say(*lines)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from aligner.likelihood import make_likelihood, sum_answers
+from aligner.lora import without_adapters
 from aligner.losses import preference
 from aligner.types import Algorithm, Batch, Mean, Model, Scores, Term, UserError
 
@@ -12,7 +13,9 @@ STATS = ("logp", "entropy", "correct", "mean_logit")
 
 
 def make(config: ConfigDict, model: Model) -> Algorithm:
-    """DPO with `beta` and `label_smoothing`; the reference is a column (`reference.kind="precomputed"`) or a frozen copy.
+    """DPO with `beta` and `label_smoothing`.
+
+    The reference is a column (`reference.kind="precomputed"`), a frozen copy, or the base without its adapters.
 
     Metrics are TRL's: rewards are beta * log-ratio, accuracy is strict `>`, logits and entropy are means over answer tokens.
     """
@@ -23,11 +26,11 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
         raise UserError(f"config.algorithm.label_smoothing is {c.label_smoothing}, but it must be in [0, 0.5)")
     policy = make_likelihood(model, answers=2, stats=STATS, remat=config.train.remat)
     reference = make_likelihood(model, answers=2)
-    copy = config.reference.kind == "copy"
+    frozen = {"copy": lambda fixed: fixed["reference"], "base": without_adapters}.get(config.reference.kind)
 
     def score(params, fixed, batch: Batch, key) -> Scores:
         scores = policy(params, batch, key)
-        return scores._replace(reference_logps=reference(fixed["reference"], batch).logps if copy else batch["reference_logps"])
+        return scores._replace(reference_logps=reference(frozen(fixed), batch).logps if frozen else batch["reference_logps"])
 
     def objective(scores: Scores, batch: Batch, carry):
         pairs = (scores.lengths > 0).all(axis=-1)  # [B, G]; false where a row holds no example
@@ -40,7 +43,7 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
     def prepare(params, batch: Batch) -> dict:
         return {"reference_logps": reference(params, batch).logps}
 
-    return Algorithm(score, objective, prepare=None if copy else prepare, columns=() if copy else ("reference_logps",))
+    return Algorithm(score, objective, prepare=None if frozen else prepare, columns=() if frozen else ("reference_logps",))
 
 
 def metrics(scores: Scores, batch: Batch, pairs, chosen_rewards, rejected_rewards) -> dict[str, Mean]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from aligner.models import rope
 from aligner.models.attention import Spec, attention, dense, spec_of
-from aligner.models.layers import ACTIVATIONS, Embed, Linear, RMSNorm, stack
+from aligner.models.layers import ACTIVATIONS, Embed, Linear, RMSNorm, rngs, stack
 from aligner.sharding import constrain
 from aligner.types import Batch, Conversion, Head, Model, Output, Params, UserError
 
@@ -171,13 +171,13 @@ def make(hf: Any) -> Model:
     config = config_from_hf(hf)
 
     def apply(params, batch, *, features=None, cache=None, key=None, remat="none") -> Output:
-        return Output(CausalLM(config, remat).apply({"params": params}, batch, features), {}, cache)
+        return Output(CausalLM(config, remat).apply({"params": params}, batch, features, rngs=rngs(key)), {}, cache)
 
     return Model(
         family=hf.model_type,
         config=config,
         init=lambda key: CausalLM(config).init(key, dummy_batch())["params"],
-        encode=lambda params, batch: None,
+        encode=lambda params, batch, key=None: None,
         apply=apply,
         head=lambda params: head(config, params),
         inputs=text_batch,
