@@ -11,7 +11,7 @@ from aligner.types import Batch, Model, Params, Scores
 
 
 def cast(params: Params, dtype: str) -> Params:
-    """Floating-point leaves in the dtype of the computation, but for an adapter's constants. Done once a step, before anything reads them."""
+    """Floating-point leaves, but for an adapter's constants, in the dtype of the computation. Done once a step, before anything reads."""
     dtype = jnp.dtype(dtype)
 
     def one(path, leaf):

@@ -9,6 +9,7 @@ LoRA arXiv 2106.09685, rsLoRA arXiv 2312.03732, DoRA arXiv 2402.09353; names and
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import zlib
@@ -125,7 +126,8 @@ def plan(config: ConfigDict, model: Model, params: Params) -> Adapters:
             scale[module] = tuple(value if not layers or i in layers else 0.0 for i in range(shape[0]))
         else:
             what = f"has {shape[0]} layers" if len(shape) == 3 else "is not a layer's"
-            raise UserError(f"config.lora.layers_to_transform is {tuple(c.layers_to_transform)}, but {module} {what}; narrow config.lora.targets")
+            asked = tuple(c.layers_to_transform)
+            raise UserError(f"config.lora.layers_to_transform is {asked}, but {module} {what}; narrow config.lora.targets")
     return Adapters({m: c.rank for m in chosen}, scale, c.variant, c.dropout, saved)
 
 
@@ -134,18 +136,20 @@ def check(config: ConfigDict) -> None:
     c = config.lora
     if not isinstance(c.rank, int) or c.rank < 0:
         raise UserError(f"config.lora.rank is {c.rank}; it must be positive, or 0 to train without adapters")
+    off = "but config.lora.rank is 0, which means no adapters; set a rank, for example 16"
     if not c.rank:
         for key in ("targets", "adapter", "modules_to_save", "layers_to_transform", "dropout"):
             if c[key]:
-                raise UserError(f"config.lora.{key} is {c[key]!r}, but config.lora.rank is 0, which means no adapters; set a rank, for example 16")
+                raise UserError(f"config.lora.{key} is {c[key]!r}, {off}")
         if c.variant == "lora":
             return
     for key, known in (("variant", VARIANTS), ("init", INITS)):
         if c[key] not in known:
             near = difflib.get_close_matches(str(c[key]), known, n=1)
-            raise UserError(f"config.lora.{key} is {c[key]!r}; it must be one of {', '.join(known)}" + (f"; nearest: {near[0]!r}" if near else ""))
+            hint = f"; nearest: {near[0]!r}" if near else ""
+            raise UserError(f"config.lora.{key} is {c[key]!r}; it must be one of {', '.join(known)}{hint}")
     if not c.rank:
-        raise UserError(f"config.lora.variant is {c.variant!r}, but config.lora.rank is 0, which means no adapters; set a rank, for example 16")
+        raise UserError(f"config.lora.variant is {c.variant!r}, {off}")
     if not c.alpha > 0:
         raise UserError(f"config.lora.alpha is {c.alpha}; it must be positive")
     if not 0 <= c.dropout < 1:
@@ -356,6 +360,6 @@ def merge(params: Params) -> dict:
             return whole
 
         kernel = jnp.asarray(dequantise(leaves[f"{module}/kernel"], leaves[f"{module}/kernel"].dtype))
-        arguments = (kernel, own)
-        leaves[f"{module}/kernel"] = jax.jit(lambda args, one=one: jax.lax.map(one, args) if args[0].ndim > 2 else one(args))(arguments)
+        whole = functools.partial(jax.lax.map, one) if kernel.ndim > 2 else one
+        leaves[f"{module}/kernel"] = jax.jit(whole)((kernel, own))
     return unflatten(leaves)

@@ -32,9 +32,10 @@ def check(config: ConfigDict) -> None:
     kind = config.quant.base
     if kind and kind not in KINDS:
         near = difflib.get_close_matches(str(kind), KINDS, n=1)
-        raise UserError(f"config.quant.base is {kind!r}; it must be {', '.join(KINDS)} or '' for none" + (f": {near[0]!r}?" if near else ""))
+        hint = f"; nearest: {near[0]!r}" if near else ""
+        raise UserError(f"config.quant.base is {kind!r}; it must be one of {', '.join(KINDS)}, or empty for none{hint}")
     if kind and not config.lora.rank:
-        raise UserError(f"config.quant.base={kind} needs adapters, as quantised kernels cannot train: set config.lora.rank, for example to 16")
+        raise UserError(f"config.quant.base={kind} needs adapters, as quantised kernels cannot train; set config.lora.rank, for example 16")
 
 
 def is_quantised(leaf: Any) -> bool:

@@ -142,7 +142,7 @@ def check_source(workdir: str | Path, model: Model, fingerprint: str, adapters: 
         if before["fingerprint"] != fingerprint:
             raise UserError(f"the weights in {model.assets.folder} are not the ones that the run in {workdir} started from")
         if adapters and before.get("adapters") != described:
-            raise UserError(f"config.lora.adapter is not the adapter that the run in {workdir} started from: ranks, scales or modules differ")
+            raise UserError(f"the adapters are not those that the run in {workdir} started with; config.lora.adapter has changed")
     elif jax.process_index() == 0:
         folder, dtypes = str(model.assets.folder), dict(model.assets.dtypes)
         write_json(path, dict(path=folder, fingerprint=fingerprint, source_dtype=model.source_dtype, dtypes=dtypes, adapters=described))

@@ -17,7 +17,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser("python -m aligner.convert", description=about)
     commands = top.add_subparsers(dest="command", required=True)
 
-    to_hf = commands.add_parser("to-hf", help="write a run's checkpoint as a Hugging Face folder, adapters merged into the unquantised base")
+    to_hf = commands.add_parser("to-hf", help="write a run's checkpoint as a Hugging Face folder, adapters merged")
     to_hf.add_argument("--workdir", required=True, help="working directory of the run, such as runs/quickstart")
     to_hf.add_argument("--out", required=True, help="folder to write: new, empty, or a former export, which is replaced")
     to_hf.add_argument("--step", type=int, help="step of the checkpoint; the newest when left out")

@@ -28,13 +28,15 @@ from aligner.types import Model, Params, UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-PARTS = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude"}
+PARTS = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector": "magnitude"}
+OLD = {"lora_magnitude_vector.weight": "lora_magnitude_vector"}  # names of earlier releases
 
 # Settings that are read here, or that change nothing once an adapter is trained. Any other one that is set would.
-KNOWN = frozenset("""alpha_pattern auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config exclude_modules
-    fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config
-    megatron_config megatron_core modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision runtime_config
-    target_modules task_type use_dora use_rslora""".split())  # fmt: skip
+KNOWN = ("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
+         "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
+         "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save",
+         "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
+         "task_type", "use_dora", "use_rslora")  # fmt: skip
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that also change the base
 
 
@@ -60,12 +62,12 @@ def plan(config: ConfigDict, model: Model, params: Params) -> tuple[Adapters | N
         return lora.plan(config, model, params), {}
     for key in ("targets", "layers_to_transform", "modules_to_save"):
         if c[key]:
-            raise UserError(f"config.lora.{key} is {c[key]!r}, but config.lora.adapter {c.adapter} says itself what it adapts; leave one of them out")
+            raise UserError(f"config.lora.{key} is {c[key]!r}, but the adapter {c.adapter} says itself what it adapts; leave one of them out")
     adapters, weights = read(c.adapter, model, params)
     stored = read_config(find(c.adapter))
     for key, found in (("rank", stored["r"]), ("alpha", stored["lora_alpha"]), ("variant", adapters.variant)):
         if c[key] != found:
-            raise UserError(f"the adapter {c.adapter} has {key} {found}, but config.lora.{key} is {c[key]}; set --config.lora.{key}={found}")
+            raise UserError(f"the adapter {c.adapter} has {key} {found}, not {c[key]}; set --config.lora.{key}={found}")
     return dataclasses.replace(adapters, dropout=c.dropout), weights
 
 
@@ -229,7 +231,7 @@ def write(out: str | Path, model: Model, adapters: Adapters, trainable: Params, 
             short = module_name(model, name)
             ranks[short], alphas[short] = r, float(scale * (math.sqrt(r) if adapters.variant == "rslora" else r))
             for part, ours in PARTS.items():
-                if f"{module}/{ours}" in leaves and not part.endswith("vector.weight"):
+                if f"{module}/{ours}" in leaves:
                     tensors[f"{PREFIX}{short}.{part}"] = leaves[f"{module}/{ours}"][index].T
     whole = _saved_tensors(model, adapters, leaves, list(entries.values()))
     tensors |= {PREFIX + name: tensor for name, tensor in whole.items()}
@@ -276,6 +278,8 @@ def _memory(model: Model, name: str) -> str:
 def _parse(name: str) -> tuple[str, str]:
     """(module, our name of the part) of an adapter's tensor, (tensor, "") of a module saved whole."""
     name = name.removeprefix(PREFIX)
+    for old, new in OLD.items():
+        name = name.removesuffix(old) + new if name.endswith(old) else name
     for part, ours in PARTS.items():
         if name.endswith("." + part):
             return name.removesuffix("." + part), ours
@@ -298,7 +302,8 @@ def _saved_tensors(model: Model, adapters: Adapters, leaves: Mapping[str, np.nda
         if not any(ours):
             continue
         if name in tied or not all(ours):
-            raise UserError(f"{parts[0][0].path} trained whole and is tied to or one with another tensor, which an adapter cannot say; export it merged")
+            path = parts[0][0].path
+            raise UserError(f"{path} trained whole but is tied to or one with another tensor, which no adapter can say; export it merged")
         result[_memory(model, name)] = write_tensor(parts, lambda path, index: leaves[path][index])
     return result
 
