@@ -37,8 +37,18 @@ def open_checkpoints(workdir: str | Path, keep: int) -> Iterator[ocp.training.Ch
 def save(checkpoints: ocp.training.Checkpointer, state: TrainState, metadata: dict[str, Any]) -> None:
     """Save in the background. Waits for the save before it, and raises what went wrong there. `metadata` is JSON."""
     if jax.default_backend() == "cpu":  # host arrays are written from where they lie, and the next step would overwrite them
-        state = jax.tree.map(jnp.copy, state)
+        state = _copy(state)
     checkpoints.save_checkpointables_async(int(state.step), _parts(state), custom_metadata=metadata, force=True)
+
+
+@jax.jit
+def _copy(state: TrainState) -> TrainState:
+    return jax.tree.map(jnp.copy, state)
+
+
+def wait(checkpoints: ocp.training.Checkpointer) -> None:
+    """Until the save under way is complete; raises what went wrong there."""
+    checkpoints.wait()
 
 
 def _parts(state: TrainState) -> dict[str, Any]:

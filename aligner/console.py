@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 
@@ -33,21 +35,28 @@ def bar(total: int, title: str, unit: str, start: int = 0, **options) -> tqdm:
 
 
 def short(values: Mapping[str, float]) -> str:
-    names = ("loss", "rewards/accuracies", "rewards/margins")
+    names = ("loss", "rewards/accuracies", "rewards/margins", "accuracy", "margin")
     return ", ".join(f"{name} {values[name]:.4g}" for name in names if name in values)
 
 
 @contextlib.contextmanager
 def progress(start: int, total: int) -> Iterator[Callable]:
-    """A bar with loss, accuracy, tokens per second and time left; where there is no terminal, a line now and then."""
+    """A bar with loss, accuracy, tokens per second and time left; where there is no terminal, a line now and then.
+
+    Tokens per second are those of the last 20 steps, saves and evaluations included.
+    """
     every = max(1, total // 20)
+    seen: deque[tuple[float, float]] = deque(maxlen=21)  # (time, tokens up to then) after each step; the first one compiles
     with bar(total, "", "step", start) as steps:
 
-        def update(step: int, values: Mapping[str, float], tokens_per_second: float) -> None:
+        def update(step: int, values: Mapping[str, float]) -> None:
             shown = {"loss": f"{values['loss']:.4f}"}
-            if "rewards/accuracies" in values:
-                shown["accuracy"] = f"{values['rewards/accuracies']:.2f}"
-            shown["tok/s"] = f"{tokens_per_second:,.0f}"
+            for name in ("rewards/accuracies", "accuracy"):
+                if name in values:
+                    shown["accuracy"] = f"{values[name]:.2f}"
+            seen.append((time.monotonic(), values["num_tokens"] + (seen[-1][1] if seen else 0)))
+            if len(seen) > 1:
+                shown["tok/s"] = f"{(seen[-1][1] - seen[0][1]) / (seen[-1][0] - seen[0][0]):,.0f}"
             steps.set_postfix(shown, refresh=False)
             steps.update(step - steps.n)
             if steps.disable and (step % every == 0 or step == total):
@@ -58,9 +67,14 @@ def progress(start: int, total: int) -> Iterator[Callable]:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[Callable[[], None]]:
-    """`check_stop()`, which raises Stopped once SIGTERM or Ctrl-C has come (to any process); a second Ctrl-C ends at once."""
+    """`check_stop()`, which raises Stopped once SIGTERM or Ctrl-C has come (to any process); a second Ctrl-C ends at once.
+
+    Several processes must stop after the same step. JAX's preemption service, which has taken SIGTERM for itself, agrees on one
+    without holding up the devices; Ctrl-C is handed on to it.
+    """
     from jax.experimental import multihost_utils
 
+    several = jax.process_count() > 1
     asked: list[int] = []
     checks = 0
 
@@ -68,18 +82,19 @@ def catch_signals() -> Iterator[Callable[[], None]]:
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(number)
-        say("stopping: the state is being saved" + (" (Ctrl-C again to stop at once)" if number == signal.SIGINT else ""))
+        again = " (Ctrl-C again to stop at once)" if number == signal.SIGINT else ""
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.write(2, f"\nstopping: the state is being saved{again}\n".encode())  # print() may be what the signal interrupted
 
     def check_stop() -> None:
         nonlocal checks
-        stop = bool(asked)
-        if jax.process_count() > 1:  # all must agree on the step
-            checks += 1
-            stop = multihost_utils.reached_preemption_sync_point(checks) or bool(multihost_utils.process_allgather(np.asarray(stop)).any())
-        if stop:
+        checks += 1
+        if multihost_utils.reached_preemption_sync_point(checks) if several else asked:
             raise Stopped(asked[0] if asked else signal.SIGTERM)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield check_stop
     finally:

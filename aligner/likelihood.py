@@ -1,13 +1,14 @@
 """What a model says of a batch: media encoded, the model run, the scored positions gathered, token statistics, sums per answer."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from aligner.logprobs import token_stats
-from aligner.types import Batch, Model, Params, Scores
+from aligner.logprobs import dense_logits, token_stats
+from aligner.types import Batch, Int, Model, Params, Scores
 
 
 def cast(params: Params, dtype: str) -> Params:
@@ -47,13 +48,57 @@ def make_likelihood(model: Model, answers: int, stats: Sequence[str] = ("logp",)
     return likelihood
 
 
-def sum_answers(values: Float[Array, "B S"], batch: Batch, answers: int) -> Float[Array, "B G R"]:
-    """Sum per-token values over each answer of each example of a row."""
+def make_scorer(model: Model, answers: int, remat: str = "none") -> Callable[..., Scores]:
+    """What a score head says of every answer, read from the hidden state of the answer's last token.
+
+    Args:
+        model: with a score head.
+        answers: R, how many answers an example has at most.
+        remat: as in `make_likelihood`.
+
+    Returns:
+        (params, batch, key) -> Scores with `values`; parameters already in the dtype of the computation. `logps` is zero: such a model
+        gives no probabilities.
+    """
+
+    def scorer(params: Params, batch: Batch, key: Array | None = None) -> Scores:
+        features = model.encode(params, batch, key)
+        output = model.apply(params, batch, features=features, key=key, remat=remat)
+        columns = last_columns(batch, answers)
+        hidden = jnp.take_along_axis(output.hidden, columns.reshape(len(columns), -1, 1), axis=1)
+        values = dense_logits(hidden, model.head(params))[..., 0].reshape(columns.shape)
+        lengths = answer_lengths(batch, answers)
+        return Scores(jnp.zeros_like(lengths), lengths, {}, output.aux, values=jnp.where(lengths > 0, values, 0))
+
+    return scorer
+
+
+def last_columns(batch: Batch, answers: int) -> Int[Array, "B G R"]:
+    """The column of each answer's last token; 0 where there is no answer."""
     rows, examples = batch["example_id"].shape
     slot = (batch["score_segment"] - 1) * answers + batch["score_role"] - 1  # negative where nothing is scored
-    member = jax.nn.one_hot(slot, examples * answers, dtype=values.dtype)
+    member = slot[..., None] == jnp.arange(examples * answers)
+    # an example is one segment, or one per answer where the prompt is not shared: its scored positions say which
+    segments = jnp.take_along_axis(batch["segment_ids"], batch["score_from"], axis=1)
+    segment = jnp.max(jnp.where(member, segments[..., None], 0), axis=1)
+    role = jnp.tile(jnp.arange(1, answers + 1), examples)
+    of_answer = (batch["segment_ids"][..., None] == segment[:, None]) & (batch["role"][..., None] == role) & (segment[:, None] > 0)
+    column = jnp.arange(batch["tokens"].shape[1])[:, None]
+    return jnp.max(jnp.where(of_answer, column, 0), axis=1).reshape(rows, examples, answers)
+
+
+def answer_members(batch: Batch, answers: int, dtype: Any = jnp.float32) -> Float[Array, "B S G*R"]:
+    """1 where a scored token belongs to an answer (example * R + role - 1), else 0. A scored token of the prompt belongs to none."""
+    examples = batch["example_id"].shape[1]
+    place = (batch["score_segment"] - 1) * answers + batch["score_role"] - 1  # negative where nothing is scored
+    return jax.nn.one_hot(jnp.where(batch["score_role"] > 0, place, -1), examples * answers, dtype=dtype)
+
+
+def sum_answers(values: Float[Array, "B S"], batch: Batch, answers: int) -> Float[Array, "B G R"]:
+    """Sum per-token values over each answer of each example of a row."""
+    member = answer_members(batch, answers, values.dtype)
     total = jnp.einsum("bs,bsx->bx", values, member, precision=jax.lax.Precision.HIGHEST)
-    return total.reshape(rows, examples, answers)
+    return total.reshape(*batch["example_id"].shape, answers)
 
 
 def answer_lengths(batch: Batch, answers: int) -> Float[Array, "B G R"]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
+from aligner.losses.distillation import generalized_jsd, generalized_jsd_gradient
 from aligner.matmul import dot, weight_gradient
 from aligner.types import Head
 
@@ -72,6 +73,51 @@ def token_stats(
     with jax.named_scope("token_stats"):
         weight = head.weight.astype(hidden.dtype)
         return _stats(static, hidden, weight, head.bias, targets)
+
+
+DIVERGENCE = ("divergence", "agreement")  # what `divergence` returns; only the first carries a gradient
+
+
+class _Divergence(NamedTuple):
+    student: _Static
+    teacher: _Static
+    beta: float
+    temperature: float
+
+
+def divergence(
+    hidden: Float[Array, "B S D"],
+    head: Head,
+    teacher_hidden: Float[Array, "B S E"],
+    teacher_head: Head,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+) -> dict[str, Float[Array, "B S"]]:
+    """The generalised Jensen-Shannon divergence of next-token distributions at every position; see `aligner.losses.distillation`.
+
+    Args:
+        hidden: [B, S, D] states of the student; carries a gradient, and so does its head.
+        head: of the student.
+        teacher_hidden: [B, S, E] states of the teacher at the same positions; constant, and so is its head.
+        teacher_head: over the same vocabulary.
+        beta: in [0, 1]; 0 is the forward, 1 the reverse Kullback-Leibler divergence.
+        temperature: > 0; all logits are divided by it. The divergence is not multiplied by its square.
+        chunk: positions per chunk along S, as in `token_stats`.
+
+    Returns:
+        `divergence` [B, S], and `agreement` [B, S]: 1.0 where both think the same token the likeliest; float32 or wider.
+    """
+    rows, length, _ = hidden.shape
+    if chunk is None:
+        vocabulary = head.weight.shape[0 if head.transposed else 1]
+        chunk = max(1, CHUNK_ELEMENTS * _batch_parts(rows) // (2 * vocabulary * rows))
+    size = -(-length // -(-length // min(chunk, length)))  # even pieces, so that little is padded
+    sides = [_Static((), size, h.transposed, h.scale, h.softcap) for h in (head, teacher_head)]
+    with jax.named_scope("divergence"):
+        teacher = jax.lax.stop_gradient((teacher_hidden, teacher_head.weight.astype(teacher_hidden.dtype), teacher_head.bias))
+        static = _Divergence(*sides, float(beta), float(temperature))
+        return _divergence(static, hidden, head.weight.astype(hidden.dtype), head.bias, *teacher)
 
 
 def dense_logits(hidden: Float[Array, "... D"], head: Head) -> Float[Array, "... V"]:
@@ -153,19 +199,45 @@ def _stats(static: _Static, hidden, weight, bias, targets):
 def _stats_forward(static: _Static, hidden, weight, bias, targets):
     kept = static._replace(names=tuple(dict.fromkeys([*static.names, "lse", *(["entropy"] if "entropy" in static.names else [])])))
     stats = _stats(kept, hidden.value, weight.value, bias and bias.value, targets.value)
-    # whether the head trains is told by structure: () is true, None false
-    trains = () if weight.perturbed or (bias is not None and bias.perturbed) else None
-    residuals = (hidden.value, weight.value, bias and bias.value, targets.value, stats["lse"], stats.get("entropy"), trains)
+    residuals = (hidden.value, weight.value, bias and bias.value, targets.value, stats["lse"], stats.get("entropy"), _trains(weight, bias))
     return {name: stats[name] for name in static.names}, residuals
+
+
+def _trains(weight, bias) -> tuple | None:
+    """Whether the head is differentiated, told by structure, which survives as a residual: () is true, None false."""
+    return () if weight.perturbed or (bias is not None and bias.perturbed) else None
+
+
+def _head_zeros(weight, bias, trains):
+    """What the gradient of the head starts from, in at least float32; (None, None) where it does not train."""
+    if trains is None:
+        return None, None
+    wide = jnp.promote_types(weight.dtype, jnp.float32)
+    return jnp.zeros(weight.shape, wide), None if bias is None else jnp.zeros(bias.shape, wide)
+
+
+def _through_head(static: _Static, d, logits, states, weight, bias, trains):
+    """A chunk's gradient by its logits -> (by its states, its part of (weight's, bias's))."""
+    if static.softcap is not None:
+        d = d * (1 - jnp.square(logits / static.softcap))
+    d = d * static.scale if static.scale != 1.0 else d
+    low = d.astype(states.dtype)
+    d_states = dot(low, weight, ((low.ndim - 1,), (0 if static.transposed else 1,))).astype(states.dtype)
+    if trains is None:
+        return d_states, (None, None)
+    d_weight = weight_gradient(*((low, states) if static.transposed else (states, low)))
+    return d_states, (d_weight, None if bias is None else jnp.sum(d, axis=(0, 1)))
+
+
+def _in_dtypes(d_head, weight, bias):
+    return tuple(None if d is None else d.astype(x.dtype) for d, x in zip(d_head, (weight, bias)))
 
 
 def _stats_backward(static: _Static, residuals, gradients):
     hidden, weight, bias, targets, lse, entropy, trains = residuals
     gradients = {n: g for n, g in gradients.items() if n in DIFFERENTIABLE and not isinstance(g, SymbolicZero)}
-    wide = jnp.promote_types(weight.dtype, jnp.float32)
 
     def body(carry, chunk):
-        weight_sum, bias_sum = carry
         states, ids, lse, entropy, g = chunk
         logits = _logits(static, states, weight, bias)
         p = jnp.exp(logits - lse[..., None])
@@ -176,23 +248,58 @@ def _stats_backward(static: _Static, residuals, gradients):
             d = d + jnp.where(_is_target(logits, ids), g["logp"][..., None], 0)
         if "entropy" in g:
             d = d - g["entropy"][..., None] * p * (logits - lse[..., None] + entropy[..., None])
-        if static.softcap is not None:
-            d = d * (1 - jnp.square(logits / static.softcap))
-        d = d * static.scale if static.scale != 1.0 else d
-        low = d.astype(states.dtype)
-        d_states = dot(low, weight, ((low.ndim - 1,), (0 if static.transposed else 1,))).astype(states.dtype)
-        if trains is not None:
-            operands = (low, states) if static.transposed else (states, low)
-            weight_sum = weight_sum + weight_gradient(*operands)
-            bias_sum = None if bias is None else bias_sum + jnp.sum(d, axis=(0, 1))
-        return (weight_sum, bias_sum), d_states
+        d_states, d_head = _through_head(static, d, logits, states, weight, bias, trains)
+        return jax.tree.map(jnp.add, carry, d_head), d_states
 
-    start = (None, None) if trains is None else (jnp.zeros(weight.shape, wide), None if bias is None else jnp.zeros(bias.shape, wide))
     arrays = (hidden, targets, lse, lse if entropy is None else entropy, gradients)
-    (d_weight, d_bias), d_hidden = _scan(body, start, jax.tree.map(lambda x: _chunks(x, static.chunk), arrays))
-    d_weight = None if d_weight is None else d_weight.astype(weight.dtype)
-    d_bias = None if d_bias is None else d_bias.astype(bias.dtype)
-    return _unchunk(d_hidden, hidden.shape[1]), d_weight, d_bias, None
+    d_head, d_hidden = _scan(body, _head_zeros(weight, bias, trains), jax.tree.map(lambda x: _chunks(x, static.chunk), arrays))
+    return (_unchunk(d_hidden, hidden.shape[1]), *_in_dtypes(d_head, weight, bias), None)
 
 
 _stats.defvjp(_stats_forward, _stats_backward, symbolic_zeros=True)
+
+
+def _log_probs(static: _Divergence, student: tuple, teacher: tuple):
+    """(logits of the student before the temperature, log p, log q) of a chunk, each [..., V]."""
+    logits = _logits(static.student, *student)
+    log_q = jax.nn.log_softmax(_logits(static.teacher, *teacher) / static.temperature)
+    return logits, jax.nn.log_softmax(logits / static.temperature), log_q.astype(logits.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _divergence(static: _Divergence, hidden, weight, bias, teacher_hidden, *teacher_head):
+    def body(_, chunk):
+        states, teacher_states = chunk
+        _, log_p, log_q = _log_probs(static, (states, weight, bias), (teacher_states, *teacher_head))
+        same = jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)
+        return None, (generalized_jsd(log_p, log_q, static.beta), same.astype(log_p.dtype))
+
+    size = static.student.chunk
+    _, stats = _scan(body, None, (_chunks(hidden, size), _chunks(teacher_hidden, size)))
+    return {name: _unchunk(stat, hidden.shape[1]) for name, stat in zip(DIVERGENCE, stats)}
+
+
+def _divergence_forward(static: _Divergence, hidden, weight, bias, *teacher):
+    values = [x and x.value for x in (hidden, weight, bias, *teacher)]
+    return _divergence(static, *values), (values, _trains(weight, bias))
+
+
+def _divergence_backward(static: _Divergence, residuals, gradients):
+    (hidden, weight, bias, teacher_hidden, *teacher_head), trains = residuals
+    g = gradients["divergence"]
+    if isinstance(g, SymbolicZero):
+        g = jnp.zeros(g.shape, g.dtype)
+
+    def body(carry, chunk):
+        states, teacher_states, g = chunk
+        logits, log_p, log_q = _log_probs(static, (states, weight, bias), (teacher_states, *teacher_head))
+        d = generalized_jsd_gradient(log_p, log_q, static.beta) * (g / static.temperature)[..., None]
+        d_states, d_head = _through_head(static.student, d, logits, states, weight, bias, trains)
+        return jax.tree.map(jnp.add, carry, d_head), d_states
+
+    chunks = jax.tree.map(lambda x: _chunks(x, static.student.chunk), (hidden, teacher_hidden, g))
+    d_head, d_hidden = _scan(body, _head_zeros(weight, bias, trains), chunks)
+    return (_unchunk(d_hidden, hidden.shape[1]), *_in_dtypes(d_head, weight, bias), None, *[None for _ in teacher_head])
+
+
+_divergence.defvjp(_divergence_forward, _divergence_backward, symbolic_zeros=True)

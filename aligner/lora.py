@@ -9,7 +9,6 @@ LoRA arXiv 2106.09685, rsLoRA arXiv 2312.03732, DoRA arXiv 2402.09353; names and
 
 import dataclasses
 import difflib
-import functools
 import math
 import re
 import zlib
@@ -110,7 +109,8 @@ def plan(config: ConfigDict, model: Model, params: Params) -> Adapters:
                 f"{near[0]!r} ('.*{near[0].rpartition('/')[2]}' matches all of that name), besides {_names(known)}; "
                 "heads train whole, by config.lora.modules_to_save"
             )
-    saved = _saved(c.modules_to_save, params)
+    heads = (r"(.*/)?score/",) if model.has_score_head else ()  # as PEFT: a score head always trains, it may be fresh
+    saved = _saved((*c.modules_to_save, *heads), params)
     frozen = _matched(params, config.optim.freeze, "config.optim.freeze")
     chosen = [m for m in known if any(re.match(p, m) for p in targets) and not {f"{m}/kernel"} & (frozen | set(saved))]
     if not chosen:
@@ -283,7 +283,7 @@ def attach(
     make = lambda kernels: new_leaves(adapters, kernels, key, dtype, init) | constants(adapters)
     abstract = jax.eval_shape(make, kernels)
     layout = {path: None for path in abstract} if mesh is None else flatten(param_shardings(unflatten(abstract), sharding_rules(rules), mesh))
-    made = make(kernels) if mesh is None else jit(make, out_shardings=layout)(kernels)
+    made = (jit(make) if mesh is None else jit(make, out_shardings=layout))(kernels)
     for path, value in start.items():
         old = made[path] if path in made else leaves[path]
         made[path] = jax.device_put(jnp.asarray(value, old.dtype), None if mesh is None else old.sharding)
@@ -350,16 +350,15 @@ def merge(params: Params) -> dict:
     for path in [path for path in leaves if path.endswith("/lora_a")]:
         module = path.removesuffix("/lora_a")
         own = {name: leaves.pop(f"{module}/{name}", None) for name in (*TRAINED, "lora_scale", "lora_dropout")}
-        own = {name: jnp.asarray(own[name]) for name in (*TRAINED, "lora_scale") if own[name] is not None}
-
-        def one(arguments):
-            kernel, own = arguments
-            whole = _sum(kernel, own["lora_a"], own["lora_b"], own["lora_scale"])
-            if "magnitude" in own:
-                whole = whole * jnp.where(own["lora_scale"] != 0, own["magnitude"] / column_norm(whole), 1)
-            return whole
-
-        kernel = jnp.asarray(dequantise(leaves[f"{module}/kernel"], leaves[f"{module}/kernel"].dtype))
-        whole = functools.partial(jax.lax.map, one) if kernel.ndim > 2 else one
-        leaves[f"{module}/kernel"] = jax.jit(whole)((kernel, own))
+        leaves[f"{module}/kernel"] = _merge(leaves[f"{module}/kernel"], own["lora_a"], own["lora_b"], own["lora_scale"], own["magnitude"])
     return unflatten(leaves)
+
+
+@jax.jit
+def _merge(kernel, a, b, scale, magnitude):
+    def one(leaves):
+        kernel, a, b, scale, magnitude = leaves
+        whole = _sum(dequantise(kernel, kernel.dtype), a, b, scale)
+        return whole if magnitude is None else whole * jnp.where(scale != 0, magnitude / column_norm(whole), 1)
+
+    return jax.lax.map(one, (kernel, a, b, scale, magnitude)) if kernel.ndim > 2 else one((kernel, a, b, scale, magnitude))

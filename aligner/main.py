@@ -9,7 +9,6 @@ goes on where the run stopped.
 """
 
 import os
-import re
 import signal
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from aligner.commandline import parse
 from aligner.types import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :ARGUMENT if it takes one.", lock_config=True)
@@ -31,9 +31,13 @@ def start_jax() -> None:
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "aligner" / "jax"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    several = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES")
-    if any(name in os.environ for name in several) or int(os.environ.get("SLURM_NTASKS", "1")) > 1 or "TPU_WORKER_HOSTNAMES" in os.environ:
-        jax.distributed.initialize()
+    if "JAX_COORDINATOR_ADDRESS" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1 or "TPU_WORKER_HOSTNAMES" in os.environ:
+        told = {key: os.environ.get("JAX_" + key.upper()) for key in ("num_processes", "process_id")}  # these two JAX does not read itself
+        try:
+            jax.distributed.initialize(**{key: int(value) for key, value in told.items() if value})
+        except ValueError as error:
+            variables = "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+            raise UserError(f"the processes of this run cannot find each other ({error}); set {variables} for each") from None
 
 
 def main(argv: list[str]) -> int:
@@ -54,21 +58,6 @@ def main(argv: list[str]) -> int:
         print(f"stopped; the same command goes on from here: {WORKDIR.value}", file=sys.stderr)
         return 130 if stopped.args[0] == signal.SIGINT else 0
     return 0
-
-
-def parse(argv: list[str]) -> list[str]:
-    """Flags, with one sentence for what is wrong with them."""
-    for path in re.findall(r"--?config[= ]([^\s:]+)", " ".join(argv)):
-        if not Path(path).is_file():
-            others = sorted(str(file) for file in Path("configs").glob("*.py") if file.stem not in ("__init__", "common"))
-            raise UserError(f"--config {path} does not exist; there is {', '.join(others) or 'no folder configs here'}")
-    try:
-        return flags.FLAGS(argv)
-    except Exception as error:  # absl, ml_collections and the config file itself each raise their own
-        told = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
-        if meant := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', told):
-            told = f"the config has no key {meant[2]!r}; did you mean {meant[1]!r}?"
-        raise UserError(f"bad command line: {told}") from None
 
 
 def cli() -> None:

@@ -57,6 +57,8 @@ def values(metrics: Mapping[str, Metric]) -> dict[str, float]:
                 result[name] = float(np.asarray(metric.sum, np.float64) / np.asarray(metric.count, np.float64))
         else:
             result[name] = float(metric.value)
+    if {"rewards/chosen", "rewards/rejected"} <= result.keys():  # of unpaired answers: exact over any split, where a mean of margins is not
+        result.setdefault("rewards/margins", result["rewards/chosen"] - result["rewards/rejected"])
     return result
 
 
@@ -85,7 +87,8 @@ def open_log(workdir: str | Path, step: int, tensorboard: bool = False, wandb: b
         def write(step: int, split: str, values: Mapping[str, Any]) -> None:
             file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
             file.flush()
-            numbers = {f"{split}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+            place = "/".join(filter(None, (split, values.get("dataset"))))
+            numbers = {f"{place}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
             for name, value in numbers.items() if board else ():
                 board.add_scalar(name, value, step)
             if run:
@@ -102,6 +105,11 @@ def read(workdir: str | Path) -> list[dict[str, Any]]:
         with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
     return records
+
+
+def has(workdir: str | Path, step: int, split: str) -> bool:
+    """Whether metrics.jsonl holds a line of this step and split."""
+    return any(record["step"] == step and record["split"] == split for record in read(workdir))
 
 
 @contextlib.contextmanager
@@ -122,7 +130,7 @@ def _wandb(workdir, config):
         yield run
 
 
-CURVES = ("loss", "rewards/accuracies", "rewards/margins", "learning_rate")
+CURVES = ("loss", "rewards/accuracies", "rewards/margins", "accuracy", "learning_rate")
 
 
 def draw_curves(workdir: str | Path) -> Path | None:
@@ -135,14 +143,18 @@ def draw_curves(workdir: str | Path) -> Path | None:
 
     figure = Figure(figsize=(4.2 * len(names), 3.4), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
-        for split, style in (("train", dict(linewidth=1.2)), ("eval", dict(marker="o", linestyle="--", markersize=4))):
-            points = [(record["step"], record[name]) for record in records if record["split"] == split and name in record]
-            if points:
-                axes.plot(*zip(*points), label=split, **style)
+        points: dict[str, list] = {}  # "train", "eval", "eval NAME"
+        for record in records:
+            if name in record:
+                label = " ".join(filter(None, (record["split"], record.get("dataset"))))
+                points.setdefault(label, []).append((record["step"], record[name]))
+        for label, pairs in points.items():
+            style = dict(linewidth=1.2) if label == "train" else dict(marker="o", linestyle="--", markersize=4)
+            axes.plot(*zip(*pairs), label=label, **style)
         axes.set_title(name)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-        if name == "rewards/accuracies":
+        if name.endswith(("accuracies", "accuracy")):
             axes.set_ylim(-0.02, 1.02)
         if len(axes.lines) > 1:
             axes.legend()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -41,23 +42,27 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     config = workdir.resolve(config, directory)
     mesh = sharding.make_mesh(config.mesh)
     check_config(config, mesh)
-    notes = workdir.enter(config, directory)
+    notes = workdir.check(config, directory)
     if config.setup:
         call_setup(config)
     for note in notes:
         say(f"goes on with a different setting: {note}")
 
     # What is trained and on what: by headers and rows, no weights yet.
-    model, disk = convert.open_model(config.model.path, config.model.revision)
+    model, disk = convert.open_model(config.model.path, config.model.revision, config.algorithm.name in algorithms.SCORING)
+    reference_disk = open_reference(config, model, disk)
     algorithm = algorithms.make(config, model)
     abstract = convert.abstract_params(model)
     adapters, start = peft.plan(config, model, abstract)
     if adapters:
         abstract = jax.eval_shape(lambda params: attach(config, model, params, adapters, start), abstract)
     trained, _ = lora.split(abstract, config.optim.freeze, adapters)
+    for pattern, _ in config.optim.groups:
+        if not any(re.match(pattern, path) for path in sharding.tree_paths(trained)):
+            raise UserError(f"config.optim.groups has {pattern!r}, which matches no parameter that trains")
     look = lambda split: loader.load_dataset(config, split, model, algorithm.needs, cache_dir=Path(directory) / "data")
-    train, evaluation = look("train"), look("eval") if config.data.eval.path else None
-    for dataset in filter(None, (train, evaluation)):
+    train, evaluations = look("train"), {name: look(split) for name, split in eval_splits(config).items()}
+    for dataset in (train, *evaluations.values()):
         say(*dataset.report)
     steps = config.train.steps if config.train.steps is not None else max(1, int(config.train.epochs * train.size / config.data.batch_size))
     schedule = optim.make_schedule(config.optim, steps)
@@ -65,6 +70,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     workdir.check_source(directory, model, convert.fingerprint(disk), adapters)
     if jax.process_index() == 0:
         model.assets.copy_to(Path(directory) / workdir.ASSETS)
+    workdir.record(config, directory)  # only now, so that a first try with a bad path leaves no run behind
     count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))
     count_trained = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
     say(f"{model.family} with {count / 1e6:,.1f} M parameters, {count_trained / 1e6:,.1f} M train; {steps} steps of "
@@ -76,14 +82,16 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             params = attach(config, model, params, adapters, start, mesh)
         trainable, base = lora.split(params, config.optim.freeze, adapters)
         del params
-        reference = load_reference(config, model, trainable, base, mesh)
+        needs_reference = algorithm.prepare or config.reference.kind == "copy"
+        reference = load_reference(config, model, trainable, base, disk, reference_disk, mesh) if needs_reference else None
         columns = {
-            dataset.name: prepare_columns(config, directory, algorithm, reference, dataset, disk, mesh, check_stop)
-            for dataset in filter(None, (train, evaluation))
+            dataset.name: prepare_columns(config, directory, algorithm, reference, dataset, reference_disk, mesh, check_stop)
+            for dataset in (train, *evaluations.values())
         }
         fixed = {"base": base} | ({"reference": reference} if config.reference.kind == "copy" else {})
         if config.reference.kind == "base":
             fixed["initial"] = frozen_copy(config, {path: leaf for path, leaf in lora.flatten(trainable).items() if path in adapters.saved})
+        fixed |= {name: load_frozen(config, *other, mesh) for name, other in algorithm.others.items()}
         del reference
         train_state = state.create(trainable, optimizer, algorithm.carry, config.seed, mesh, own_reference=algorithm.sync is not None)
         del trainable
@@ -110,9 +118,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         train_step = jit(step_function, donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh)))
         eval_step = jit(make_eval_step(algorithm, dtype=config.model.dtype), out_shardings=sharding.replicated(mesh))
 
-        def evaluate() -> dict[str, float]:
-            if evaluation is None:
-                return {}
+        def evaluate(evaluation: loader.Dataset) -> dict[str, float]:
             rows = local_rows(mesh, config.data.batch_size)
             total = None
             for batch in loader.eval_batches(evaluation, config.data.batch_size, rows=rows):
@@ -123,6 +129,10 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             values["loss"] = sum(values.pop(name) for name in [*values] if name.startswith("loss/"))
             return values
 
+        def due(step: int) -> bool:
+            every = config.train.eval_every
+            return bool(evaluations) and (step == steps or (bool(every) and step % every == 0))
+
         step = int(train_state.step)
         with (
             metrics.open_log(directory, step, config.log.tensorboard, config.log.wandb, config.to_dict()) as write,
@@ -132,29 +142,37 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             pending: tuple[int, dict] | None = None
             last: dict[str, float] = {}
             data_state: dict[str, Any] = batches.get_state()
-            clock, first = time.monotonic(), True
+            first, shapes = True, set()
 
             def report() -> None:
                 """Read the metrics of the step before: the device is busy with the next one meanwhile."""
-                nonlocal counted, clock
+                nonlocal counted
                 number, found = pending
                 ids = np.asarray(found.pop("example_ids").value)
                 values = metrics.values(found)
                 counted += int(values["num_tokens"])
                 check_finite(number, values, ids, config.train.max_nonfinite)
-                now = time.monotonic()
-                bar(number, values, values["num_tokens"] / (now - clock))
-                clock = now
+                bar(number, values)
                 if number % config.log.every == 0 or number == steps or number == 1:
                     write(number, "train", values | {"num_tokens": counted, "example_ids_hash": ids_hash(ids)})
+
+            def hold_out() -> None:
+                nonlocal last
+                for name, evaluation in reversed(evaluations.items()):  # `last` is the first one's
+                    last = evaluate(evaluation)
+                    write(step, "eval", {"dataset": name} | last if name else last)
+                    say(f"step {step}: {name or 'held-out'} " + short(last))
 
             def save() -> None:
                 checkpoint.save(checkpoints, train_state, {"data": data_state, "num_tokens": counted})
 
             try:
+                if restored and due(step) and not metrics.has(directory, step, "eval"):
+                    hold_out()  # the run stopped while it evaluated
                 while step < steps:
                     batch = put(next(batches), columns[train.name], mesh)
                     data_state = batches.get_state()
+                    shapes.add(tuple(array.shape for array in batch.values()))
                     trace(step)
                     train_state, found = train_step(train_state, fixed, batch)
                     if pending:
@@ -163,35 +181,40 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                     if first:
                         jax.block_until_ready(found)
                         say(f"first step {time.monotonic() - started:.1f} s after the start, compilation included")
-                        clock, first = time.monotonic(), False
+                        first = False
                     saves = step % config.checkpoint.every == 0 or step == steps
-                    every = config.train.eval_every
-                    evaluates = evaluation is not None and (step == steps or (bool(every) and step % every == 0))
-                    if saves or evaluates:
+                    if saves or due(step):
                         report()
                         pending = None
                     if saves:
                         save()
-                    if evaluates:
-                        last = evaluate()
-                        write(step, "eval", last)
-                        say(f"step {step}: held-out " + short(last))
-                        clock = time.monotonic()
+                    if due(step):
+                        hold_out()
                     check_stop()
             except Stopped:
                 if pending:
                     report()
+                checkpoint.wait(checkpoints)  # this very step may be what is being saved
                 if step not in checkpoint.steps(directory):
                     save()
                 metrics.draw_curves(directory)
                 raise
-        if step >= steps and not last and evaluation is not None:
+        if not last and evaluations:
             last = last_eval(directory)
-    recompiled = train_step._cache_size() - 1
-    if recompiled > 0:
-        say(f"the step was compiled {recompiled + 1} times: the shapes of batches changed")
-    finish(config, directory, steps, last, time.monotonic() - started)
+        if len(shapes) > 1:
+            say(f"the step was compiled {len(shapes)} times: the shapes of batches changed")
+        checkpoint.wait(checkpoints)
+        finish(config, directory, model, lora.combine(train_state.trainable, base), steps, last, time.monotonic() - started)
     return last
+
+
+# Smallest value of each number that has one.
+AT_LEAST = {
+    1: ("data.batch_size", "data.max_length", "data.pad_to_multiple", "train.steps", "train.accumulate", "train.max_nonfinite",
+        "checkpoint.every", "checkpoint.keep", "log.every"),
+    0: ("data.max_bad_fraction", "data.workers", "optim.learning_rate", "optim.warmup", "optim.weight_decay", "optim.max_grad_norm",
+        "train.eval_every", "profile", "seed"),
+}  # fmt: skip
 
 
 def check_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
@@ -211,16 +234,26 @@ def check_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     for key in ("dtype", "param_dtype"):
         if config.model[key] not in ("float32", "bfloat16", "float64"):
             raise UserError(f"config.model.{key} is {config.model[key]!r}; it must be float32, bfloat16 or float64")
-    counts = ("data.batch_size", "train.accumulate", "checkpoint.every", "checkpoint.keep", "log.every")
     values = workdir.flat(config.to_dict())
-    for key in counts:
-        if values[key] < 1:
-            raise UserError(f"config.{key} is {values[key]}; it must be at least 1")
-    if config.train.steps is not None and config.train.steps < 1:
-        raise UserError(f"config.train.steps is {config.train.steps}; it must be at least 1")
-    for pattern in (*config.optim.freeze, *(group[0] for group in config.optim.groups)):
-        if not isinstance(pattern, str):
-            raise UserError(f"config.optim.freeze and the first of each config.optim.groups are regexes on tree paths, not {pattern!r}")
+    for least, keys in AT_LEAST.items():
+        for key in keys:
+            if values[key] is not None and values[key] < least:
+                raise UserError(f"config.{key} is {values[key]}; it must be at least {least}")
+    if config.train.steps is None and config.train.epochs <= 0:
+        raise UserError(f"config.train.epochs is {config.train.epochs}; it must be above 0 where config.train.steps is not set")
+    if config.data.max_bad_fraction > 1:
+        raise UserError(f"config.data.max_bad_fraction is {config.data.max_bad_fraction}; it is a fraction, from 0 to 1")
+    for group in config.optim.groups:
+        if not (isinstance(group, list | tuple) and len(group) == 2 and isinstance(group[1], Mapping)):
+            pair = '(regex, {"learning_rate": factor, "weight_decay": factor})'
+            raise UserError(f"config.optim.groups holds {group!r}; each must be a pair {pair}")
+    for key, patterns in (("freeze", config.optim.freeze), ("groups", [pattern for pattern, _ in config.optim.groups])):
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise UserError(f"config.optim.{key} has {pattern!r}, which is no regex on tree paths: {error}") from None
+    optim.make_schedule(config.optim, steps=1)
     from aligner.models.layers import REMAT
 
     if config.train.remat not in REMAT:
@@ -272,25 +305,33 @@ def attach(config: ConfigDict, model: Model, params: Params, adapters: lora.Adap
     return lora.attach(params, adapters, start, **options)
 
 
+def load_frozen(config: ConfigDict, model: Model, disk: Any, mesh: jax.sharding.Mesh) -> Params:
+    """Another model's parameters, none of which trains, in the dtype of the computation."""
+    shardings = sharding.param_shardings(convert.abstract_params(model), model.sharding_rules, mesh)
+    return convert.load_params(model, disk, config.model.dtype, shardings)
+
+
+def open_reference(config: ConfigDict, model: Model, disk: Any) -> Any:
+    """The reference's weights by their headers: the policy's own, or another checkpoint of the same shape."""
+    if not config.reference.model:
+        return disk
+    other, disk = convert.open_model(config.reference.model)
+    if other.config != model.config:
+        raise UserError(f"config.reference.model {config.reference.model} is not of the same shape as {config.model.path}")
+    return disk
+
+
+def load_reference(config: ConfigDict, model: Model, trainable: Params, base: Params, disk: Any, reference_disk: Any, mesh) -> Params:
+    """The reference in the dtype of the computation: the policy as loaded, sharing what does not train, or another checkpoint."""
+    if reference_disk is not disk:
+        return load(config, model, reference_disk, mesh, {})
+    return lora.combine(frozen_copy(config, lora.flatten(trainable)), base)
+
+
 def frozen_copy(config: ConfigDict, leaves: Mapping[str, jax.Array]) -> Params:
-    """A copy in the dtype of the computation, {tree path: leaf} as a tree: what trains is donated to the step and lost."""
+    """A copy in the dtype of the computation of {tree path: leaf}, as a tree: what trains is donated to the step and lost."""
     same = {path: leaf.sharding for path, leaf in leaves.items()}
     return lora.unflatten(jit(lambda tree: jax.tree.map(jnp.copy, cast(tree, config.model.dtype)), out_shardings=same)(leaves))
-
-
-def load_reference(config: ConfigDict, model: Model, trainable: Params, base: Params, mesh: jax.sharding.Mesh) -> Params | None:
-    """The reference in the dtype of the computation: the policy as loaded, or another checkpoint of the same family.
-
-    What does not train is shared with the policy. None where the base is the reference.
-    """
-    if config.reference.model:
-        other, disk = convert.open_model(config.reference.model)
-        if other.config != model.config:
-            raise UserError(f"config.reference.model {config.reference.model} is not of the same shape as {config.model.path}")
-        return load(config, other, disk, mesh, {})
-    if config.reference.kind == "base":
-        return None
-    return lora.combine(frozen_copy(config, lora.flatten(trainable)), base)
 
 
 def prepare_columns(
@@ -299,10 +340,11 @@ def prepare_columns(
     """The columns that the algorithm computes once per example, from disk where they are already there."""
     if algorithm.prepare is None:
         return {}
-    weights = convert.fingerprint(convert.open_model(config.reference.model)[1] if config.reference.model else disk)
+    weights = convert.fingerprint(disk)
     size = config.data.batch_size
     key = fingerprint(weights=weights, rows=dataset.fingerprint, dtype=config.model.dtype, columns=algorithm.columns, batch_size=size,
-                      shape=dataset.shape, shared_prompt=config.data.shared_prompt)  # fmt: skip
+                      shape=dataset.shape, shared_prompt=config.data.shared_prompt, settings=algorithm.prepared_with,
+                      quantised=config.quant.base, adapter=peft.fingerprint(config.lora.adapter))  # fmt: skip
     folder = Path(config.reference.cache or Path(directory) / "reference") / f"{dataset.name.split('.')[-1]}-{key}"
     prepare = jit(algorithm.prepare, out_shardings=sharding.replicated(mesh))
     replicate = jit(lambda x: x, out_shardings=sharding.replicated(mesh))
@@ -314,6 +356,14 @@ def prepare_columns(
     rows = local_rows(mesh, size)
     batches = lambda: loader.eval_batches(dataset, size, rows=rows)
     return compute_columns(one, batches, -(-dataset.size // size), dataset.rows_total, folder, f"reference, {dataset.name}", check_stop)
+
+
+def eval_splits(config: ConfigDict) -> dict[str, str]:
+    """What each evaluation set is called in metrics.jsonl -> its section under config.data; `eval` goes without a name and comes first."""
+    for name, source in config.data.evals.items():
+        if not source.path:
+            raise UserError(f"config.data.evals.{name}.path is empty: give a file, folder or Hub dataset, or remove the set")
+    return ({"": "eval"} if config.data.eval.path else {}) | {name: f"evals.{name}" for name in config.data.evals}
 
 
 def local_rows(mesh: jax.sharding.Mesh, size: int) -> np.ndarray:
@@ -348,12 +398,14 @@ def check_finite(step: int, values: Mapping[str, float], ids: np.ndarray, limit:
 
 
 def last_eval(directory: str | Path) -> dict[str, float]:
-    """The newest evaluation in metrics.jsonl."""
+    """The newest evaluation in metrics.jsonl, of the first set."""
     found: Iterable[dict] = (record for record in reversed(metrics.read(directory)) if record["split"] == "eval")
-    return {k: v for k, v in next(iter(found), {}).items() if k not in ("step", "split")}
+    return {k: v for k, v in next(iter(found), {}).items() if k not in ("step", "split", "dataset")}
 
 
-def finish(config: ConfigDict, directory: str | Path, steps: int, last: Mapping[str, float], seconds: float) -> None:
+def finish(
+    config: ConfigDict, directory: str | Path, model: Model, params: Params, steps: int, last: Mapping[str, float], seconds: float
+) -> None:
     """Export, curves, and where everything is."""
     directory = Path(directory)
     lines = [f"done: {steps} steps, {seconds:.0f} s" + (f"; held-out {short(last)}" if last else "")]
@@ -363,9 +415,7 @@ def finish(config: ConfigDict, directory: str | Path, steps: int, last: Mapping[
         lines.append(f"  curves      {curves}")
     lines.append(f"  checkpoint  {directory / checkpoint.FOLDER / str(steps)}")
     if config.checkpoint.export:
-        if jax.process_count() == 1:
-            model, params, _ = workdir.restore_params(directory)
-            convert.save(model, params, directory / "export")
+        convert.save(model, params, directory / "export")
         lines.append(f"  export      {directory / 'export'}  (Hugging Face layout{', adapters merged' if config.lora.rank else ''})")
     else:
         lines.append(f"  export it   python -m aligner.convert to-hf --workdir {directory} --out DIR")

@@ -22,6 +22,7 @@ LOGICAL: Mapping[str, str | tuple[str, ...] | None] = {
     "heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
+    "rows": ("tensor", "fsdp"),  # of a table that is looked up: sharding its width would gather it whole
 }
 
 

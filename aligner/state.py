@@ -53,6 +53,26 @@ def create(
     )
 
 
+def abstract_create(
+    trainable: Params, optimizer: optax.GradientTransformation, carry: Any, mesh: Mesh, own_reference: bool = False
+) -> TrainState:
+    """What `create` would make from parameters of which only shapes, dtypes and shardings are known."""
+    whole = replicated(mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, trainable)
+    shape = jax.eval_shape(optimizer.init, trainable)
+    put = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    return TrainState(
+        step=number,
+        trainable=trainable,
+        opt_state=jax.tree.map(put, shape, like_params(shape, trainable, shardings, mesh)),
+        rng=put(jax.eval_shape(jax.random.key, 0), whole),
+        carry=jax.tree.map(lambda leaf: put(jnp.asarray(leaf), whole), carry),
+        nonfinite=number,
+        reference=trainable if own_reference else None,
+    )
+
+
 def abstract(state: TrainState) -> TrainState:
     """Shapes, dtypes and shardings without the data: what a restore needs to know."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)

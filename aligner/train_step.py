@@ -88,7 +88,7 @@ def make_train_step(
                 loss, metrics = jnp.sum(losses), reduce_stacked(stacked)
                 carry = jax.tree.map(lambda x: x[-1], carries)
 
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         if max_grad_norm:
             grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, max_grad_norm / (norm + 1e-6)).astype(g.dtype), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)

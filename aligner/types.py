@@ -60,6 +60,7 @@ class Scores(NamedTuple):
     tokens: dict[str, Float[Array, "B S"]]  # TokenStats by name, 0 at padding
     aux: dict[str, Array]
     reference_logps: Float[Array, "B G R"] | None = None
+    values: Float[Array, "B G R"] | None = None  # what a score head says of each answer; 0 where there is none
 
 
 class Mean(NamedTuple):
@@ -107,6 +108,7 @@ class Conversion:
         modules: (regex, replacement) pairs that turn the layout we write into the names of `transformers`' modules in memory, which
             PEFT adapters go by.
         tied: (name, other) pairs: `name`, when it is stored, must equal `other` and is not a parameter of its own.
+        fresh: names that need not be stored; `Model.init` then makes them.
     """
 
     stacks: Mapping[str, str]
@@ -115,6 +117,7 @@ class Conversion:
     ignored: Sequence[str] = ()
     modules: Sequence[tuple[str, str]] = ()
     tied: Sequence[tuple[str, str]] = ()
+    fresh: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +140,7 @@ class Model:
         init: key -> params, float32, random as the family initialises.
         encode: (params, batch, key=None) -> features [B, I*P, D], or None when the batch holds no media. `key` draws what adapters drop.
         apply: (params, batch, *, features=None, cache=None, key=None, remat="none") -> Output.
-        head: params -> Head.
+        head: params -> Head; of a model with a score head, weight [D, 1].
         inputs: what a Hugging Face processor returns (NumPy) -> Batch, for looking and testing.
         conversion: how the tree maps to Hugging Face names.
         sharding_rules: (regex on the tree path, logical axes) pairs; the first match wins.
@@ -145,6 +148,7 @@ class Model:
         media: sizes that the data side needs, None for text models.
         assets: the checkpoint folder's companions (tokenizer, processor, ...), None for a model made from a bare config.
         source_dtype: dtype name of the weights on disk: what `save` writes unless told otherwise.
+        has_score_head: the head gives one score, not logits over a vocabulary.
     """
 
     family: str
@@ -160,6 +164,7 @@ class Model:
     media: Media | None = None
     assets: Any = None
     source_dtype: str = "float32"
+    has_score_head: bool = False
 
     def logits(self, params: Params, inputs: Mapping[str, Any]) -> Float[Array, "B T V"]:
         """Dense logits [B,T,V] of a Hugging Face processor's output, for looking and testing; training never makes them."""
@@ -181,10 +186,13 @@ class Algorithm:
         carry: initial value of what is kept from step to step (running moments, coefficients); checkpointed.
         prepare: (params, batch) -> {column: [B,G,...]}: computed once per example before training and stored, or None.
         columns: names of the columns that `objective` reads.
+        prepared_with: settings that those columns depend on beside the weights; part of the name under which they are kept.
         needs: the kind of sample that rows become, a key of `aligner.data.loader.ENCODERS`.
+        score_prompt: prompt tokens are scored too, with role 0; their sums belong to no answer.
         whole_batch: the objective is not a sum over rows (a sort, a batch mean inside a nonlinearity): under accumulation it is then
             evaluated on the scores of the whole batch, exactly.
         sync: (weight a, every N steps): the reference becomes a * policy + (1 - a) * reference; None keeps it fixed.
+        others: further frozen models, name -> (model, its checkpoint): `score` finds their parameters in `fixed`.
     """
 
     score: Callable[..., Scores]
@@ -192,9 +200,12 @@ class Algorithm:
     carry: Any = dataclasses.field(default_factory=dict)
     prepare: Callable[..., dict[str, Array]] | None = None
     columns: tuple[str, ...] = ()
+    prepared_with: Any = None
     needs: str = "preference"
+    score_prompt: bool = False
     whole_batch: bool = False
     sync: tuple[float, int] | None = None
+    others: Mapping[str, tuple[Model, Any]] = dataclasses.field(default_factory=dict)
 
 
 class UserError(Exception):

@@ -44,8 +44,8 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def enter(config: ConfigDict, workdir: str | Path) -> list[str]:
-    """Make the workdir this config's, or check that it already is.
+def check(config: ConfigDict, workdir: str | Path) -> list[str]:
+    """Whether a run with this config may go on in the workdir, if there is one in it.
 
     Returns:
         Lines about settings that differ from the run before and may.
@@ -54,19 +54,23 @@ def enter(config: ConfigDict, workdir: str | Path) -> list[str]:
         UserError: the workdir belongs to a run whose config differs in what may not differ.
     """
     path = Path(workdir) / CONFIG
-    notes = []
-    if path.exists():
-        before, now = flat(read_config(workdir)), flat(json.loads(json.dumps(config.to_dict())))
-        changed = {key: (before.get(key), now.get(key)) for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
-        refused = sorted(key for key in changed if not any(key == free or key.startswith(free + ".") for free in MAY_DIFFER))
-        if refused:
-            what = "; ".join(f"config.{key} was {changed[key][0]!r} and is {changed[key][1]!r}" for key in refused)
-            raise UserError(f"{workdir} belongs to a run with another config: {what}. Use another --workdir, or the settings of that run")
-        notes = [f"config.{key} was {changed[key][0]!r} and is now {changed[key][1]!r}" for key in sorted(changed)]
+    if Path(workdir).exists() and not Path(workdir).is_dir():
+        raise UserError(f"--workdir {workdir} is a file; name a folder, new or of an earlier run")
+    if not path.exists():
+        return []
+    before, now = flat(read_config(workdir)), flat(json.loads(json.dumps(config.to_dict())))
+    changed = {key: (before.get(key), now.get(key)) for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
+    refused = sorted(key for key in changed if not any(key == free or key.startswith(free + ".") for free in MAY_DIFFER))
+    if refused:
+        what = "; ".join(f"config.{key} was {changed[key][0]!r} and is {changed[key][1]!r}" for key in refused)
+        raise UserError(f"{workdir} belongs to a run with another config: {what}. Use another --workdir, or the settings of that run")
+    return [f"config.{key} was {changed[key][0]!r} and is now {changed[key][1]!r}" for key in sorted(changed)]
+
+
+def record(config: ConfigDict, workdir: str | Path) -> None:
+    """Make the workdir this config's; process 0 writes."""
     if jax.process_index() == 0:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
-        write_json(path, config.to_dict())
-    return notes
+        write_json(Path(workdir) / CONFIG, config.to_dict())
 
 
 def read_config(workdir: str | Path) -> dict[str, Any]:
@@ -102,7 +106,7 @@ def restore_params(workdir: str | Path, step: int | None = None) -> tuple[Model,
         leaves |= lora.constants(adapters)
     missing = flatten(convert.abstract_params(model)).keys() - leaves.keys()
     if missing:  # frozen: read again as they stand on disk, so that they are exported unchanged
-        original, disk = convert.open_model(config["model"]["path"], config["model"]["revision"])
+        original, disk = convert.open_model(config["model"]["path"], config["model"]["revision"], model.has_score_head)
         check_source(workdir, original, convert.fingerprint(disk))
         leaves |= flatten(convert.load_params(original, disk, dtype=None, only=missing.__contains__))
     return model, lora.merge(unflatten(leaves)), step
@@ -149,7 +153,8 @@ def check_source(workdir: str | Path, model: Model, fingerprint: str, adapters: 
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a whole file or none."""
+    """Whole or not at all, also when the process is killed meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
     os.replace(temporary, path)

@@ -125,7 +125,8 @@ def main() -> None:
             print(f"\n{dtype}, {options.rounds} rounds")
             print(f"{'side':26} {'s/step':>8} {'TRL/side':>9} {'torch/side':>11} {'peak MiB':>9} {'net MiB':>8}")
             for name, row in rows.items():
-                print(f"{name:26} {row['seconds']:8.3f} {row['trl_ratio']:9.2f} {row['torch_ratio']:11.2f} {row['peak']:9.0f} {row['net']:8.0f}")
+                ratios = f"{row['seconds']:8.3f} {row['trl_ratio']:9.2f} {row['torch_ratio']:11.2f}"
+                print(f"{name:26} {ratios} {row['peak']:9.0f} {row['net']:8.0f}", flush=True)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1))
 

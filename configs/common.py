@@ -13,6 +13,7 @@ def data_source() -> ConfigDict:
             path="",  # local .json, .jsonl, .parquet, a folder of them, or a Hub dataset id; "" means none
             split="train",  # split of a Hub dataset
             subset=placeholder(str),  # configuration name of a Hub dataset
+            sample_by="paragraph",  # of .txt files: a document is a "line", a "paragraph" (blank lines between) or the whole "document"
             formatter="auto",  # how a row becomes a sample; "auto" goes by the columns (aligner/data/formatters.py)
             image_folder="",  # images named in the rows are looked up here; "" is the folder of the file
             size=placeholder(int),  # use only the first rows
@@ -21,12 +22,150 @@ def data_source() -> ConfigDict:
 
 
 def dpo() -> ConfigDict:
-    """config.algorithm for direct preference optimisation."""
+    """config.algorithm for direct preference optimisation and its kin, on pairs."""
     return ConfigDict(
         dict(
             name="dpo",
             beta=0.1,  # strength of the pull towards the reference
-            label_smoothing=0.0,  # probability that a label is wrong (conservative DPO)
+            # one loss or several: sigmoid, hinge, ipo (scores per token, as TRL), ipo_sum (scores summed), exo_pair, nca_pair, robust,
+            # bco_pair (no reward shift), bco (shift: running mean of rewards), sppo_hard, aot, aot_unpaired, apo_zero, apo_down,
+            # discopop, sigmoid_norm (scores per token), sft (negative log-likelihood of the chosen)
+            loss_type=("sigmoid",),
+            loss_weights=(),  # one number a loss; () weighs all 1
+            label_smoothing=0.0,  # probability that a label is wrong; used by sigmoid, sigmoid_norm (not in TRL), exo_pair, robust, aot
+            f_divergence_type="reverse_kl",  # or forward_kl, js_divergence, alpha_divergence
+            f_alpha_divergence_coef=0.5,  # of alpha_divergence
+            discopop_tau=0.05,  # temperature of discopop's blend
+            ld_alpha=placeholder(float),  # LD-DPO: weight in [0, 1] of tokens beyond the shorter answer's length; None is off
+            use_weighting=False,  # WPO: weigh pairs by how likely the policy itself is to write them
+            sync_ref_model=False,  # TR-DPO: move the reference towards the policy; needs config.reference.kind="copy"
+            ref_model_mixup_alpha=0.6,  # reference <- a * policy + (1 - a) * reference
+            ref_model_sync_steps=512,  # every so many steps
+        )
+    )
+
+
+def dpo_ranked() -> ConfigDict:
+    """config.algorithm for DPO on rankings of several answers (Plackett-Luce)."""
+    return ConfigDict(
+        dict(
+            name="dpo_ranked",
+            beta=0.1,  # strength of the pull towards the reference
+            answers=4,  # the most answers that a row has
+        )
+    )
+
+
+def kto() -> ConfigDict:
+    """config.algorithm for single answers labelled good or bad."""
+    return ConfigDict(
+        dict(
+            name="kto",
+            loss_type="kto",  # kto; apo_zero_unpaired (reference point 0); bco (classifier with the running mean of rewards as its shift)
+            beta=0.1,  # strength of the pull towards the reference
+            desirable_weight=1.0,  # of good answers; with n good and m bad ones, KTO wants weight * n / m in [1, 1.33]
+            undesirable_weight=1.0,  # of bad answers
+        )
+    )
+
+
+def orpo() -> ConfigDict:
+    """config.algorithm for ORPO."""
+    return ConfigDict(
+        dict(
+            name="orpo",
+            beta=0.1,  # weight of the odds ratio (lambda in the paper)
+            nll_over="prompt_and_completion",  # tokens of the supervised term: as TRL, or "completion" alone
+        )
+    )
+
+
+def cpo() -> ConfigDict:
+    """config.algorithm for CPO, TRL's defaults."""
+    return ConfigDict(
+        dict(
+            name="cpo",
+            loss_type="sigmoid",  # sigmoid, hinge: log-probabilities summed; ipo, simpo: averaged per token
+            beta=0.1,
+            label_smoothing=0.0,  # probability that a label is wrong; sigmoid and simpo
+            cpo_alpha=1.0,  # weight of the negative log-likelihood per token of the chosen answers
+            simpo_gamma=0.5,  # simpo: margin of rewards, subtracted after beta
+            alpha=0.0,  # AlphaPO: reward (1 - p^-alpha) / alpha; 0 is log p
+        )
+    )
+
+
+def simpo() -> ConfigDict:
+    """config.algorithm for SimPO as its paper has it, without the likelihood of the chosen; beta and gamma are TRL's defaults."""
+    config = cpo()
+    config.update(dict(loss_type="simpo", cpo_alpha=0.0))
+    return config
+
+
+def alphapo() -> ConfigDict:
+    """config.algorithm for AlphaPO: SimPO with another reward."""
+    config = simpo()
+    config.alpha = 0.25
+    return config
+
+
+def sso() -> ConfigDict:
+    """config.algorithm for SSO's two-sided loss."""
+    return ConfigDict(
+        dict(
+            name="sso",
+            beta=0.1,  # strength of the pull towards the reference
+            label_smoothing=0.0,  # probability that a label is wrong
+            gamma=0.1,  # weight of log p per token of the preferred answers
+        )
+    )
+
+
+def sft() -> ConfigDict:
+    """config.algorithm for supervised fine-tuning; with name="cpt" for continued pre-training on running text."""
+    return ConfigDict(
+        dict(
+            name="sft",  # sft: conversations, prompts with completions; cpt: documents, cut into full rows of data.max_length
+            loss_type="nll",  # nll: cross-entropy; dft: each token's weighted by its own probability (arXiv 2508.05629)
+            neftune_noise_alpha=0.0,  # uniform noise of +-alpha / sqrt(length * width) on the embeddings while training (NEFTune)
+            z_loss=0.0,  # weight of the mean squared log-sum-exp of the logits, which keeps them from drifting
+        )
+    )
+
+
+def reward() -> ConfigDict:
+    """config.algorithm for a reward model: a score head on the model, fresh where the checkpoint has none."""
+    return ConfigDict(
+        dict(
+            name="reward",
+            loss_type="bradley_terry",  # bradley_terry: pairs, with their `margin` where rows have one; plackett_luce: ranked lists;
+            # mse: answers with `scores`
+            answers=2,  # the most answers that a row has; pairs have two
+            center_rewards_coefficient=0.0,  # weight of (sum of a group's rewards)^2, which keeps them around zero; TRL recommends 0.01
+            regularization=0.0,  # weight of the mean square of all rewards; align-anything's is 0.001
+        )
+    )
+
+
+def cost() -> ConfigDict:
+    """config.algorithm for a cost model (Safe RLHF): `chosen` is the safer answer, the sign says whether an answer is safe."""
+    return ConfigDict(
+        dict(
+            name="cost",
+            scale=1.0,  # weight of the sign of both answers against their order
+            regularization=0.001,  # weight of the mean square of all costs
+        )
+    )
+
+
+def distillation() -> ConfigDict:
+    """config.algorithm for following a teacher's next-token distributions on given answers."""
+    return ConfigDict(
+        dict(
+            name="distillation",
+            teacher="",  # checkpoint folder or Hub id, of the same vocabulary; "{workdir}" stands for the working directory
+            beta=0.5,  # 0: forward KL(teacher || student); 1: reverse KL(student || teacher); between: generalised Jensen-Shannon
+            temperature=1.0,  # all logits are divided by it
         )
     )
 
@@ -52,8 +191,12 @@ def base() -> ConfigDict:
     config.data = ConfigDict()
     config.data.train = data_source()
     config.data.eval = data_source()
+    config.data.evals = ConfigDict()  # more evaluation sets, NAME = data_source(); reported apart under "dataset": NAME
     config.data.max_length = 1024  # tokens of prompt + longer answer; longer examples are dropped and counted, never cut
     config.data.batch_size = 8  # examples per optimizer step on all devices; a pair is one
+    config.data.packing = False  # put several examples into a row; batch_size then counts rows. Changes speed, not what is learned from one
+    config.data.packed_length = placeholder(int)  # columns of a packed row; None: max_length, or the longest pair if that is longer
+    config.data.loss_on = "assistant"  # of conversations: assistant (all its turns), last (its last turn), all (every token)
     config.data.shared_prompt = True  # compute the prompt once for all its answers; the result is the same, only faster
     config.data.shuffle = True  # a new order every epoch, a function of `seed`
     config.data.max_bad_fraction = 0.05  # stop when more rows than this are broken, unreadable or too long

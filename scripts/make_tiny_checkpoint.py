@@ -480,6 +480,21 @@ def setup_llava_demo(config) -> None:
         print(f"made {' and '.join(made)} (from code, seed {config.seed})", flush=True)
 
 
+def setup_text_demo(config) -> None:
+    """The same in words alone: a small Llama, and the demo set of `scripts.text_demo` in the folder of `data.train.path`."""
+    from scripts.text_demo import make_text
+
+    made, folder = [], Path(config.data.train.path).parent
+    if not Path(config.model.path).exists():
+        make_llama(config.model.path, seed=config.seed)
+        made.append(f"a small Llama in {config.model.path}")
+    if folder.name == "data" and not folder.exists():
+        make_text(folder, seed=config.seed)
+        made.append(f"the demo texts in {folder}")
+    if made:
+        print(f"made {' and '.join(made)} (from code, seed {config.seed})", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="new folder for the checkpoint")

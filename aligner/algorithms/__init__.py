@@ -1,20 +1,23 @@
 """Algorithms by name. Each is one file with `make(config, model) -> Algorithm`."""
 
-import difflib
+import importlib
 
 from ml_collections import ConfigDict
 
+from aligner.algorithms.checks import check_choice
 from aligner.types import Algorithm, Model, UserError
+
+# name -> file of this folder
+FILES = {name: name for name in ("dpo", "dpo_ranked", "kto", "orpo", "cpo", "sso", "reward", "cost", "distillation", "sft")}
+FILES |= {"cpt": "sft"}
+
+SCORING = ("reward", "cost")  # these train a score head, fresh where the checkpoint has none
 
 
 def make(config: ConfigDict, model: Model) -> Algorithm:
     """The algorithm that `config.algorithm.name` names."""
-    from aligner.algorithms import dpo
-
-    makers = {"dpo": dpo.make}
     name = config.algorithm.name
-    if name not in makers:
-        near = difflib.get_close_matches(str(name), makers, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"config.algorithm.name {name!r} is not an algorithm{hint} (known: {', '.join(sorted(makers))})")
-    return makers[name](config, model)
+    check_choice("algorithm.name", name, FILES)
+    if model.has_score_head and name not in SCORING:
+        raise UserError(f"config.model.path {config.model.path} has a score head, but {name!r} trains a language model")
+    return importlib.import_module(f"aligner.algorithms.{FILES[name]}").make(config, model)

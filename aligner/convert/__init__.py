@@ -6,7 +6,7 @@ three together.
 
 from aligner.convert.assets import Assets
 from aligner.convert.disk import Checkpoint, fingerprint, open_checkpoint
-from aligner.convert.hf import abstract_params, load, load_params, model_from_folder, open_model, save
+from aligner.convert.hf import abstract_params, find_folder, load, load_params, model_from_folder, open_model, save
 
-__all__ = ["Assets", "Checkpoint", "abstract_params", "fingerprint", "load", "load_params", "model_from_folder", "open_checkpoint",
-           "open_model", "save"]  # fmt: skip
+__all__ = ["Assets", "Checkpoint", "abstract_params", "find_folder", "fingerprint", "load", "load_params", "model_from_folder",
+           "open_checkpoint", "open_model", "save"]  # fmt: skip

@@ -42,10 +42,12 @@ class Assets:
     Attributes:
         folder: where they are.
         dtypes: Hugging Face name -> dtype of the tensors whose dtype on disk is not the model's `source_dtype`.
+        config_changes: what config.json shall say otherwise than in the folder, where a model was given another head.
     """
 
     folder: Path
     dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    config_changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def files(self) -> list[Path]:
@@ -55,7 +57,7 @@ class Assets:
 
     @functools.cached_property
     def config_dict(self) -> dict[str, Any]:
-        """config.json as it stands on disk. Raises UserError when it is missing or no JSON object."""
+        """config.json with its changes. Raises UserError when it is missing or no JSON object."""
         path = self.folder / "config.json"
         try:
             config = json.loads(path.read_text())
@@ -65,7 +67,7 @@ class Assets:
             raise UserError(f"{path} is no valid JSON ({error}); fetch it again.") from None
         if not isinstance(config, dict):
             raise UserError(f"{path} holds a {type(config).__name__} where a JSON object is needed.")
-        return config
+        return {**config, **self.config_changes}
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -84,11 +86,13 @@ class Assets:
         return self._pretrained(AutoProcessor, "processor")
 
     def copy_to(self, folder: str | Path) -> None:
-        """Copy the companion files, byte for byte."""
+        """Copy the companion files, byte for byte; only a changed config is written anew."""
         for file in self.files:
             target = Path(folder) / file
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.folder / file, target)
+        if self.config_changes:
+            (Path(folder) / "config.json").write_text(json.dumps(self.config_dict, indent=2) + "\n")
 
     def _pretrained(self, auto: Any, what: str) -> Any:
         try:

@@ -29,6 +29,8 @@ from aligner.types import Conversion, Model, Params, UserError
 # What a parameter may be stored as; anything else is a quantised checkpoint.
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
+_SCORED = "ForSequenceClassification"  # how the names of Hugging Face's classes with a score head end
+
 _HUB_FILES = ("*.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.jinja")
 _THREADS = 8  # tensors of a stack that are read side by side; bounds the memory for those in flight
 
@@ -57,12 +59,13 @@ def load(path: str | Path, dtype: Any = "float32", mesh: Any = None, revision: s
     return model, load_params(model, checkpoint, dtype, shardings)
 
 
-def open_model(path: str | Path, revision: str | None = None) -> tuple[Model, Checkpoint]:
+def open_model(path: str | Path, revision: str | None = None, score_head: bool = False) -> tuple[Model, Checkpoint]:
     """A checkpoint's model and its weights by their headers; no weights are read.
 
     Args:
         path: local folder or Hub id, which is fetched into the Hub's cache.
         revision: Hub revision.
+        score_head: give a language model a fresh score head instead of its own; a `*ForSequenceClassification` folder has one anyway.
 
     Returns:
         (model with `assets` and `source_dtype`, checkpoint).
@@ -72,23 +75,24 @@ def open_model(path: str | Path, revision: str | None = None) -> tuple[Model, Ch
             tensors that do not fit the config; those are listed all at once.
     """
     folder = find_folder(path, revision)
-    model = model_from_folder(folder)
+    model = model_from_folder(folder, score_head)
     checkpoint = disk.open_checkpoint(folder)
     entries = table(model.conversion, abstract_params(model))
     stored = match(model, entries, checkpoint)
-    headers = {name: checkpoint.tensors[stored[name]] for name in by_tensor(entries)}
+    headers = {name: checkpoint.tensors[stored[name]] for name in by_tensor(entries) if name in stored}
     sizes = Counter()
     for header in headers.values():
         sizes[header.dtype] += header.nbytes
     [(source_dtype, _)] = sizes.most_common(1)
     others = {name: header.dtype for name, header in headers.items() if header.dtype != source_dtype}
-    return dataclasses.replace(model, assets=Assets(folder, others), source_dtype=source_dtype), checkpoint
+    return dataclasses.replace(model, assets=dataclasses.replace(model.assets, dtypes=others), source_dtype=source_dtype), checkpoint
 
 
-def model_from_folder(folder: str | Path) -> Model:
+def model_from_folder(folder: str | Path, score_head: bool = False) -> Model:
     """The model that a folder's config.json describes, with the folder as `assets`; there need not be weights.
 
-    `source_dtype` is what the config says, float32 where it says nothing.
+    `source_dtype` is what the config says, float32 where it says nothing. With `score_head` a language model gets a score head that need
+    not be stored, and its config says so from then on (a `*ForSequenceClassification` with one label, as `transformers` reads it).
 
     Raises:
         UserError: no config.json, or one that is not supported or that transformers cannot read.
@@ -111,8 +115,26 @@ def model_from_folder(folder: str | Path) -> Model:
         normalised = AutoConfig.from_pretrained(assets.folder)
     except Exception as error:  # transformers raises whatever its validators do
         raise UserError(f"{path} cannot be read by transformers: {disk.first_line(error)}") from error
+    scored = any(str(name).endswith(_SCORED) for name in config.get("architectures") or ())
+    if scored and normalised.num_labels != 1:
+        raise UserError(f"{path} describes a classifier of {normalised.num_labels} labels; a reward or cost model has one score.")
+    model = from_hf(normalised, score_head or scored)
+    if score_head and not scored:
+        assets = dataclasses.replace(assets, config_changes=_scored_config(normalised))
+        model = dataclasses.replace(model, conversion=dataclasses.replace(model.conversion, fresh=("score.weight",)))
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    return dataclasses.replace(from_hf(normalised), assets=assets, source_dtype=dtype if dtype in FLOATS else "float32")
+    return dataclasses.replace(model, assets=assets, source_dtype=dtype if dtype in FLOATS else "float32")
+
+
+def _scored_config(config: Any) -> dict[str, Any]:
+    """What config.json says otherwise once a language model has a score head instead of its own."""
+    architecture = type(config).__name__.removesuffix("Config") + _SCORED
+    changes = {"architectures": [architecture], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    pad, end = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
+    if pad is not None and pad in (end if isinstance(end, list) else [end]):
+        # transformers scores the last token that is not padding: without this, the one before the EOS
+        changes["pad_token_id"] = None
+    return changes
 
 
 def load_params(
@@ -155,15 +177,21 @@ def load_params(
     def read(name, index):
         return checkpoint.read(stored[name], index)
 
+    def is_fresh(entry):
+        return entry.names.item(0) not in stored
+
     leaves: dict[str, jax.Array] = {}
     before = None
     with ThreadPoolExecutor(_THREADS) as pool:
-        for entry in bar(entries, "loading", progress):
+        for entry in bar([entry for entry in entries if not is_fresh(entry)], "loading", progress):
             get = functools.partial(read_leaf, entry, read=read, dtype=dtypes[entry.path], map=pool.map)
             leaf = _place(entry.shape, places.get(entry.path), get)
             leaf = finish(entry.path, leaf) if finish else leaf
             jax.block_until_ready(before)
             leaves[entry.path] = before = leaf
+    for entry in filter(is_fresh, entries):  # the compiler drops what `init` makes besides
+        make = lambda key, path=entry.path: flatten(model.init(key))[path].astype(dtypes[path])
+        leaves[entry.path] = jax.jit(make, out_shardings=places.get(entry.path))(jax.random.key(0))
     return unflatten(leaves)
 
 
@@ -241,6 +269,8 @@ def match(model: Model, entries: list[Entry], checkpoint: Checkpoint) -> dict[st
             stored.setdefault(other, stored[name])  # some writers keep the head and drop the embedding
     for name, shape in shapes.items():
         if name not in stored:
+            if name in conversion.fresh:
+                continue
             is_head = name.endswith("lm_head.weight")
             problems["missing"][name] = " (if it is the embedding, set tie_word_embeddings to true in config.json)" if is_head else ""
             continue
@@ -282,8 +312,10 @@ def abstract_params(model: Model) -> Params:
     return jax.eval_shape(model.init, jax.random.key(0))
 
 
-def find_folder(path: str | Path, revision: str | None = None) -> Path:
+def find_folder(path: str | Path, revision: str | None = None, weights: bool = True) -> Path:
     """A local folder as it is, or a Hub id fetched into the Hub's cache (weights as safetensors; old Flax ones where there are none).
+
+    `weights=False` fetches the small files alone.
 
     Raises:
         UserError: neither exists.
@@ -301,9 +333,9 @@ def find_folder(path: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        for weights in ("model*.safetensors", "flax_model*.msgpack"):
-            fetched = Path(snapshot_download(str(path), revision=revision, allow_patterns=[*_HUB_FILES, weights]))
-            if any(fetched.glob(weights)):
+        for pattern in ("model*.safetensors", "flax_model*.msgpack") if weights else (_HUB_FILES[0],):
+            fetched = Path(snapshot_download(str(path), revision=revision, allow_patterns=[*_HUB_FILES, pattern]))
+            if any(fetched.glob(pattern)):
                 break
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"there is no folder {path}{hint}, and the Hub did not give it: {disk.first_line(error)}") from error
@@ -327,8 +359,8 @@ def _place(shape: tuple[int, ...], sharding: Any, get: Callable[..., np.ndarray]
 def _leaf_dtype(entry: Entry, dtype: Any, checkpoint: Checkpoint, stored: Mapping[str, str]) -> np.dtype:
     want = dtype(entry.path) if callable(dtype) and not isinstance(dtype, type) else dtype
     if want is None:
-        found = {checkpoint.tensors[stored[name]].dtype for _, name in entry.tensors()}
-        want = functools.reduce(jnp.promote_types, (np.dtype(name) for name in sorted(found)))
+        found = {checkpoint.tensors[stored[name]].dtype for _, name in entry.tensors() if name in stored}
+        want = functools.reduce(jnp.promote_types, (np.dtype(name) for name in sorted(found))) if found else np.dtype("float32")
     name = _name(want)
     if name not in FLOATS:
         raise UserError(f"parameters cannot be loaded as dtype {want!r}; choose one of {', '.join(FLOATS)}.")

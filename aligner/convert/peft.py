@@ -8,6 +8,7 @@ a layer without an adapter has scale 0, one of lower rank is filled up with zero
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -84,6 +85,13 @@ def find(path: str | Path) -> Path:
         return Path(snapshot_download(str(path), allow_patterns=[CONFIG, WEIGHTS]))
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"there is no adapter folder {path}, and the Hub did not give it: {disk.first_line(error)}") from error
+
+
+def fingerprint(path: str) -> str:
+    """A short name for an adapter's content; "" for none."""
+    if not path:
+        return ""
+    return hashlib.sha256(b"".join((find(path) / name).read_bytes() for name in (CONFIG, WEIGHTS))).hexdigest()[:16]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from aligner.data import media, sources, templates
 from aligner.data.samples import Bad
 from aligner.types import Model, UserError
 
-_VERSION = 1  # counts up when what a census says of the same rows changes
+_VERSION = 2  # counts up when what a census says of the same rows changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Census:
 
     Attributes:
         row_ids: [N] int64, the kept rows.
-        sizes: [N,5] int64: prompt tokens, tokens of all answers, answers, images, and 1 where every answer trains EOS.
+        sizes: [N,6] int64: prompt tokens, tokens of all answers, how many of them are scored, answers, images, and 1 where every answer
+            ends with EOS.
         dropped: reason -> (count, up to three row numbers).
         details: reason -> what was wrong with its first row.
         fingerprint: sha256 over row numbers, token ids, image bytes, image-processor settings and the chat template.
@@ -48,7 +49,7 @@ def take_census(
     encode: Callable[[int], templates.Encoded],
     rows: sources.Rows,
     model: Model,
-    max_length: int,
+    max_length: int | None,
     name: str,
     *,
     key: Any = None,
@@ -62,7 +63,7 @@ def take_census(
         encode: row number -> tokens, or Bad.
         rows: the source.
         model: its tokenizer and image processor stand in the fingerprint.
-        max_length: tokens of prompt + longest answer; longer rows are dropped.
+        max_length: tokens of prompt + longest answer; longer rows are dropped. None keeps any length.
         name: config section, for messages and the file name.
         key: whatever else decides the outcome (formatter, kind of sample); part of the name under which the result is kept.
         cache_dir: None keeps nothing.
@@ -94,18 +95,21 @@ def take_census(
     return census
 
 
-def _look(index: int, encoded: templates.Encoded, rows: sources.Rows, model: Model, max_length: int) -> tuple[list[int], bytes]:
+def _look(index: int, encoded: templates.Encoded, rows: sources.Rows, model: Model, max_length: int | None) -> tuple[list[int], bytes]:
     """(a row of `sizes`, digest)."""
     lengths = [len(answer) for answer in encoded.answers]
-    if len(encoded.prompt) + max(lengths) > max_length:
-        raise Bad("too long", f"{len(encoded.prompt) + max(lengths)} tokens, config.data.max_length is {max_length}")
+    longest = len(encoded.prompt) + max(lengths)
+    if max_length is not None and longest > max_length:
+        raise Bad("too long", f"{longest} tokens, config.data.max_length is {max_length}")
     digest = hashlib.sha256(np.int64([index, len(encoded.prompt), *lengths]).tobytes())
-    for tokens in (encoded.prompt, *encoded.answers):
-        digest.update(tokens.tobytes())
+    for array in (encoded.prompt, *encoded.answers, *(encoded.scored or ())):
+        digest.update(array.tobytes())
+    digest.update(json.dumps(encoded.values, sort_keys=True, default=str).encode())
     for image in encoded.images:
         digest.update(media.check_image(image, rows.folder))
+    scored = sum(lengths) if encoded.scored is None else sum(int(mask.sum()) for mask in encoded.scored)
     eos = templates.ends_with_eos(encoded, model.assets.tokenizer)
-    return [len(encoded.prompt), sum(lengths), len(lengths), len(encoded.images), int(eos)], digest.digest()
+    return [len(encoded.prompt), sum(lengths), scored, len(lengths), len(encoded.images), int(eos)], digest.digest()
 
 
 def _count(look: Callable, total: int, start: str, name: str, workers: int, progress: bool | None) -> Census:
@@ -129,7 +133,7 @@ def _count(look: Callable, total: int, start: str, name: str, workers: int, prog
                     sizes.append(found[0])
                     digest.update(found[1])
                 bar.update()
-    return Census(np.array(row_ids, np.int64), np.array(sizes, np.int64).reshape(-1, 5), dropped, details, digest.hexdigest())
+    return Census(np.array(row_ids, np.int64), np.array(sizes, np.int64).reshape(-1, 6), dropped, details, digest.hexdigest())
 
 
 def _shows(progress: bool | None) -> bool:
@@ -157,16 +161,15 @@ def check_census(census: Census, rows: sources.Rows, name: str, max_bad_fraction
     raise UserError(f"config.{name}: {bad} of {len(rows)} rows of {rows.description} cannot be used, {rule}: {reasons}.")
 
 
-def describe(census: Census, rows: sources.Rows, name: str, formatter: str, shape: tuple[int, int, int], eos: str) -> Iterator[str]:
+def describe(census: Census, rows: sources.Rows, name: str, formatter: str, eos: str) -> Iterator[str]:
     """Lines that say what was read, what was dropped and how long examples are."""
     kept = len(census.row_ids)
     yield f"{name}: {rows.description}, formatter {formatter}: {kept} of {len(rows)} rows kept"
     for line in _reasons(census):
         yield f"  dropped, {line}"
-    prompt, scored, answers, images, ends = census.sizes.T
+    prompt, _, scored, answers, images, ends = census.sizes.T
     yield f"  prompt {int(np.median(prompt))} tokens (longest {prompt.max()}), an answer {scored.sum() / answers.sum():.0f} on average"
-    yield f"  every row: T={shape[0]} columns, S={shape[1]} scored positions, I={shape[2]} images"
-    if shape[2] and not images.all():
+    if images.any() and not images.all():
         yield f"  {int((images == 0).sum())} rows without an image"
     if not ends.all():
         yield f"  {kept - int(ends.sum())} rows where the chat template ends an answer without {eos}: they do not train where to stop"

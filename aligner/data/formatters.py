@@ -2,7 +2,7 @@
 
 A formatter is a function row -> sample. Add one with
 
-    @formatter("my_dataset", needs=("question", "good", "bad"))
+    @formatter("my_dataset", needs=("question", "good", "bad"), makes=Preference)
     def my_dataset(row):
         return Preference([user(row["question"])], [assistant(row["good"])], [assistant(row["bad"])])
 
@@ -16,7 +16,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from aligner.data.samples import Bad, Preference, Ranked, is_conversation, parts_of
+from aligner.data.samples import Bad, Document, Preference, Ranked, Supervised, Unpaired, is_conversation, parts_of
 from aligner.types import UserError
 
 Formatter = Callable[[dict[str, Any]], Any]
@@ -29,26 +29,29 @@ _ROLES = {
     "tool": "tool", "observation": "tool", "function": "tool",
 }  # fmt: skip
 
-_FORMATTERS: dict[str, tuple[tuple[str, ...], Formatter]] = {}
+_FORMATTERS: dict[str, tuple[tuple[str, ...], type, Formatter]] = {}
+
+PAIRS = (Preference, Ranked)
 
 
-def formatter(name: str, needs: tuple[str, ...]) -> Callable[[Formatter], Formatter]:
-    """Register a formatter under `name`; `auto` takes it for rows that have the columns `needs`."""
+def formatter(name: str, needs: tuple[str, ...], makes: type = Preference) -> Callable[[Formatter], Formatter]:
+    """Register a formatter under `name`; `auto` takes it for rows that have the columns `needs` where samples of type `makes` will do."""
 
     def register(function: Formatter) -> Formatter:
-        _FORMATTERS[name] = (needs, function)
+        _FORMATTERS[name] = (needs, makes, function)
         return function
 
     return register
 
 
-def find_formatter(name: str, columns: list[str], where: str) -> tuple[str, Formatter]:
+def find_formatter(name: str, columns: list[str], where: str, takes: tuple[type, ...] = PAIRS) -> tuple[str, Formatter]:
     """The formatter for rows with these columns.
 
     Args:
         name: a registered name, "auto" (of those whose columns are all there, the one that needs the most), or "package.module:function".
         columns: found in the dataset.
         where: the config section, for errors.
+        takes: the types of samples that will do, the best first.
 
     Returns:
         (name, function from row to sample). The function raises Bad for a row that it cannot use.
@@ -59,17 +62,26 @@ def find_formatter(name: str, columns: list[str], where: str) -> tuple[str, Form
         near = difflib.get_close_matches(name, _FORMATTERS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(f"config.{where}.formatter: there is no {name!r}; {hint}known are auto, {', '.join(sorted(_FORMATTERS))}.")
-    candidates = _FORMATTERS if name == "auto" else {name: _FORMATTERS[name]}
-    fitting = {key: needs for key, (needs, _) in candidates.items() if set(needs) <= set(columns)}
+    if name == "auto":
+        candidates = {key: found for key, found in _FORMATTERS.items() if found[1] in takes}
+    else:
+        candidates = {name: _FORMATTERS[name]}
+        if candidates[name][1] not in takes:
+            raise UserError(
+                f"config.{where}.formatter {name!r} makes samples of type {candidates[name][1].__name__}, but config.algorithm takes "
+                f"{' or '.join(kind.__name__ for kind in takes)}; formatters for it are "
+                f"{', '.join(sorted(key for key, found in _FORMATTERS.items() if found[1] in takes))}."
+            )
+    fitting = {key: (len(needs), -takes.index(makes)) for key, (needs, makes, _) in candidates.items() if set(needs) <= set(columns)}
     if not fitting:
         ranked = sorted(candidates.items(), key=lambda item: len(set(item[1][0]) - set(columns)) - len(set(item[1][0]) & set(columns)))
-        needed = "; ".join(f"{key!r} needs {', '.join(needs)}" for key, (needs, _) in ranked[:3])
+        needed = "; ".join(f"{key!r} needs {', '.join(needs)}" for key, (needs, *_) in ranked[:3])
         raise UserError(
             f"config.{where}: the rows have the columns {', '.join(columns)}; {needed}. "
             f"Rename the columns, or set config.{where}.formatter to your own package.module:function."
         )
-    best = max(fitting, key=lambda key: len(fitting[key]))
-    return best, _guard(_FORMATTERS[best][1])
+    best = max(fitting, key=fitting.__getitem__)
+    return best, _guard(_FORMATTERS[best][2])
 
 
 def _import(name: str, where: str) -> Formatter:
@@ -205,7 +217,7 @@ def split_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-# --- the formatters --------------------------------------------------------------------------------------------------------------
+# --- pairs and rankings ----------------------------------------------------------------------------------------------------------
 
 
 @formatter("trl", needs=("chosen", "rejected"))
@@ -216,20 +228,21 @@ def trl(row: dict[str, Any]) -> Preference:
     and no such mark is a user's message: nothing else could hold the picture.
     """
     prompt, chosen, rejected, images = row.get("prompt"), row["chosen"], row["rejected"], images_in(row)
+    margin = float(row.get("margin") or 0)
     if chosen is None or rejected is None:
         raise Bad("missing column", "chosen or rejected is empty")
     if all(isinstance(text, str) for text in (chosen, rejected)) and (prompt is None or isinstance(prompt, str)):
         if prompt is None:
             prompt, chosen, rejected = split_prompt(chosen, rejected)
         if images and MARK not in prompt:
-            return Preference(place_images([user(prompt)], images), [assistant(chosen)], [assistant(rejected)])
-        return Preference(place_images(prompt, images), chosen, rejected)
+            return Preference(place_images([user(prompt)], images), [assistant(chosen)], [assistant(rejected)], margin)
+        return Preference(place_images(prompt, images), chosen, rejected, margin)
     chosen, rejected = messages_of(chosen), messages_of(rejected)
     if prompt is None or (isinstance(prompt, str) and chosen and chosen[0]["role"] != "assistant"):  # whole conversations
         prompt, chosen, rejected = split_prompt(chosen, rejected)
     else:
         prompt = messages_of(prompt, role="user")
-    return Preference(place_images(prompt, images), chosen, rejected)
+    return Preference(place_images(prompt, images), chosen, rejected, margin)
 
 
 @formatter("rlaif_v", needs=("image", "question", "chosen", "rejected"))
@@ -256,7 +269,7 @@ def sharegpt(row: dict[str, Any]) -> Preference:
     return Preference(prompt, messages_of(row["chosen"]), messages_of(row["rejected"]))
 
 
-@formatter("llava_ranked", needs=("conversations",))
+@formatter("llava_ranked", needs=("conversations",), makes=Ranked)
 def llava_ranked(row: dict[str, Any]) -> Ranked:
     """LLaVA conversations whose last answer is a list of answers, best first; `image` is a name or a list of names."""
     *turns, last = row["conversations"]
@@ -264,3 +277,118 @@ def llava_ranked(row: dict[str, Any]) -> Ranked:
     if isinstance(answers, str) or len(answers) < 2:
         raise Bad("no ranked answers", "the last message holds one answer; a list of at least two, best first, is needed")
     return Ranked(place_images(messages_of(turns), images_in(row)), tuple([assistant(answer)] for answer in answers))
+
+
+@formatter("safe_rlhf", needs=("prompt", "response_0", "response_1", "better_response_id"))
+def safe_rlhf(row: dict[str, Any]) -> Preference:
+    """PKU-SafeRLHF's keys: the more helpful of two responses is chosen."""
+    return _safe_rlhf(row, row["better_response_id"])
+
+
+@formatter("safe_rlhf_cost", needs=("prompt", "response_0", "response_1", "safer_response_id"))  # `auto` prefers the one above
+def safe_rlhf_cost(row: dict[str, Any]) -> Preference:
+    """PKU-SafeRLHF's keys for a cost model: the safer of two responses is chosen, and each says whether it is safe."""
+    return _safe_rlhf(row, row["safer_response_id"])
+
+
+def _safe_rlhf(row: dict[str, Any], chosen: int) -> Preference:
+    if chosen not in (0, 1):
+        raise Bad("unexpected value", f"the id of the chosen response is {chosen!r}, neither 0 nor 1")
+    order = (chosen, 1 - chosen)
+    safe = tuple(0 if row.get(f"is_response_{i}_safe") is None else 1 if row[f"is_response_{i}_safe"] else -1 for i in order)
+    answers = ([assistant(row[f"response_{i}"])] for i in order)
+    return Preference(place_images(messages_of(row["prompt"], role="user"), images_in(row)), *answers, safe=safe)
+
+
+@formatter("language_feedback", needs=("prompt", "response", "refinement"))
+def language_feedback(row: dict[str, Any]) -> Preference:
+    """A response and what it became after a critique: the refinement is preferred to the response."""
+    prompt = place_images(messages_of(row["prompt"], role="user"), images_in(row))
+    return Preference(prompt, messages_of(row["refinement"]), messages_of(row["response"]))
+
+
+@formatter("spin", needs=("real", "generated"))
+def spin(row: dict[str, Any]) -> Preference:
+    """Self-play pairs (SPIN, arXiv 2401.01335): `real` of the dataset is preferred to what the model `generated`."""
+    return trl({**row, "chosen": row["real"], "rejected": row["generated"]})
+
+
+# --- judged answers --------------------------------------------------------------------------------------------------------------
+
+
+@formatter("unpaired", needs=("prompt", "completion", "label"), makes=Unpaired)
+def unpaired(row: dict[str, Any]) -> Unpaired:
+    """TRL's unpaired preferences: `prompt, completion` as strings or messages, and a `label` that is true or false."""
+    sample = prompt_completion(row)
+    return Unpaired(sample.prompt, sample.conversation, row["label"])
+
+
+@formatter("labelled_messages", needs=("messages", "label"), makes=Unpaired)
+@formatter("labelled_conversations", needs=("conversations", "label"), makes=Unpaired)
+def labelled_messages(row: dict[str, Any]) -> Unpaired:
+    """A conversation whose last message, the assistant's, a `label` calls good (true) or bad (false)."""
+    conversation = _conversation(row)
+    if conversation[-1]["role"] != "assistant":
+        raise Bad("unexpected value", "the labelled conversation does not end with the assistant's message")
+    return Unpaired(conversation[:-1], conversation[-1:], row["label"])
+
+
+# --- what is imitated ------------------------------------------------------------------------------------------------------------
+
+
+@formatter("messages", needs=("messages",), makes=Supervised)
+@formatter("conversations", needs=("conversations",), makes=Supervised)
+def messages(row: dict[str, Any]) -> Supervised:
+    """Whole conversations: `messages` or ShareGPT's `conversations`, with `system` and images where there are any."""
+    return Supervised(_conversation(row))
+
+
+def _conversation(row: dict[str, Any]) -> list[dict[str, Any]]:
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    found = row["messages"] if row.get("messages") is not None else row["conversations"]
+    return place_images(system + messages_of(found), images_in(row))
+
+
+@formatter("prompt_completion", needs=("prompt", "completion"), makes=Supervised)
+def prompt_completion(row: dict[str, Any]) -> Supervised:
+    """TRL's `prompt, completion` as strings (plain text, no chat template) or messages."""
+    prompt, completion, images = row["prompt"], row["completion"], images_in(row)
+    if isinstance(prompt, str) and isinstance(completion, str):
+        if images and MARK not in prompt:
+            return Supervised([assistant(completion)], place_images([user(prompt)], images))
+        return Supervised(completion, place_images(prompt, images))
+    return Supervised(messages_of(completion), place_images(messages_of(prompt, role="user"), images))
+
+
+@formatter("prompt_response", needs=("prompt", "response"), makes=Supervised)
+def prompt_response(row: dict[str, Any]) -> Supervised:
+    """`prompt` and `response`, a user's and the assistant's message; with images where there are any."""
+    return Supervised(messages_of(row["response"]), place_images(messages_of(row["prompt"], role="user"), images_in(row)))
+
+
+@formatter("question_answer", needs=("question", "answer"), makes=Supervised)
+def question_answer(row: dict[str, Any]) -> Supervised:
+    """`question` and `answer`, as GSM8K has them; with images where there are any."""
+    return prompt_response({**row, "prompt": row["question"], "response": row["answer"]})
+
+
+@formatter("alpaca", needs=("instruction", "output"), makes=Supervised)
+def alpaca(row: dict[str, Any]) -> Supervised:
+    """Alpaca's keys: `instruction`, more of it in `input` where there is any, `output`; and `system`."""
+    text = row["instruction"] + ("\n" + row["input"] if row.get("input") else "")
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    return Supervised([assistant(row["output"])], place_images([*system, user(text)], images_in(row)))
+
+
+@formatter("aligner", needs=("question", "answer", "correction"), makes=Supervised)
+def aligner(row: dict[str, Any]) -> Supervised:
+    """Aligner's keys (arXiv 2402.02416): given a question and an answer to it, the correction is what is learned."""
+    pair = f"{row['question']} | {row['answer']}"
+    text = f"Edit the following Question-Answer pair to make it more helpful and harmless: {pair}"
+    return Supervised([assistant(row["correction"])], place_images([user(text)], images_in(row)))
+
+
+@formatter("text", needs=("text",), makes=Document)
+def text(row: dict[str, Any]) -> Document:
+    """Plain text in the column `text`: a document."""
+    return Document(place_images(row["text"], images_in(row)))

@@ -14,9 +14,10 @@ Row = dict[str, np.ndarray]
 
 def shape_of(encoded: Encoded, shared: bool = True) -> tuple[int, int, int]:
     """(T, S, I) that an example needs: columns, scored positions, images."""
-    scored = sum(len(answer) for answer in encoded.answers)
+    answers = sum(len(answer) for answer in encoded.answers)
+    scored = answers if encoded.scored is None else sum(int(mask.sum()) for mask in encoded.scored)
     prompts = 1 if shared else len(encoded.answers)
-    return prompts * len(encoded.prompt) + scored, scored, len(encoded.images)
+    return prompts * len(encoded.prompt) + answers, scored, len(encoded.images)
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -47,7 +48,15 @@ def pair_row(encoded: Encoded, T: int, S: int, I: int, media: Media | None = Non
 
 
 def lay_out(
-    examples: Sequence[Encoded], ids: Sequence[int], T: int, S: int, I: int, media: Media | None = None, shared: bool = True
+    examples: Sequence[Encoded],
+    ids: Sequence[int],
+    T: int,
+    S: int,
+    I: int,
+    media: Media | None = None,
+    shared: bool = True,
+    G: int | None = None,
+    last: bool = False,
 ) -> Row:
     """Lay examples one after another into a row.
 
@@ -56,25 +65,31 @@ def lay_out(
     is the same, and so is the result.
 
     Args:
-        examples: G of them.
+        examples: at most G of them.
         ids: their rows in the dataset.
         T, S, I: the sizes to fill; the caller has checked that the examples fit.
         media: the model's media; None for text.
         shared: whether the answers of an example share one copy of the prompt.
+        G: places for examples; default: as many as there are.
+        last: score one position an answer, its last token from the column where it stands, as reward heads do.
 
     Returns:
         Arrays as `empty_row` lists them; pixel_values are zeros, to be filled with the images in the order of the examples.
     """
-    row = empty_row(T, S, I, media, G=len(examples))
+    row = empty_row(T, S, I, media, G=len(examples) if G is None else G)
     column = slot = segment = image = 0
 
     def put(tokens: np.ndarray, position: int, role: int) -> int:
-        nonlocal column
+        nonlocal column, feature
         span = slice(column, column + len(tokens))
         row["tokens"][span] = tokens
         row["positions"][span] = position + np.arange(len(tokens))
         row["segment_ids"][span] = segment
         row["role"][span] = role
+        if example.images:
+            places = column + np.flatnonzero(tokens == media.placeholder)
+            row["media_index"][places] = feature + np.arange(len(places))
+            feature += len(places)
         column = span.stop
         return span.start
 
@@ -83,15 +98,18 @@ def lay_out(
         for role, answer in enumerate(example.answers, start=1):
             if role == 1 or not shared:
                 segment += 1
-                start = put(example.prompt, 0, role=0)
-                last = column - 1
-                if example.images:
-                    places = start + np.flatnonzero(example.prompt == media.placeholder)
-                    row["media_index"][places] = image * media.features + np.arange(len(places))
+                feature = image * media.features if example.images else 0
+                put(example.prompt, 0, role=0)
+                before = column - 1
             start = put(answer, len(example.prompt), role)
-            span = slice(slot, slot + len(answer))
-            row["score_from"][span] = np.concatenate([[last], np.arange(start, start + len(answer) - 1)])
-            row["score_token"][span] = answer
+            sources, targets = np.concatenate([[before], np.arange(start, column - 1)])[: len(answer)], answer
+            if last:
+                sources, targets = [column - 1], answer[-1:]
+            elif example.scored is not None:
+                sources, targets = sources[example.scored[role - 1]], answer[example.scored[role - 1]]
+            span = slice(slot, slot + len(targets))
+            row["score_from"][span] = sources
+            row["score_token"][span] = targets
             row["score_segment"][span] = number
             row["score_role"][span] = role
             slot = span.stop

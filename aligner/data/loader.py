@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import hashlib
 import math
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from aligner.data import formatters, layout, media, sources, templates
-from aligner.data.census import check_census, describe, source_code, take_census
-from aligner.data.samples import Bad, as_preference
+from aligner.data import formatters, layout, media, packing, samples, sources, turns
+from aligner.data.census import Census, check_census, describe, source_code, take_census
+from aligner.data.kinds import ENCODERS, Kind
+from aligner.data.samples import Bad, Preference, Ranked
+from aligner.data.templates import Encoded, image_token
 from aligner.types import Model, UserError
-
-ENCODERS = {"preference": lambda sample, model: templates.encode_preference(as_preference(sample), model.assets, model.media)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Rows that passed the census, and how to turn one into arrays.
+    """Rows that passed the census, and how to turn them into arrays.
 
     Attributes:
         name: the config section it came from, e.g. "data.train".
-        size: N, the number of kept rows.
-        row_ids: [N] int64, their numbers in the source, ascending; `example_id` in a batch is one of these.
+        size: rows of an epoch, as batches count them: one an example unless they are packed.
+        row_ids: [N] int64, numbers in the source of the kept rows, ascending; `example_id` in a batch is one of these.
         rows_total: number of rows of the source; columns computed per example have so many rows.
         dropped: reason -> (count, up to three row numbers).
         report: lines for people: what was read, dropped, and how long examples are.
         fingerprint: sha256 over row numbers, token ids, image bytes, image-processor settings and the chat template.
         shape: (T, S, I) of every batch: columns, scored positions, images of a row.
-        example: row number -> the arrays of its row (aligner.types.Batch without the leading B); -1 gives an empty row.
+        examples: G, places for examples in a row.
+        answers: R, the most answers that an example has.
+        fill: share of all columns that hold a token.
+        row: number below `size` -> the arrays of that row (aligner.types.Batch without the leading B); -1 gives an empty row.
         workers: threads that read ahead.
     """
 
@@ -43,7 +50,10 @@ class Dataset:
     report: tuple[str, ...]
     fingerprint: str
     shape: tuple[int, int, int]
-    example: Callable[[int], layout.Row]
+    examples: int
+    answers: int
+    fill: float
+    row: Callable[[int], layout.Row]
     workers: int = 8
 
 
@@ -53,68 +63,187 @@ def load_dataset(
     """Open `config.data[split]`, look at every row once, and say what will be trained on.
 
     Args:
-        config: the whole config; its `data` section is read.
-        split: "train" or "eval".
+        config: the whole config; its `data` section and `seed` are read.
+        split: "train", "eval", or "evals.NAME".
         model: its assets (tokenizer, processor) and media sizes; no parameters.
-        needs: the kind of sample the algorithm takes.
+        needs: the kind of sample the algorithm takes, a key of ENCODERS.
         cache_dir: where the result of the census is kept for the next start; None keeps nothing.
         progress: show a bar; None shows it on process 0.
 
     Raises:
         UserError: missing file, missing columns, no row left, more bad rows than `config.data.max_bad_fraction`, images for a text model.
     """
-    name, source = f"data.{split}", config.data[split]
+    name, data, seed = f"data.{split}", config.data, config.get("seed", 0)
+    source = functools.reduce(lambda section, key: section[key], split.split("."), data)
     if needs not in ENCODERS:
         raise UserError(f"config.{name}: samples of kind {needs!r} cannot be made yet; there is {', '.join(ENCODERS)}.")
+    kind = ENCODERS[needs]
+    if data.get("loss_on", "assistant") not in turns.LOSS_ON:
+        raise UserError(f"config.data.loss_on is {data.loss_on!r}; it must be one of {', '.join(turns.LOSS_ON)}.")
     rows = sources.open_rows(source, name)
-    formatter_name, to_sample = formatters.find_formatter(source.formatter, rows.columns(), name)
+    formatter_name, to_sample = formatters.find_formatter(source.formatter, rows.columns(), name, kind.takes)
     check_assets(model)
+    pairs = needs == "unpaired" and _makes_pairs(rows, to_sample)
+    if pairs:
+        rows, to_sample = _halves(rows, to_sample)
 
-    def encode(index: int) -> templates.Encoded:
-        return ENCODERS[needs](to_sample(rows[index]), model)
+    def encode(index: int) -> Encoded:
+        return kind.encode(to_sample(rows[index]), model, data)
 
     census = take_census(
         encode,
         rows,
         model,
-        config.data.max_length,
+        None if needs == "text" else data.max_length,
         name,
-        key=[formatter_name, source_code(to_sample), needs],
+        key=[formatter_name, source_code(to_sample), needs, data.get("loss_on", "assistant")],
         cache_dir=cache_dir,
-        workers=config.data.workers,
+        workers=data.workers,
         progress=progress,
     )
-    check_census(census, rows, name, config.data.max_bad_fraction)
-    prompt, scored, answers, images, _ = census.sizes.T
-    shared, multiple = config.data.shared_prompt, config.data.pad_to_multiple
-    T = layout.round_up(int((prompt * (1 if shared else answers) + scored).max()), multiple)
-    S, I = layout.round_up(int(scored.max()), multiple), int(images.max())
+    check_census(census, rows, name, data.max_bad_fraction)
 
-    def example(row_id: int) -> layout.Row:
-        if row_id == -1:
-            return layout.empty_row(T, S, I, model.media)
+    if needs == "text":
+        example, fingerprint, sizes = _pieces(encode, census, data.workers), census.fingerprint, census.sizes
+    elif needs == "unpaired":
+        if len(census.row_ids) < 2:
+            raise UserError(
+                f"config.{name}: one row of {rows.description} is left, but each needs the answer of another; give two or more."
+            )
+        partner = packing.derangement(census.row_ids, seed)
+        example, sizes = _mismatched(encode, census, partner, data.max_length)
+        fingerprint = hashlib.sha256(census.fingerprint.encode() + partner.tobytes()).hexdigest()
+    else:
+        example, fingerprint, sizes = lambda place, *_: encode(int(census.row_ids[place])), census.fingerprint, census.sizes
+    plan, (T, S, I) = make_plan(sizes, data, needs, seed)
+    G = int(np.diff(plan.starts).max())
+
+    def row(number: int) -> layout.Row:
+        members = plan.row(number) if number >= 0 else np.zeros((0, 3), np.int64)
+        ids = census.row_ids[members[:, 0]]
         try:
-            encoded = encode(row_id)
-            row = layout.pair_row(encoded, T, S, I, model.media, shared, example_id=row_id)
-            if encoded.images:
-                pictures = [media.open_image(image, rows.folder) for image in encoded.images]
-                row["pixel_values"][: len(pictures)] = media.pixel_values(pictures, model.assets.processor.image_processor)
+            examples = [example(*member) for member in members.tolist()]
+            made = layout.lay_out(examples, ids, T, S, I, model.media, data.shared_prompt, G, kind.last)
+            pictures = [media.open_image(image, rows.folder) for encoded in examples for image in encoded.images]
         except Bad as error:
-            raise UserError(f"{name}, row {row_id} of {rows.description} could be read when the run started, now not: {error}.") from error
-        return row
+            where = f"row {ids[0]}" if len(ids) == 1 else f"one of the rows {', '.join(map(str, ids))}"
+            raise UserError(f"{name}, {where} of {rows.description} could be read when the run started, now not: {error}.") from error
+        if pictures:
+            made["pixel_values"][: len(pictures)] = media.pixel_values(pictures, model.assets.processor.image_processor)
+        return made | _values(examples, kind, G)
 
+    fill = float(_columns(sizes, data).sum() / (T * len(plan)))
+    report = [*describe(census, rows, name, formatter_name, str(model.assets.tokenizer.eos_token))]
+    report += ["  every pair makes two rows, one for each answer"] if pairs else []
+    report += [f"  every row: T={T} columns, S={S} scored positions, I={I} images"]
+    if needs == "text" or data.get("packing", False):
+        report += [f"  packed into {len(plan)} rows of at most {G} examples; {fill:.1%} of their columns are filled"]
     return Dataset(
         name=name,
-        size=len(census.row_ids),
+        size=len(plan),
         row_ids=census.row_ids,
         rows_total=len(rows),
         dropped=census.dropped,
-        report=tuple(describe(census, rows, name, formatter_name, (T, S, I), str(model.assets.tokenizer.eos_token))),
-        fingerprint=census.fingerprint,
+        report=tuple(report),
+        fingerprint=fingerprint,
         shape=(T, S, I),
-        example=example,
-        workers=config.data.workers,
+        examples=G,
+        answers=int(sizes[:, 3].max()),
+        fill=fill,
+        row=row,
+        workers=data.workers,
     )
+
+
+def make_plan(sizes: np.ndarray, data: Any, needs: str, seed: int) -> tuple[packing.Plan, tuple[int, int, int]]:
+    """Which examples stand in which row, and the shape (T, S, I) that holds every row.
+
+    Args:
+        sizes: [N,6] as `Census` has them.
+        data: config.data.
+        needs: key of ENCODERS.
+        seed: of the order in which examples are packed.
+
+    Raises:
+        UserError: `packed_length` holds not even one of the examples.
+    """
+    _, _, scored, answers, images, _ = sizes.T
+    columns, multiple, length = _columns(sizes, data), data.pad_to_multiple, data.get("packed_length")
+    longest = int(columns.max())
+    if needs == "text":  # the first token of a piece is not scored, but that is all
+        T = S = min(data.max_length, layout.round_up(int(columns.sum()), multiple))
+        return packing.cut_stream(columns, T), (T, S, 0)
+    if data.get("packing", False):
+        T = length or layout.round_up(max(data.max_length, longest), multiple)
+        if longest > T:
+            raise UserError(f"config.data.packed_length is {length}, but the longest example takes {longest} columns; set at least that.")
+        plan = packing.first_fit(columns, T, seed if data.get("shuffle", True) else None)
+    else:
+        T, plan = layout.round_up(longest, multiple), packing.one_per_row(len(columns))
+    S = int(plan.sums(answers).max()) if ENCODERS[needs].last else layout.round_up(int(plan.sums(scored).max()), multiple)
+    return plan, (T, S, int(plan.sums(images).max()))
+
+
+def _columns(sizes: np.ndarray, data: Any) -> np.ndarray:
+    """[N]: how many columns each example takes."""
+    return sizes[:, 0] * (1 if data.shared_prompt else sizes[:, 3]) + sizes[:, 1]
+
+
+def _values(examples: list[Encoded], kind: Kind, G: int) -> layout.Row:
+    made = {column: np.zeros((G, *shape), np.float32) for column, shape in kind.values.items()}
+    for column in made:
+        for place, encoded in enumerate(examples):
+            made[column][place] = encoded.values[column]
+    return made
+
+
+def _makes_pairs(rows: sources.Rows, to_sample: Callable) -> bool:
+    """Whether the first row that can be read is a pair or a ranking."""
+    for index in range(min(20, len(rows))):
+        with contextlib.suppress(Bad):
+            return isinstance(to_sample(rows[index]), (Preference, Ranked))
+    return False
+
+
+def _halves(rows: sources.Rows, to_sample: Callable) -> tuple[sources.Rows, Callable]:
+    """Each pair as two judged answers: rows 2i and 2i+1 are the chosen and the rejected one of row i."""
+    read = lambda index: {"pair": rows[index // 2], "half": index % 2}
+
+    @functools.wraps(to_sample)
+    def half(row: dict[str, Any]) -> samples.Unpaired:
+        return samples.unpair(to_sample(row["pair"]), row["half"])
+
+    return dataclasses.replace(rows, read=read, size=2 * len(rows), identity=f"{rows.identity}, halves"), half
+
+
+def _pieces(encode: Callable[[int], Encoded], census: Census, workers: int) -> Callable[[int, int, int], Encoded]:
+    """Pieces of documents. A long document stands in many rows, so the latest ones are kept, each tokenised by one thread alone."""
+    kept, lock = functools.lru_cache(maxsize=4 * workers)(encode), threading.Lock()
+
+    def example(place: int, start: int, end: int) -> Encoded:
+        with lock:
+            encoded = kept(int(census.row_ids[place]))
+        return turns.piece(encoded, start, end)
+
+    return example
+
+
+def _mismatched(
+    encode: Callable[[int], Encoded], census: Census, partner: np.ndarray, max_length: int
+) -> tuple[Callable[[int, int, int], Encoded], np.ndarray]:
+    """Examples with another row's answer, as it is tokenised there, after their own prompt; and their sizes. What of it exceeds
+    `max_length` is cut: it serves an estimate over many rows, and its own row has it whole."""
+
+    def example(place: int, *_: int) -> Encoded:
+        encoded, other = encode(int(census.row_ids[place])), encode(int(census.row_ids[partner[place]]))
+        return encoded._replace(answers=(*encoded.answers, other.answers[0][: max_length - len(encoded.prompt)]))
+
+    sizes = census.sizes.copy()
+    added = np.minimum(sizes[partner, 1], max_length - sizes[:, 0])
+    sizes[:, 1] += added
+    sizes[:, 2] += added
+    sizes[:, 3] = 2
+    return example, sizes
 
 
 def check_assets(model: Model) -> None:
@@ -130,7 +259,7 @@ def check_assets(model: Model) -> None:
         return
     if assets.processor is None or getattr(assets.processor, "image_processor", None) is None:
         raise UserError(f"the {model.family} model takes images but has no image processor; preprocessor_config.json is missing.")
-    token = templates.image_token(assets)
+    token = image_token(assets)
     found = assets.tokenizer.convert_tokens_to_ids(token)
     if found != model.media.placeholder:
         raise UserError(f"the tokenizer gives {token} the id {found}, the model's config (image_token_index) {model.media.placeholder}.")
@@ -186,7 +315,7 @@ def batches(
 ) -> Batches:
     """Training batches: every epoch in a new order, running over the borders of epochs so that no row is left out.
 
-    Which example stands at row r of batch k depends on (seed, k * batch_size + r) alone.
+    What stands at row r of batch k depends on (seed, k * batch_size + r) alone, packed or not.
 
     Args:
         dataset: from `load_dataset`.
@@ -207,12 +336,12 @@ def batches(
         order = order.seed(seed % 2**32).shuffle()
     order = order.repeat()  # index k of the repeated dataset is in epoch k // size, each with its own shuffle
     count = None if epochs is None else math.ceil(round(epochs * dataset.size / batch_size, 6))
-    return _stream(dataset, batch_size, lambda k: int(dataset.row_ids[order[k]]), count, rows, start)
+    return _stream(dataset, batch_size, lambda k: int(order[k]), count, rows, start)
 
 
 def eval_batches(dataset: Dataset, batch_size: int, *, rows: Any = slice(None)) -> Batches:
     """One pass in order. The last batch is filled with empty rows (example_id -1), in which nothing is scored or counted."""
-    row_of = lambda k: int(dataset.row_ids[k]) if k < dataset.size else -1
+    row_of = lambda k: k if k < dataset.size else -1
     return _stream(dataset, batch_size, row_of, math.ceil(dataset.size / batch_size), rows, 0)
 
 
@@ -224,7 +353,7 @@ def _stream(dataset: Dataset, batch_size: int, row_of: Callable[[int], int], cou
     end = np.iinfo(np.int64).max // 2 if count is None else count * b
 
     def load(k: int) -> layout.Row:
-        return dataset.example(row_of(k // b * batch_size + int(local[k % b])))
+        return dataset.row(row_of(k // b * batch_size + int(local[k % b])))
 
     def make(first: int) -> Any:
         if first * b >= end:

@@ -30,18 +30,35 @@ class Bad(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Supervised:
-    """A conversation whose assistant turns are imitated."""
+    """A conversation whose assistant turns are imitated, or plain text that is imitated whole.
+
+    `prompt` is what stands before it and is never imitated; "" where the conversation holds everything.
+    """
 
     conversation: Text
+    prompt: Text = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """Running text."""
+
+    text: Text
 
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
-    """Two answers to a prompt, the first preferred."""
+    """Two answers to a prompt, the first preferred.
+
+    `margin` says by how much, 0 where the dataset does not; `safe` is +1 for a safe answer, -1 for an unsafe one, 0 where it is not known,
+    chosen first.
+    """
 
     prompt: Text
     chosen: Text
     rejected: Text
+    margin: float = 0.0
+    safe: tuple[int, int] = (0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +117,7 @@ def as_preference(sample: Any) -> Preference:
         Bad: the sample holds no pair, an answer is empty, or both answers are the same.
     """
     if isinstance(sample, Ranked):
-        sample = Preference(sample.prompt, sample.completions[0], sample.completions[-1])
+        sample = Preference(sample.prompt, as_ranked(sample).completions[0], sample.completions[-1])
     if not isinstance(sample, Preference):
         raise Bad("not a pair", f"the formatter returned a {type(sample).__name__}, not a Preference or Ranked")
     for name in ("chosen", "rejected"):
@@ -108,4 +125,77 @@ def as_preference(sample: Any) -> Preference:
             raise Bad("empty answer", f"{name} is empty")
     if sample.chosen == sample.rejected:
         raise Bad("answers are equal", "chosen and rejected are the same")
+    return sample
+
+
+def as_ranked(sample: Any) -> Ranked:
+    """The ranking in a sample: a Ranked as it is, a Preference as one of two.
+
+    Raises:
+        Bad: fewer than two answers, one is empty, or two are the same.
+    """
+    if isinstance(sample, Preference):
+        sample = Ranked(sample.prompt, (sample.chosen, sample.rejected))
+    if not isinstance(sample, Ranked):
+        raise Bad("no ranked answers", f"the formatter returned a {type(sample).__name__}, not a Ranked or Preference")
+    answers = sample.completions
+    if len(answers) < 2:
+        raise Bad("no ranked answers", f"a ranking needs at least two answers, this has {len(answers)}")
+    if any(map(is_blank, answers)):
+        raise Bad("empty answer", f"answer {next(i for i, answer in enumerate(answers, start=1) if is_blank(answer))} is empty")
+    if any(answer in answers[:i] for i, answer in enumerate(answers)):
+        raise Bad("answers are equal", "two of the ranked answers are the same")
+    return sample
+
+
+def as_unpaired(sample: Any) -> Unpaired:
+    """A judged answer.
+
+    Raises:
+        Bad: the sample is none, its answer is empty, or its label is neither true nor false.
+    """
+    if not isinstance(sample, Unpaired):
+        raise Bad("no label", f"the formatter returned a {type(sample).__name__}, not an Unpaired")
+    if not isinstance(sample.label, (bool, int)) or sample.label not in (0, 1):
+        raise Bad("label is neither true nor false", repr(sample.label))
+    if is_blank(sample.completion):
+        raise Bad("empty answer", "the completion is empty")
+    return sample
+
+
+def unpair(sample: Any, half: int) -> Unpaired:
+    """Half a pair as a judged answer: 0 is the chosen one, 1 the rejected one."""
+    pair = as_preference(sample)
+    return Unpaired(pair.prompt, pair.rejected if half else pair.chosen, not half)
+
+
+def as_supervised(sample: Any) -> Supervised:
+    """What is to be imitated: a Supervised as it is, a document whole, of a pair or a ranking the best answer.
+
+    Raises:
+        Bad: the sample holds neither, or nothing but white space.
+    """
+    if isinstance(sample, Ranked) and sample.completions:
+        sample = Supervised(sample.completions[0], sample.prompt)
+    if isinstance(sample, Preference):
+        sample = Supervised(sample.chosen, sample.prompt)
+    if isinstance(sample, Document):
+        sample = Supervised(sample.text)
+    if not isinstance(sample, Supervised):
+        raise Bad("nothing to imitate", f"the formatter returned a {type(sample).__name__}, not a Supervised, Preference or Ranked")
+    if is_blank(sample.conversation):
+        raise Bad("empty answer" if sample.prompt else "empty text", "there is only white space")
+    return sample
+
+
+def as_document(sample: Any) -> Document:
+    """Running text.
+
+    Raises:
+        Bad: the sample is none, or nothing but white space.
+    """
+    if not isinstance(sample, Document) or not isinstance(sample.text, str):
+        raise Bad("not running text", f"the formatter returned a {type(sample).__name__}; a Document of one string is needed")
+    if is_blank(sample.text):
+        raise Bad("empty text", "there is only white space")
     return sample

@@ -18,7 +18,8 @@ import numpy as np
 
 from aligner.types import UserError
 
-SUFFIXES = (".json", ".jsonl", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".parquet", ".txt")
+SAMPLE_BY = ("line", "paragraph", "document")
 _SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "eval")
 
 
@@ -57,7 +58,7 @@ def open_rows(source: Any, name: str = "data.train") -> Rows:
     """Open one dataset.
 
     Args:
-        source: a config section with `path`, `split`, `subset`, `image_folder`, `size` (configs/common.py).
+        source: a config section with `path`, `split`, `subset`, `image_folder`, `sample_by`, `size` (configs/common.py).
         name: what errors call the section.
 
     Returns:
@@ -67,12 +68,15 @@ def open_rows(source: Any, name: str = "data.train") -> Rows:
         UserError: nothing there, or nothing that can be read.
     """
     if not source.path:
-        raise UserError(f"config.{name}.path is empty; give a .json, .jsonl or .parquet file, a folder of them, or a Hub dataset id.")
+        raise UserError(f"config.{name}.path is empty; give a .json, .jsonl, .parquet or .txt file, a folder of them, or a Hub dataset id.")
+    sample_by = source.get("sample_by", "paragraph")
+    if sample_by not in SAMPLE_BY:
+        raise UserError(f"config.{name}.sample_by is {sample_by!r}; it must be one of {', '.join(SAMPLE_BY)}.")
     path = Path(source.path).expanduser()
     if path.is_dir():
-        rows = _folder(path, source.split, name)
+        rows = _folder(path, source.split, name, sample_by)
     elif path.exists():
-        rows = _file(path, name)
+        rows = _file(path, name, sample_by)
     elif _looks_local(source.path):
         raise UserError(f"config.{name}.path: {source.path} does not exist{_nearest(path)}.")
     else:
@@ -111,17 +115,19 @@ def _stamp(path: Path) -> str:
     return f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}"
 
 
-def _file(path: Path, name: str) -> Rows:
+def _file(path: Path, name: str, sample_by: str) -> Rows:
     if path.suffix == ".jsonl":
         return _jsonl(path)
     if path.suffix == ".json":
         return _json(path)
     if path.suffix == ".parquet":
         return _parquet(path, name)
+    if path.suffix == ".txt":
+        return _text(path, sample_by)
     raise UserError(f"config.{name}.path: {path} has no suffix that is known; name it {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}.")
 
 
-def _folder(path: Path, split: str, name: str) -> Rows:
+def _folder(path: Path, split: str, name: str, sample_by: str) -> Rows:
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         from datasets import DatasetDict, load_from_disk
 
@@ -141,7 +147,7 @@ def _folder(path: Path, split: str, name: str) -> Rows:
         files = chosen
     if not files:
         raise UserError(f"config.{name}.path: {path} holds no {', '.join(SUFFIXES)} file and no dataset written by save_to_disk.")
-    opened = [_file(file, name) for file in files]
+    opened = [_file(file, name, sample_by) for file in files]
     if len(opened) == 1:
         return opened[0]
     ends = list(itertools.accumulate(len(rows) for rows in opened))
@@ -179,6 +185,18 @@ def _jsonl(path: Path) -> Rows:
         return row
 
     return Rows(read, len(lines), path.parent, str(path), _stamp(path))
+
+
+def _text(path: Path, sample_by: str) -> Rows:
+    """Rows {"text": document} of a plain text file."""
+    try:
+        whole = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error}); convert it.") from None
+    breaks = {"line": r"\n", "paragraph": r"\n\s*\n"}
+    pieces = re.split(breaks[sample_by], whole) if sample_by in breaks else [whole]
+    documents = [stripped for piece in pieces if (stripped := piece.strip())]
+    return Rows(lambda index: {"text": documents[index]}, len(documents), path.parent, str(path), f"{_stamp(path)}:{sample_by}")
 
 
 def _json(path: Path) -> Rows:

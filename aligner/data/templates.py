@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,22 +21,27 @@ NO_IMAGES = "the model takes no images"  # not the row's fault: the census stops
 
 
 class Encoded(NamedTuple):
-    """A prompt and its answers as token ids. All tokens of an answer are scored, none of the prompt.
+    """A prompt and its answers as token ids. No token of the prompt is scored.
 
     Attributes:
         prompt: int32 [n], with every image's placeholders in full number.
         answers: int32 [m_r] each, in the order of their roles 1..R.
-        images: references of the prompt's images, in reading order.
+        images: references of the images, in reading order.
+        scored: bool [m_r] each, which tokens of the answers are scored; None scores all.
+        values: numbers that belong to the example, by the name of their column in the batch, such as a label.
     """
 
     prompt: np.ndarray
     answers: tuple[np.ndarray, ...]
     images: tuple[Any, ...] = ()
+    scored: tuple[np.ndarray, ...] | None = None
+    values: Mapping[str, Any] | None = None
 
 
 def encode_preference(sample: Preference, assets: Any, media: Media | None = None) -> Encoded:
     """Tokens of a pair; answers are (chosen, rejected). See `encode_answers`."""
-    return encode_answers(sample.prompt, (sample.chosen, sample.rejected), assets, media)
+    encoded = encode_answers(sample.prompt, (sample.chosen, sample.rejected), assets, media)
+    return encoded._replace(values={"margin": sample.margin, "safe": sample.safe})
 
 
 def encode_answers(prompt: Any, answers: tuple[Any, ...], assets: Any, media: Media | None = None) -> Encoded:
@@ -54,27 +60,23 @@ def encode_answers(prompt: Any, answers: tuple[Any, ...], assets: Any, media: Me
     Raises:
         Bad: the template refuses the conversation, an answer is empty, or placeholders and images do not match.
     """
-    tokenizer, processor = assets.tokenizer, assets.processor
+    tokenizer = assets.tokenizer
     images = images_of(prompt)
     if not prompt:
         raise Bad("empty prompt", "nothing stands before the answers")
     if any(images_of(answer) for answer in answers):
         raise Bad("image placeholders", "an answer holds an image; images are supported in prompts")
     if is_conversation(prompt) or any(is_conversation(answer) for answer in answers):
-        texts = [_render(prompt, assets, add_generation_prompt=True)]
-        texts += [_render(prompt + answer, assets, add_generation_prompt=False) for answer in answers]
-        # Templates write their own special tokens. A processor adds them where its template has none, a bare tokenizer does not.
-        special = processor is not None and not (tokenizer.bos_token and texts[0].startswith(tokenizer.bos_token))
+        texts = [render(prompt, assets, add_generation_prompt=True)]
+        texts += [render(prompt + answer, assets) for answer in answers]
+        special = adds_special_tokens(texts[0], assets)
     else:
-        if tokenizer.eos_token is None:
-            raise UserError("the tokenizer has no EOS token, which plain text must end with; set it in tokenizer_config.json.")
         start = _plain(prompt, assets)
-        ends = [_plain(answer, assets) for answer in answers]
-        texts = [start] + [start + end + ("" if end.endswith(tokenizer.eos_token) else tokenizer.eos_token) for end in ends]
+        texts = [start] + [start + plain_text(answer, assets) for answer in answers]
         special = True
     tokenised = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
     alone, *full = (np.array(ids, np.int32) for ids in tokenised)
-    shared = min(_common_prefix(alone, ids) for ids in full)
+    shared = min(common_prefix(alone, ids) for ids in full)
     head, tails = alone[:shared], tuple(ids[shared:] for ids in full)
     if not shared:
         raise Bad("empty prompt", "no token stands before the answers, so their first token cannot be predicted")
@@ -82,7 +84,9 @@ def encode_answers(prompt: Any, answers: tuple[Any, ...], assets: Any, media: Me
         raise Bad("empty answer", "an answer has no tokens")
     if any(np.array_equal(tail, tails[0]) for tail in tails[1:]):
         raise Bad("answers are equal", "the answers have the same tokens")
-    return Encoded(_expand(head, tails, images, media), tails, images)
+    if any((tail == media.placeholder).any() for tail in tails if media is not None):
+        raise Bad("image placeholders", "an answer's text holds an image token")
+    return Encoded(head[expansion(head, images, media)], tails, images)
 
 
 def chat_template(assets: Any) -> str:
@@ -103,10 +107,14 @@ def ends_with_eos(encoded: Encoded, tokenizer: Any) -> bool:
     return all(tokenizer.eos_token_id in answer[-4:] for answer in encoded.answers)  # templates may add white space after it
 
 
-def _render(conversation: list[dict], assets: Any, add_generation_prompt: bool) -> str:
+def render(conversation: list[dict], assets: Any, **options: Any) -> Any:
+    """What the chat template makes of a conversation: its text, or what else `options` of `apply_chat_template` ask for.
+
+    Raises:
+        Bad: the template refuses the conversation.
+    """
     from jinja2 import TemplateError
 
-    template = chat_template(assets)
     # Processors' templates want lists of parts; tokenizers' (and ours) want strings.
     structured = assets.processor is not None and bool(assets.processor.chat_template)
     messages = []
@@ -116,32 +124,44 @@ def _render(conversation: list[dict], assets: Any, add_generation_prompt: bool) 
         messages.append({**message, "content": content})
     try:
         # The tokenizer renders for processors as well: all that a template needs is the messages and the special tokens.
-        return assets.tokenizer.apply_chat_template(
-            messages, chat_template=template, add_generation_prompt=add_generation_prompt, tokenize=False
-        )
+        return assets.tokenizer.apply_chat_template(messages, chat_template=chat_template(assets), **{"tokenize": False} | options)
     except (TemplateError, TypeError) as error:
         raise Bad("chat template", f"the chat template refuses the conversation: {error}") from error
+
+
+def adds_special_tokens(text: str, assets: Any) -> bool:
+    """Templates write their own special tokens. A processor adds them where its template has none, a bare tokenizer does not."""
+    bos = assets.tokenizer.bos_token
+    return assets.processor is not None and not (bos and text.startswith(bos))
+
+
+def plain_text(text: Any, assets: Any) -> str:
+    """Text without messages as it is tokenised: image tokens for pictures, EOS at the end."""
+    eos = assets.tokenizer.eos_token
+    if eos is None:
+        raise UserError("the tokenizer has no EOS token, which plain text must end with; set it in tokenizer_config.json.")
+    text = _plain(text, assets)
+    return text if text.endswith(eos) else text + eos
 
 
 def _plain(text: Any, assets: Any, after_image: str = "") -> str:
     return "".join(image_token(assets) + after_image if part["type"] == "image" else part["text"] for part in parts_of(text))
 
 
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     length = min(len(a), len(b))
     different = a[:length] != b[:length]
     return int(different.argmax()) if different.any() else length
 
 
-def _expand(prompt: np.ndarray, answers: tuple[np.ndarray, ...], images: tuple[Any, ...], media: Media | None) -> np.ndarray:
-    """One placeholder per image becomes one per feature: what the processor does to the text, without its pixels."""
+def expansion(tokens: np.ndarray, images: tuple[Any, ...], media: Media | None) -> np.ndarray:
+    """Indices that repeat every image's placeholder once per feature: what the processor does to the text, without its pixels."""
+    places = np.arange(len(tokens))
     if media is None:
         if images:
             raise Bad(NO_IMAGES)
-        return prompt
-    marks = prompt == media.placeholder
+        return places
+    marks = tokens == media.placeholder
     if marks.sum() != len(images):
-        raise Bad("image placeholders", f"the prompt's text holds {marks.sum()} image tokens for {len(images)} images")
-    if any((answer == media.placeholder).any() for answer in answers):
-        raise Bad("image placeholders", "an answer's text holds an image token")
-    return np.repeat(prompt, np.where(marks, media.features, 1))
+        raise Bad("image placeholders", f"the text holds {marks.sum()} image tokens for {len(images)} images")
+    return np.repeat(places, np.where(marks, media.features, 1))

@@ -5,24 +5,36 @@ from typing import Any
 
 from aligner.types import Model, UserError
 
-SUPPORTED = ("llama", "llava")
+SUPPORTED = (
+    *("gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite", "llama", "mistral"),
+    *("olmo2", "phi", "phi3", "qwen2", "qwen3", "smollm3"),
+    "llava",
+)
 
 
-def from_hf(hf_config: Any) -> Model:
+def from_hf(hf_config: Any, score_head: bool = False) -> Model:
     """The model that a Hugging Face config describes.
 
     Args:
         hf_config: a `transformers` config, already normalised by `AutoConfig`.
+        score_head: with a head that gives one score instead of logits (a reward or cost model); see `aligner.models.score_head`.
 
     Raises:
         UserError: the family, or a setting of it that changes the numbers, is not supported.
     """
-    from aligner.models import decoder, llava  # imported late: flax is slow to import
+    from aligner.models import decoder, families, llava  # imported late: flax is slow to import
+    from aligner.models.score_head import with_score_head
 
-    families = {"llama": decoder.make, "llava": llava.make}
+    if score_head:
+        return with_score_head(from_hf(hf_config))
+
     family = hf_config.model_type
-    if family not in families:
-        near = difflib.get_close_matches(str(family), families, n=1)
+    if family in families.FAMILIES:
+        config = families.FAMILIES[family](hf_config)
+        return decoder.make(config, family, families.conversion(family, config))
+    makers = {"llava": llava.make}
+    if family not in makers:
+        near = difflib.get_close_matches(str(family), SUPPORTED, n=1)
         hint = f"; nearest: {near[0]!r}" if near else ""
-        raise UserError(f"model_type {family!r} is not supported{hint}; supported are {', '.join(sorted(families))}")
-    return families[family](hf_config)
+        raise UserError(f"model_type {family!r} is not supported{hint}; supported are {', '.join(SUPPORTED)}")
+    return makers[family](hf_config)

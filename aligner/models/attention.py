@@ -33,20 +33,35 @@ def spec_of(batch: Batch) -> Spec:
     return Spec(batch["segment_ids"], batch["role"], batch["positions"])
 
 
-def dense(spec: Spec) -> Spec:
-    """Fill in the dense mask. Padding (segment 0) sees padding, so that no row of the mask is empty."""
+def dense(spec: Spec, window: int | None = None) -> Spec:
+    """Fill in the dense mask. Padding (segment 0) sees padding, so that no row of the mask is empty.
+
+    Args:
+        window: a key further back than this many positions (not columns) is not visible; None has no limit.
+    """
     segment, role = spec.segment_ids, spec.role
     column = jnp.arange(segment.shape[1])
     visible = segment[:, :, None] == segment[:, None, :]
     visible &= column[:, None] >= column[None, :]
     visible &= (role[:, None, :] == 0) | (role[:, :, None] == role[:, None, :])
+    if window is not None:
+        visible &= spec.positions[:, :, None] - spec.positions[:, None, :] < window
+        visible |= jnp.eye(segment.shape[1], dtype=bool)  # padding's positions do not count up
     return spec.replace(mask=visible[:, None])
 
 
 def attention(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], spec: Spec | None, scale: float
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    spec: Spec | None,
+    scale: float,
+    softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Softmax attention with grouped heads (N a multiple of K), softmax in float32; `spec=None` lets everything see everything."""
+    """Softmax attention with grouped heads (N a multiple of K), softmax in float32; `spec=None` lets everything see everything.
+
+    `softcap` c bends the logits to c * tanh(logits / c) before the mask (Gemma 2).
+    """
     with jax.named_scope("attention"):
         batch, length, heads, width = q.shape
         groups = heads // k.shape[2]
@@ -55,6 +70,8 @@ def attention(
         wide = jnp.promote_types(q.dtype, jnp.float32)
         precision = None if q.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
         logits = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=wide, precision=precision)
+        if softcap is not None:
+            logits = softcap * jnp.tanh(logits / softcap)
         if spec is not None:
             mask = (spec if spec.mask is not None else dense(spec)).mask
             logits = jnp.where(mask[:, :, None], logits, jnp.finfo(wide).min)

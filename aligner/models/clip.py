@@ -117,7 +117,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "N P D"]):
-        return stack(Layer, self.config.num_hidden_layers, self.remat, broadcast_arguments=0)(self.config, self.collect, name="layers")(x)
+        return stack(Layer, self.config.num_hidden_layers, self.remat)(self.config, self.collect, name="layers")(x)
 
 
 class VisionTransformer(nn.Module):

@@ -1,4 +1,4 @@
-"""The text decoder: one implementation driven by configuration flags. Families so far: Llama."""
+"""The text decoder: one implementation driven by configuration flags, which families.py reads from Hugging Face configs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
@@ -14,14 +15,17 @@ from jaxtyping import Array, Float
 
 from aligner.models import rope
 from aligner.models.attention import Spec, attention, dense, spec_of
-from aligner.models.layers import ACTIVATIONS, Embed, Linear, RMSNorm, rngs, stack
+from aligner.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear, RMSNorm, rngs, stack
 from aligner.sharding import constrain
-from aligner.types import Batch, Conversion, Head, Model, Output, Params, UserError
+from aligner.types import Batch, Conversion, Head, Model, Output, Params
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """What changes the computation; names are Hugging Face's."""
+    """What changes the computation. Names are Hugging Face's where they agree among families; families.py fills this in.
+
+    Norm names say which norms a layer has: before and after attention, before and after the MLP; "" means none.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -31,21 +35,45 @@ class DecoderConfig:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int
-    rms_norm_eps: float
-    rope_parameters: Mapping[str, Any]
+    norm_eps: float
+    rope: tuple[Mapping[str, Any] | None, ...]  # the kinds of rotary embedding among the layers; None rotates nothing
+    rope_of_layer: tuple[int, ...] = ()  # which kind each layer has; () means all the first
+    windows: tuple[int | None, ...] = (None,)  # the kinds of sliding window among the layers
+    window_of_layer: tuple[int, ...] = ()
+    rotary_fraction: float = 1.0  # of a head's width
+    rotary_interleaved: bool = False  # pairs are neighbours instead of halves
     hidden_act: str = "silu"
-    attention_bias: bool = False
+    gated_mlp: bool = True
+    qkv_bias: bool = False
+    o_bias: bool = False
     mlp_bias: bool = False
+    head_bias: bool = False
+    norm: str = "rms"  # rms; rms_wide: scaled before rounding; rms_plus_one: so, by 1 + weight; layer: with mean and bias
+    attention_norm: str = "input_layernorm"
+    attention_out_norm: str = ""
+    mlp_norm: str = "post_attention_layernorm"
+    mlp_out_norm: str = ""
+    parallel: bool = False  # attention and MLP read the same input and are added together
+    qk_norm: str = ""  # "head": every head alone, "full": all heads together, both before the rotation
+    query_scale: float | None = None  # of the attention logits; None is head_dim ** -0.5
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logits_scale: float = 1.0
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    o_name: str = "o_proj"
+    mlp_names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    qk_norm_names: tuple[str, str] = ("q_norm", "k_norm")
+    final_norm: str = "norm"
 
 
-def config_from_hf(hf: Any) -> DecoderConfig:
-    """Read a `LlamaConfig`. A setting that would change the numbers and is not implemented is refused."""
-    if hf.hidden_act not in ACTIVATIONS:
-        raise UserError(f"hidden_act {hf.hidden_act!r} of the {hf.model_type} config is not supported; known: {', '.join(ACTIVATIONS)}")
-    rope.check(hf.rope_parameters)
-    return DecoderConfig(**{field.name: getattr(hf, field.name) for field in dataclasses.fields(DecoderConfig)})
+def make_norm(config: DecoderConfig, name: str) -> nn.Module:
+    """The family's norm under a name."""
+    if config.norm == "layer":
+        return LayerNorm(config.norm_eps, name=name)
+    return RMSNorm(config.norm_eps, wide=config.norm != "rms", plus_one=config.norm == "rms_plus_one", name=name)
 
 
 class Attention(nn.Module):
@@ -55,15 +83,20 @@ class Attention(nn.Module):
     def __call__(self, x: Float[Array, "B T D"], spec: Spec, cos: Array, sin: Array) -> Float[Array, "B T D"]:
         c = self.config
 
-        def project(name: str, heads: int) -> Float[Array, "B T N H"]:
-            y = Linear(heads * c.head_dim, c.attention_bias, c.initializer_range, name=name)(x)
-            return constrain(y, "batch", None, "heads").reshape(*x.shape[:2], heads, c.head_dim)
+        def project(name: str, heads: int, norm: str | None = None) -> Float[Array, "B T N H"]:
+            y = constrain(Linear(heads * c.head_dim, c.qkv_bias, c.initializer_range, name=name)(x), "batch", None, "heads")
+            y = make_norm(c, norm)(y) if norm and c.qk_norm == "full" else y
+            y = y.reshape(*x.shape[:2], heads, c.head_dim)
+            return make_norm(c, norm)(y) if norm and c.qk_norm == "head" else y
 
-        q, k = project("q_proj", c.num_attention_heads), project("k_proj", c.num_key_value_heads)
+        names = c.qk_norm_names if c.qk_norm else (None, None)
+        q, k = project("q_proj", c.num_attention_heads, names[0]), project("k_proj", c.num_key_value_heads, names[1])
         v = project("v_proj", c.num_key_value_heads)
-        out = attention(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v, spec, scale=c.head_dim**-0.5)
+        q, k = (rope.rotate(y, cos, sin, c.rotary_interleaved) for y in (q, k))
+        scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
+        out = attention(q, k, v, spec, scale=scale, softcap=c.attention_softcap)
         out = checkpoint_name(out.reshape(*x.shape[:2], -1), "context")
-        return Linear(c.hidden_size, c.attention_bias, c.initializer_range, name="o_proj")(out)
+        return Linear(c.hidden_size, c.o_bias, c.initializer_range, name=c.o_name)(out)
 
 
 class MLP(nn.Module):
@@ -72,21 +105,37 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         c = self.config
-        gate = Linear(c.intermediate_size, c.mlp_bias, c.initializer_range, name="gate_proj")(x)
-        up = Linear(c.intermediate_size, c.mlp_bias, c.initializer_range, name="up_proj")(x)
-        y = constrain(ACTIVATIONS[c.hidden_act](gate) * up, "batch", None, "mlp")
-        return Linear(c.hidden_size, c.mlp_bias, c.initializer_range, name="down_proj")(y)
+        *into, out = c.mlp_names
+        y = [Linear(c.intermediate_size, c.mlp_bias, c.initializer_range, name=name)(x) for name in into]
+        y = ACTIVATIONS[c.hidden_act](y[0]) * (y[1] if c.gated_mlp else 1)
+        return Linear(c.hidden_size, c.mlp_bias, c.initializer_range, name=out)(constrain(y, "batch", None, "mlp"))
 
 
 class Layer(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], spec: Spec, cos: Array, sin: Array):
+    def __call__(self, x: Float[Array, "B T D"], specs: tuple[Spec, ...], tables: tuple[tuple[Array, Array], ...], window, kind):
         c = self.config
-        x = x + Attention(c, name="self_attn")(RMSNorm(c.rms_norm_eps, name="input_layernorm")(x), spec, cos, sin)
-        x = x + MLP(c, name="mlp")(RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x))
-        return constrain(x, "batch", None, None), None
+
+        def normed(name: str, y: Array) -> Array:
+            return make_norm(c, name)(y) if name else y
+
+        into = normed(c.attention_norm, x)
+        y = normed(c.attention_out_norm, Attention(c, name="self_attn")(into, pick(specs, window), *pick(tables, kind)))
+        if c.parallel:
+            x = x + y + MLP(c, name="mlp")(normed(c.mlp_norm, x) if c.mlp_norm else into)
+            return constrain(x, "batch", None, None), None
+        x = x + y * c.residual_scale
+        y = normed(c.mlp_out_norm, MLP(c, name="mlp")(normed(c.mlp_norm, x)))
+        return constrain(x + y * c.residual_scale, "batch", None, None), None
+
+
+def pick(kinds: tuple, index: Array) -> Any:
+    """The one of a few alike trees that a layer's number says; layers differ, their program does not."""
+    if len(kinds) == 1:
+        return kinds[0]
+    return jax.tree.map(lambda *leaves: jax.lax.select_n(index, *leaves), *kinds)
 
 
 class DecoderModel(nn.Module):
@@ -95,16 +144,22 @@ class DecoderModel(nn.Module):
 
     @nn.compact
     def __call__(self, batch: Batch, features: Float[Array, "B F D"] | None) -> Float[Array, "B T D"]:
-        c = self.config
+        c, positions = self.config, batch["positions"]
         x = Embed(c.vocab_size, c.hidden_size, c.initializer_range, name="embed_tokens")(batch["tokens"])
+        if c.embedding_scale != 1.0:
+            x = x * jnp.asarray(c.embedding_scale, x.dtype)
+        if "embedding_noise" in batch:  # [B,T,D], from an algorithm that trains with it
+            x = x + batch["embedding_noise"].astype(x.dtype)
         if features is not None:
             x = merge(x, features, batch["media_index"])
         x = constrain(x, "batch", None, None)
-        inverse, scale = rope.frequencies(c.rope_parameters, c.head_dim, c.max_position_embeddings, batch["positions"])
-        cos, sin = rope.table(inverse, scale, batch["positions"], x.dtype)
-        layers = stack(Layer, c.num_hidden_layers, self.remat, broadcast_arguments=3)
-        x, _ = layers(c, name="layers")(x, dense(spec_of(batch)), cos, sin)
-        return RMSNorm(c.rms_norm_eps, name="norm")(x)
+        width = int(c.head_dim * c.rotary_fraction)
+        tables = tuple(rope.tables(kind, width, c.max_position_embeddings, positions, x.dtype) for kind in c.rope)
+        specs = tuple(dense(spec_of(batch), window) for window in c.windows)
+        numbers = [jnp.asarray(of or (0,) * c.num_hidden_layers, jnp.int32) for of in (c.window_of_layer, c.rope_of_layer)]
+        layers = stack(Layer, c.num_hidden_layers, self.remat, in_axes=(nn.broadcast, nn.broadcast, 0, 0))
+        x, _ = layers(c, name="layers")(x, specs, tables, *numbers)
+        return make_norm(c, c.final_norm)(x)
 
 
 class CausalLM(nn.Module):
@@ -115,9 +170,10 @@ class CausalLM(nn.Module):
 
     @nn.compact
     def __call__(self, batch: Batch, features: Float[Array, "B F D"] | None = None) -> Float[Array, "B T D"]:
-        x = DecoderModel(self.config, self.remat, name="model")(batch, features)
-        if self.is_initializing() and not self.config.tie_word_embeddings:
-            Linear(self.config.vocab_size, False, self.config.initializer_range, name="lm_head")(x)
+        c = self.config
+        x = DecoderModel(c, self.remat, name="model")(batch, features)
+        if self.is_initializing() and not c.tie_word_embeddings:
+            Linear(c.vocab_size, c.head_bias, c.initializer_range, name="lm_head")(x)
         return x
 
 
@@ -129,9 +185,10 @@ def merge(x: Float[Array, "B T D"], features: Float[Array, "B F D"], media_index
 
 def head(config: DecoderConfig, params: Params) -> Head:
     """The language-model head of a decoder's tree; tied heads read the embedding."""
+    rest = dict(scale=config.logits_scale, softcap=config.final_softcap)
     if config.tie_word_embeddings:
-        return Head(params["model"]["embed_tokens"]["embedding"], transposed=True)
-    return Head(params["lm_head"]["kernel"])
+        return Head(params["model"]["embed_tokens"]["embedding"], transposed=True, **rest)
+    return Head(params["lm_head"]["kernel"], bias=params["lm_head"].get("bias"), **rest)
 
 
 def text_batch(inputs: Mapping[str, Any]) -> dict[str, Array]:
@@ -155,39 +212,28 @@ def dummy_batch() -> Batch:
 SHARDING_RULES = (
     (r"(q_proj|k_proj|v_proj)/kernel$", ("embed", "heads")),
     (r"(q_proj|k_proj|v_proj)/bias$", ("heads",)),
-    (r"(o_proj|out_proj)/kernel$", ("heads", "embed")),
+    (r"(o_proj|out_proj|dense)/kernel$", ("heads", "embed")),
     (r"(gate_proj|up_proj|fc1)/kernel$", ("embed", "mlp")),
     (r"(gate_proj|up_proj|fc1)/bias$", ("mlp",)),
     (r"(down_proj|fc2)/kernel$", ("mlp", "embed")),
-    (r"embed_tokens/embedding$", ("vocab", "embed")),
+    (r"embed_tokens/embedding$", ("rows", None)),
     (r"lm_head/kernel$", ("embed", "vocab")),
 )
 
-IGNORED = (r"rotary_emb\.inv_freq$",)
-
-
-def make(hf: Any) -> Model:
-    """A Llama model from its Hugging Face config."""
-    config = config_from_hf(hf)
+def make(config: DecoderConfig, family: str, conversion: Conversion) -> Model:
+    """A text model: what families.py read from a Hugging Face config, as functions."""
 
     def apply(params, batch, *, features=None, cache=None, key=None, remat="none") -> Output:
         return Output(CausalLM(config, remat).apply({"params": params}, batch, features, rngs=rngs(key)), {}, cache)
 
     return Model(
-        family=hf.model_type,
+        family=family,
         config=config,
         init=lambda key: CausalLM(config).init(key, dummy_batch())["params"],
         encode=lambda params, batch, key=None: None,
         apply=apply,
         head=lambda params: head(config, params),
         inputs=text_batch,
-        conversion=Conversion(
-            stacks={"model/layers": "model.layers.{i}"},
-            ignored=IGNORED,
-            tied=(("lm_head.weight", "model.embed_tokens.weight"),) if config.tie_word_embeddings else (),
-        ),
+        conversion=conversion,
         sharding_rules=SHARDING_RULES,
     )
-
-
-__all__ = ["SHARDING_RULES", "CausalLM", "DecoderConfig", "config_from_hf", "dummy_batch", "head", "make", "merge", "text_batch"]

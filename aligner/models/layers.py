@@ -74,15 +74,23 @@ class Embed(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm in float32, rounded to the dtype of x before the weight is applied, as Llama does."""
+    """Root-mean-square norm in float32.
+
+    Llama rounds to the dtype of x before the weight is applied; with `wide` the weight is applied in float32 (OLMo 2), with `plus_one`
+    it is 1 + weight (Gemma).
+    """
 
     eps: float = 1e-6
+    wide: bool = False
+    plus_one: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        scale = leaf(self, "scale", nn.initializers.ones, (x.shape[-1],))
+        scale = leaf(self, "scale", nn.initializers.zeros if self.plus_one else nn.initializers.ones, (x.shape[-1],))
         wide = at_least_float32(x)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        if self.wide or self.plus_one:
+            return (wide * (scale.astype(wide.dtype) + self.plus_one)).astype(x.dtype)
         return wide.astype(x.dtype) * scale.astype(x.dtype)
 
 
@@ -110,14 +118,14 @@ REMAT: dict[str, Callable | None] = {
 }
 
 
-def stack(layer: type[nn.Module], length: int, remat: str, broadcast_arguments: int) -> type[nn.Module]:
+def stack(layer: type[nn.Module], length: int, remat: str, in_axes: tuple = ()) -> type[nn.Module]:
     """A module class that runs `length` copies of `layer` in a scan, their parameters stacked on axis 0.
 
     Args:
-        layer: `__call__(carry, *broadcast) -> (carry, collected)`.
+        layer: `__call__(carry, *arguments) -> (carry, collected)`.
         length: number of layers.
         remat: a key of REMAT.
-        broadcast_arguments: how many arguments every layer gets alike.
+        in_axes: for every further argument `nn.broadcast`, if all layers get it alike, or the axis along which it is dealt out.
     """
     if REMAT[remat] is not None:
         layer = nn.remat(layer, policy=REMAT[remat], prevent_cse=False)
@@ -125,6 +133,6 @@ def stack(layer: type[nn.Module], length: int, remat: str, broadcast_arguments: 
         layer,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(nn.broadcast,) * broadcast_arguments,
+        in_axes=in_axes,
         length=length,
     )

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from aligner.models import clip, decoder
+from aligner.models import clip, decoder, families
 from aligner.models.layers import ACTIVATIONS, Linear, rngs
-from aligner.types import Batch, Conversion, Media, Model, Output, UserError
+from aligner.types import Batch, Media, Model, Output, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +36,12 @@ class LlavaConfig:
 
 
 def config_from_hf(hf: Any) -> LlavaConfig:
-    """Read a Hugging Face `LlavaConfig` whose parts are CLIP and Llama."""
-    for part, supported in ((hf.text_config, "llama"), (hf.vision_config, "clip_vision_model")):
-        if part.model_type != supported:
-            raise UserError(f"a llava checkpoint with a {part.model_type!r} part is not supported; that part must be {supported!r}")
+    """Read a Hugging Face `LlavaConfig` whose parts are CLIP and a text family."""
+    for part, supported in ((hf.text_config, tuple(families.FAMILIES)), (hf.vision_config, ("clip_vision_model",))):
+        if part.model_type not in supported:
+            raise UserError(f"a llava checkpoint with a {part.model_type!r} part is not supported; that part may be {', '.join(supported)}")
     layer = hf.vision_feature_layer
-    text = decoder.config_from_hf(hf.text_config)
+    text = families.FAMILIES[hf.text_config.model_type](hf.text_config)
     return LlavaConfig(
         text_config=dataclasses.replace(text, tie_word_embeddings=bool(hf.tie_word_embeddings or text.tie_word_embeddings)),
         vision_config=clip.config_from_hf(hf.vision_config),
@@ -149,7 +149,9 @@ def make(hf: Any) -> Model:
         hidden = decoder.CausalLM(text, remat).apply({"params": params["language_model"]}, batch, features, rngs=rngs(key))
         return Output(hidden, {}, cache)
 
-    tied = (("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"),) if text.tie_word_embeddings else ()
+    base = families.conversion(hf.text_config.model_type, text, "language_model/", "language_model.")
+    tower = {"vision_tower/vision_model/encoder/layers": "vision_tower.vision_model.encoder.layers.{i}"}
+    ignored = (*base.ignored, r"embeddings\.position_ids$")
     return Model(
         family=hf.model_type,
         config=config,
@@ -158,16 +160,7 @@ def make(hf: Any) -> Model:
         apply=apply,
         head=lambda params: decoder.head(text, params["language_model"]),
         inputs=lambda processed: inputs(config, processed),
-        conversion=Conversion(
-            stacks={
-                "language_model/model/layers": "language_model.model.layers.{i}",
-                "vision_tower/vision_model/encoder/layers": "vision_tower.vision_model.encoder.layers.{i}",
-            },
-            renames=RENAMES,
-            modules=MODULES,
-            ignored=(*decoder.IGNORED, r"embeddings\.position_ids$"),
-            tied=tied,
-        ),
+        conversion=dataclasses.replace(base, stacks={**base.stacks, **tower}, renames=RENAMES, modules=MODULES, ignored=ignored),
         sharding_rules=SHARDING_RULES,
         trained_layers={
             "vision_tower/vision_model/encoder/layers": clip.layers_run(vision, config.vision_feature_layer),

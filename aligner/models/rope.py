@@ -98,14 +98,39 @@ def _yarn(parameters: Mapping[str, Any], dim: int, max_position_embeddings: int)
     return (ramp / (factor * power) + (1 - ramp) / power).astype(np.float32), scale
 
 
-def table(inverse, scale: float, positions: Int[Array, "B T"], dtype) -> tuple[Float[Array, "B T 1 H"], Float[Array, "B T 1 H"]]:
-    """Cosine and sine for every position, computed in float32 and rounded to `dtype`, with an axis for the heads."""
+def tables(
+    parameters: Mapping[str, Any] | None, width: int, max_position_embeddings: int, positions: Int[Array, "B T"], dtype
+) -> tuple[Float[Array, "B T 1 W"], Float[Array, "B T 1 W"]]:
+    """Cosine and sine for every position, computed in float32 and rounded to `dtype`, with an axis for the heads.
+
+    Args:
+        parameters: of one kind of rotary embedding; None rotates nothing.
+        width: W, the rotated part of a head.
+        max_position_embeddings: from the model's config.
+        positions: [B, T].
+        dtype: of the activations.
+    """
+    if parameters is None:
+        ones = jnp.ones((*positions.shape, 1, width), dtype)
+        return ones, jnp.zeros_like(ones)
+    inverse, scale = frequencies(parameters, width, max_position_embeddings, positions)
     angles = positions[..., None].astype(jnp.float32) * inverse
     angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
     return (jnp.cos(angles) * scale).astype(dtype), (jnp.sin(angles) * scale).astype(dtype)
 
 
-def rotate(x: Float[Array, "B T N H"], cos: Float[Array, "B T 1 H"], sin: Float[Array, "B T 1 H"]) -> Float[Array, "B T N H"]:
-    """Rotate the pairs (x[i], x[i + H/2]) of every head."""
-    first, second = jnp.split(x, 2, axis=-1)
-    return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
+def rotate(
+    x: Float[Array, "B T N H"], cos: Float[Array, "B T 1 W"], sin: Float[Array, "B T 1 W"], interleaved: bool = False
+) -> Float[Array, "B T N H"]:
+    """Rotate the pairs (x[i], x[i + W/2]) of every head, or (x[2i], x[2i + 1]) when interleaved; beyond W a head passes unchanged."""
+    width = cos.shape[-1]
+    turned, rest = x[..., :width], x[..., width:]
+    if interleaved:
+        cos, sin = (jnp.repeat(y[..., : width // 2], 2, axis=-1) for y in (cos, sin))
+        pairs = turned.reshape(*turned.shape[:-1], width // 2, 2)
+        other = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(turned.shape)
+    else:
+        first, second = jnp.split(turned, 2, axis=-1)
+        other = jnp.concatenate([-second, first], axis=-1)
+    turned = turned * cos + other * sin
+    return turned if rest.shape[-1] == 0 else jnp.concatenate([turned, rest], axis=-1)

@@ -44,7 +44,7 @@ def test_a_dataset(ten):
     assert ten.size == ten.rows_total == 10 and ten.row_ids.tolist() == list(range(10)) and ten.dropped == {}
     T, S, I = ten.shape
     assert T % 8 == S % 8 == 0 and I == 0
-    row = ten.example(3)
+    row = ten.row(3)
     assert row["tokens"].shape == (T,) and row["score_token"].shape == (S,) and row["example_id"].tolist() == [3]
     assert "pixel_values" not in row
     assert "10 of 10 rows kept" in ten.report[0]

@@ -1,4 +1,4 @@
-"""Small odd Hugging Face checkpoints with every weight perturbed: at initialisation norms are 1 and biases 0, so errors in them pass unseen."""
+"""Small odd Hugging Face checkpoints, every weight perturbed: at initialisation norms are 1 and biases 0, and errors in them unseen."""
 
 from __future__ import annotations
 

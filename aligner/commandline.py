@@ -1,0 +1,94 @@
+"""The command line, and one sentence for what is wrong with it: absl and ml_collections raise a dozen kinds of errors."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from aligner.types import UserError
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", tuple: "a tuple"}
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Set all flags.
+
+    Returns:
+        What is left: the program and arguments that are no flags.
+
+    Raises:
+        UserError: an unknown key (the nearest is named), a value of another type, a config file that is missing or broken.
+    """
+    app.define_help_flags()
+    path, preset = config_file(argv)
+    if path and not Path(path).is_file():
+        others = sorted(str(file) for file in Path("configs").glob("*.py") if file.stem not in ("__init__", "common"))
+        raise UserError(f"--config {path} does not exist; there is {', '.join(others) or 'no folder configs here'}")
+    try:
+        return flags.FLAGS(argv)
+    except Exception as error:
+        raise UserError(_explain(argv, path, preset, error)) from None
+
+
+def config_file(argv: list[str]) -> tuple[str, str]:
+    """(path, preset) behind --config; ("", "") without one."""
+    value = next((value for name, value in _settings(argv) if name == "config"), "")
+    path, _, preset = (value or "").partition(":")
+    return path, preset
+
+
+def _settings(argv: list[str]) -> list[tuple[str, str | None]]:
+    """(flag, value) pairs as they stand on the command line; the value of a bare flag is what follows it, if that is no flag."""
+    found = []
+    for argument, following in zip(argv[1:], [*argv[2:], "-"]):
+        if match := re.fullmatch(r"--?([\w.]+)(?:=(.*))?", argument, re.DOTALL):
+            found.append((match[1], match[2] if match[2] is not None or following.startswith("-") else following))
+    return found
+
+
+def _explain(argv: list[str], path: str, preset: str, error: Exception) -> str:
+    """What was refused and what would be taken; the config file is read again to know that."""
+    try:
+        config = runpy.run_path(path)["get_config"](preset) if path else None
+    except Exception as broken:
+        return f"--config {path}: {_last_line(broken)}"
+    for name, value in _settings(argv):
+        if name.startswith("config.") and config is not None and (problem := _problem(config, name, value)):
+            return problem
+    return f"bad command line: {_last_line(error)}"
+
+
+def _problem(config: Any, name: str, value: str | None) -> str | None:
+    """What is wrong with `--name=value`, None where nothing is."""
+    section, where = config, "config"
+    for part in name.split(".")[1:]:
+        keys = [str(key) for key in section] if hasattr(section, "keys") else []
+        if part not in keys:
+            if not keys:
+                return f"{where} is a value, so there is no {name}"
+            near = difflib.get_close_matches(part, keys, n=1)
+            hint = f"did you mean {where}.{near[0]}?" if near else f"the keys of {where} are {', '.join(keys)}"
+            return f"the config has no key {where}.{part}; {hint}"
+        parent, section, where = section, section[part], f"{where}.{part}"
+    if hasattr(section, "keys"):
+        return f"{where} is a section, not a value; set one of {', '.join(f'{where}.{key}' for key in section)}"
+    kind = parent.get_type(part)
+    try:
+        taken = value is None or kind not in (int, float, bool) or (value.lower() in _BOOLEANS if kind is bool else kind(value) is not None)
+    except ValueError:
+        taken = False
+    example = "" if section is None or kind is bool else f", such as {section!r}"
+    return None if taken else f"{where} must be {_KINDS[kind]}{example}, not {value!r}"
+
+
+_BOOLEANS = ("true", "t", "1", "false", "f", "0")
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,60 @@
+"""The kinds of samples that algorithms need, and how each becomes an example of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from aligner.data import samples, templates, turns
+from aligner.data.samples import Document, Preference, Ranked, Supervised, Unpaired
+from aligner.types import Model
+
+
+class Kind(NamedTuple):
+    """How the samples that an algorithm needs become examples.
+
+    Attributes:
+        takes: types of samples that will do, the best first.
+        encode: (sample, model, config.data) -> Encoded.
+        values: columns of the batch that come with the examples: name -> shape of one example's; the batch has [B,G,*shape] float32.
+        last: score the last token of each answer alone, as reward heads do.
+    """
+
+    takes: tuple[type, ...]
+    encode: Callable[[Any, Model, Any], templates.Encoded]
+    values: Mapping[str, tuple[int, ...]] = {}
+    last: bool = False
+
+
+def _supervised(sample: Any, model: Model, data: Any) -> templates.Encoded:
+    return turns.encode_supervised(samples.as_supervised(sample), model.assets, model.media, data.get("loss_on", "assistant"))
+
+
+def _document(sample: Any, model: Model, data: Any) -> templates.Encoded:
+    return turns.encode_document(samples.as_document(sample), model.assets)
+
+
+def _preference(sample: Any, model: Model, data: Any) -> templates.Encoded:
+    return templates.encode_preference(samples.as_preference(sample), model.assets, model.media)
+
+
+def _ranked(sample: Any, model: Model, data: Any) -> templates.Encoded:
+    sample = samples.as_ranked(sample)
+    return templates.encode_answers(sample.prompt, sample.completions, model.assets, model.media)
+
+
+def _unpaired(sample: Any, model: Model, data: Any) -> templates.Encoded:
+    sample = samples.as_unpaired(sample)
+    encoded = templates.encode_answers(sample.prompt, (sample.completion,), model.assets, model.media)
+    return encoded._replace(values={"label": float(sample.label)})
+
+
+ENCODERS = {
+    "supervised": Kind((Supervised, Document, Preference, Ranked), _supervised),  # R=1
+    "text": Kind((Document,), _document),  # R=1; cut into full rows
+    "preference": Kind((Preference, Ranked), _preference),  # R=2: chosen, rejected
+    "preference_last": Kind((Preference, Ranked), _preference, {"margin": (), "safe": (2,)}, last=True),
+    "unpaired": Kind((Unpaired, Preference, Ranked), _unpaired, {"label": ()}),  # R=2: the row's answer, another row's to the same prompt
+    "ranked": Kind((Ranked, Preference), _ranked),  # as many as the longest list has; shorter ones lack the last
+    "ranked_last": Kind((Ranked, Preference), _ranked, last=True),
+}

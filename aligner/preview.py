@@ -1,0 +1,202 @@
+"""What the model will really see: rows as tokens coloured by what is trained, images as fed, drops and why, as one HTML page.
+
+    python -m aligner.preview --config configs/dpo_llava.py:tiny --workdir runs/quickstart --out page.html
+
+It reads the data section of the config as training does and needs no weights.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from aligner.types import Model, UserError
+
+OUT = flags.DEFINE_string("out", "preview.html", "The page to write.")
+ROWS = flags.DEFINE_integer("rows", 8, "How many rows of each dataset to show.", lower_bound=1)
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #1c1c1c; background: #fff }
+h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid #ddd } h3 { font-size: 1rem }
+.row { border: 1px solid #ddd; border-radius: 6px; padding: .6rem .9rem; margin: 1rem 0 }
+.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem }
+.text { font: 13px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere }
+.text span { border-radius: 3px; padding: 1px 0; box-shadow: inset -1px 0 #fff8 }
+.prompt { background: #eceff1 } .common { border-bottom: 2px solid #d99a00 }
+.trained1 { background: #bfe8c5 } .trained2 { background: #f7c6c5 }
+.trained3 { background: #c9d8f5 } .untrained { background: #eee; color: #888 } .media { background: #d9d2f2 }
+.note { color: #666; font-size: .9em } img { image-rendering: pixelated; max-height: 14rem; min-height: 6rem; margin: .3rem .5rem .3rem 0 }
+table { border-collapse: collapse } td, th { text-align: left; padding: .15rem .8rem .15rem 0 } .bar { background: #7aa6d8; height: .8rem }
+pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; white-space: pre-wrap }
+"""
+LEGEND = (
+    '<p class="text"><span class="prompt">prompt, read only</span>  <span class="media">image features</span>  '
+    '<span class="trained1">first answer, trained</span>  <span class="trained2">second answer, trained</span>  '
+    '<span class="untrained">answer, not trained</span>  <span class="common">start that all answers share</span></p>'
+)
+
+
+def page(config: Any, model: Model, datasets: Iterable[Any], rows: int) -> str:
+    """The whole page as HTML text; it loads nothing from anywhere.
+
+    Args:
+        config: the whole config.
+        model: for its assets and media sizes.
+        datasets: from `aligner.data.loader.load_dataset`.
+        rows: how many rows of each to show, evenly spaced.
+    """
+    from aligner.data.templates import chat_template
+
+    parts = [f"<h1>What {html.escape(Path(config.model.path).name)} will see</h1>", LEGEND]
+    for dataset in datasets:
+        parts.append(f"<h2>{html.escape(dataset.name)}</h2>")
+        parts.append("<pre>" + html.escape("\n".join(dataset.report)) + "</pre>")
+        parts.append(drops(dataset.dropped))
+        shown = [dataset.row(int(i)) for i in np.linspace(0, dataset.size - 1, min(rows, dataset.size))]
+        parts.append(histogram(dataset, shown))
+        parts += [show_row(row, model) for row in shown]
+    template = chat_template(model.assets)
+    parts.append("<h2>Chat template</h2><pre>" + html.escape(template or "none: raw text") + "</pre>")
+    title = html.escape(f"aligner preview: {config.model.path}")
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    return head + "\n".join(parts) + "</html>\n"
+
+
+def drops(dropped: Mapping[str, tuple[int, list[int]]]) -> str:
+    """Rows left out, by reason, with a few row numbers."""
+    if not dropped:
+        return '<p class="note">No row was dropped.</p>'
+    cells = [(html.escape(reason), count, ", ".join(map(str, ids))) for reason, (count, ids) in dropped.items()]
+    lines = "".join(f"<tr><td>{reason}</td><td>{count}</td><td>{ids}</td></tr>" for reason, count, ids in cells)
+    return f"<table><tr><th>dropped because</th><th>rows</th><th>for example rows</th></tr>{lines}</table>"
+
+
+def histogram(dataset: Any, shown: list[Mapping[str, np.ndarray]], bins: int = 12) -> str:
+    """Lengths of the shown rows against the width that they are padded to."""
+    lengths = np.asarray([int((row["segment_ids"] > 0).sum()) for row in shown])
+    counts, edges = np.histogram(lengths, bins=min(bins, max(len(lengths) // 2, 1)), range=(0, dataset.shape[0]))
+    most = max(int(counts.max()), 1)
+    bars = [f'<div class="bar" style="width:{18 * n / most:.1f}rem"></div>' for n in counts]
+    cells = [f"<td>{int(a)} to {int(b)}</td><td>{n}</td><td>{bar}</td>" for a, b, n, bar in zip(edges, edges[1:], counts, bars)]
+    lines = "".join(f"<tr>{cell}</tr>" for cell in cells)
+    filled = lengths.mean() / dataset.shape[0]
+    note = f'<p class="note">rows shown fill {filled:.0%} of the {dataset.shape[0]} columns</p>'
+    return f"<table><tr><th>tokens of a row</th><th>rows</th><th></th></tr>{lines}</table>{note}"
+
+
+def show_row(row: Mapping[str, np.ndarray], model: Model) -> str:
+    """One row: its images, then for each segment the prompt and its answers side by side."""
+    pictures = "".join(picture(pixels) for pixels, real in zip(row.get("pixel_values", ()), row.get("image_mask", ())) if real)
+    # the columns whose token is trained: the one after a scored position in the same answer, or the first of an answer
+    trained = trained_columns(row)
+    blocks = []
+    for segment in range(1, int(row["segment_ids"].max()) + 1):
+        here = row["segment_ids"] == segment
+        roles = [int(role) for role in np.unique(row["role"][here]) if role > 0]
+        prompt = tokens_html(row, here & (row["role"] == 0), trained, model)
+        answers = [here & (row["role"] == role) for role in roles]
+        shared = common_start([row["tokens"][columns] for columns in answers])
+        texts = [tokens_html(row, columns, trained, model, shared) for columns in answers]
+        cells = [f"<div><h3>answer {role}</h3>{text}</div>" for role, text in zip(roles, texts)]
+        blocks.append(f'<h3>prompt</h3>{prompt}<div class="answers">{"".join(cells)}</div>')
+    used, scored = int((row["segment_ids"] > 0).sum()), int((row["score_segment"] > 0).sum())
+    ids = ", ".join(str(i) for i in row["example_id"] if i >= 0)
+    note = f'<p class="note">row {ids}: {used} of {len(row["tokens"])} columns, {scored} tokens trained</p>'
+    return f'<div class="row">{note}{pictures}{"".join(blocks)}</div>'
+
+
+def trained_columns(row: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Which columns hold a token that a loss is computed on, found again from the scored positions."""
+    trained = np.zeros(len(row["tokens"]), bool)
+    real = row["score_segment"] > 0
+    for start, token, role in zip(row["score_from"][real], row["score_token"][real], row["score_role"][real]):
+        follows = start + 1 < len(trained) and row["role"][start + 1] == row["role"][start] and row["tokens"][start + 1] == token
+        if follows and row["role"][start] in (0, role) and not (row["role"][start] == 0 and (row["role"] == role).any()):
+            trained[start + 1] = True
+        else:  # the first token of an answer is predicted from the prompt's last column
+            first = np.flatnonzero((row["segment_ids"] == row["segment_ids"][start]) & (row["role"] == role))
+            trained[first[0] if len(first) else start + 1] = True
+    return trained
+
+
+def tokens_html(row: Mapping[str, np.ndarray], columns: np.ndarray, trained: np.ndarray, model: Model, shared: int = 0) -> str:
+    """The tokens of some columns, each a coloured span; a run of image features is one."""
+    tokenizer, spans, place = model.assets.tokenizer, [], 0
+    media = row.get("media_index", np.full(len(row["tokens"]), -1))
+    where = np.flatnonzero(columns)
+    while place < len(where):
+        column = where[place]
+        if media[column] >= 0:
+            run = place
+            while run < len(where) and media[where[run]] >= 0:
+                run += 1
+            spans.append(f'<span class="media">image, {run - place} features</span>')
+            place = run
+            continue
+        role = int(row["role"][column])
+        kind = f"trained{min(role, 3) or 1}" if trained[column] else "untrained" if role else "prompt"
+        kind += " common" if place < shared else ""
+        token = int(row["tokens"][column])
+        text = html.escape(tokenizer.convert_tokens_to_string([tokenizer.convert_ids_to_tokens(token)])).replace("\n", "⏎\n")
+        spans.append(f'<span class="{kind}" title="{token}">{text}</span>')
+        place += 1
+    return f'<div class="text">{"".join(spans)}</div>'
+
+
+def common_start(answers: list[np.ndarray]) -> int:
+    """How many first tokens all answers share."""
+    if len(answers) < 2:
+        return 0
+    shortest = min(map(len, answers))
+    same = np.all([answer[:shortest] == answers[0][:shortest] for answer in answers], axis=0)
+    return int(shortest if same.all() else np.argmin(same))
+
+
+def picture(pixels: np.ndarray) -> str:
+    """Pixels [H,W,3] as the tower gets them, stretched to what a screen shows."""
+    from PIL import Image
+
+    low, high = float(pixels.min()), float(pixels.max())
+    scaled = ((pixels - low) / max(high - low, 1e-6) * 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(scaled).save(buffer, "PNG")
+    return f'<img alt="image as fed" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def main(argv: list[str]) -> None:
+    from aligner import algorithms, convert, workdir
+    from aligner.console import say
+    from aligner.data import loader
+    from aligner.main import CONFIG, WORKDIR
+    from aligner.run import call_setup
+
+    if CONFIG.value is None:
+        raise UserError("--config is missing; for example: python -m aligner.preview --config configs/dpo_llava.py:tiny --out page.html")
+    config = workdir.resolve(CONFIG.value, WORKDIR.value or "runs/preview")
+    if config.setup:
+        call_setup(config)
+    model, _ = convert.open_model(config.model.path, config.model.revision, config.algorithm.name in algorithms.SCORING)
+    needs = algorithms.make(config, model).needs
+    datasets = [loader.load_dataset(config, split, model, needs) for split in ("train", "eval") if config.data[split].path]
+    for dataset in datasets:
+        say(*dataset.report)
+    Path(OUT.value).write_text(page(config, model, datasets, ROWS.value), encoding="utf-8")
+    print(f"{OUT.value}: {len(datasets)} datasets, {ROWS.value} rows each; open it in a browser")
+
+
+if __name__ == "__main__":
+    from aligner.main import parse
+
+    try:
+        app.run(main, flags_parser=parse)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

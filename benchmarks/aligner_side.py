@@ -1,0 +1,75 @@
+"""aligner's side of the DPO comparison: the jitted training step as `aligner.run` builds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from benchmarks.torch_sides import BETA, LEARNING_RATE, MAX_GRAD_NORM
+
+from aligner import algorithms, convert, lora, optim, sharding, state
+from aligner.data.layout import pair_row, shape_of
+from aligner.data.templates import Encoded
+from aligner.train_step import jit, make_train_step
+from configs import common
+
+
+def make_config(dtype: str):
+    """The defaults with the settings that the other sides have."""
+    config = common.base()
+    config.algorithm.beta = BETA
+    config.reference.kind = "copy"  # computed in the step, as on the other sides
+    config.model.dtype = dtype
+    config.optim.learning_rate = LEARNING_RATE
+    config.optim.schedule, config.optim.warmup = "constant", 0.0
+    config.optim.max_grad_norm = MAX_GRAD_NORM
+    return config
+
+
+def make_batch(rows: list[dict[str, list[int]]], shared_prompt: bool) -> dict[str, jax.Array]:
+    """Pairs of token ids as rows, no column left over."""
+    as_ids = lambda ids: np.asarray(ids, np.int32)
+    examples = [Encoded(as_ids(row["prompt"]), (as_ids(row["chosen"]), as_ids(row["rejected"]))) for row in rows]
+    T, S, I = (max(sizes) for sizes in zip(*(shape_of(example, shared_prompt) for example in examples)))
+    laid = [pair_row(example, T, S, I, None, shared_prompt, example_id=i) for i, example in enumerate(examples)]
+    return {name: jax.device_put(np.stack([row[name] for row in laid])) for name in laid[0]}
+
+
+def aligner_step(folder: Path, rows: list[dict[str, list[int]]], dtype: str, shared_prompt: bool) -> Callable[[], float]:
+    """One optimizer step per call; returns the loss.
+
+    Args:
+        folder: Hugging Face checkpoint, of policy and reference.
+        rows: `prompt, chosen, rejected` as token ids.
+        dtype: of the computation; master parameters are float32, the frozen reference is kept in `dtype`.
+        shared_prompt: lay a pair out as [prompt | chosen | rejected] instead of [prompt chosen] [prompt rejected].
+    """
+    config = make_config(dtype)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        model, params = convert.load(folder, dtype="float32", mesh=mesh)
+        algorithm = algorithms.make(config, model)
+        optimizer = optim.make_optimizer(config.optim, optim.make_schedule(config.optim, 1000), model.trained_layers)
+        trainable, base = lora.split(params, config.optim.freeze)
+        del params
+        fixed = {"base": base, "reference": convert.load(folder, dtype=dtype, mesh=mesh)[1]}
+        batch = jax.device_put(make_batch(rows, shared_prompt), sharding.batch_sharding(mesh))
+        box = [state.create(trainable, optimizer, algorithm.carry, config.seed, mesh)]
+        del trainable
+        layout = jax.tree.map(lambda leaf: leaf.sharding, box[0])
+        step = jit(
+            make_train_step(algorithm, optimizer, dtype=dtype, max_grad_norm=config.optim.max_grad_norm),
+            donate_argnums=0,
+            out_shardings=(layout, sharding.replicated(mesh)),
+        )
+        compiled = step.lower(box[0], fixed, batch).compile()
+
+    def call() -> float:
+        box[0], metrics = compiled(box[0], fixed, batch)
+        jax.block_until_ready(box[0])
+        return float(metrics["loss"].value)
+
+    call.compiled, call.box, call.fixed, call.batch = compiled, box, fixed, batch  # for whoever profiles it
+    return call

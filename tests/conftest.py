@@ -1,0 +1,31 @@
+"""Eight simulated devices for the whole suite, a compile cache, no Hub, and the small models that several rooms' tests use."""
+
+import os
+from pathlib import Path
+
+# Before the first import of jax by anything; a test's subprocess inherits them.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest  # noqa: E402
+
+from tests.models import tiny  # noqa: E402
+
+
+@pytest.fixture(scope="session", params=["llama", "llava"])
+def family(request) -> tiny.Family:
+    """A tiny model with perturbed parameters and pairs to train it on: once text, once with images."""
+    return tiny.family(request.param)
+
+
+@pytest.fixture(scope="session")
+def llama() -> tiny.Family:
+    return tiny.family("llama")
+
+
+@pytest.fixture(scope="session")
+def llava() -> tiny.Family:
+    return tiny.family("llava")

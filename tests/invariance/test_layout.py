@@ -1,0 +1,91 @@
+"""How a batch is laid out, split and computed changes neither loss nor gradients."""
+
+import functools
+import re
+
+import numpy as np
+import pytest
+
+from aligner import logprobs, sharding
+from tests.invariance.step import ZERO_GRADIENT, Result, loss_and_gradients, one_device
+from tests.models import tiny
+
+BAR = 1e-5  # max|a - b| / max|b| per tensor, in float32
+CUBE = dict(data=2, fsdp=2, tensor=2)
+
+# name -> (options of the batch, options of the config, mesh, positions in a chunk of the head)
+VARIANTS = {
+    "accumulation": ({}, dict(train__accumulate=4), None, None),
+    "padding": (dict(more=(7, 5, 1), empty_rows=4), {}, None, None),
+    "duplicated prompt": (dict(shared=False), {}, None, None),
+    "packing": (dict(per_row=2), {}, None, None),
+    "chunks": ({}, {}, None, 3),
+    "remat full": ({}, dict(train__remat="full"), None, None),
+    "remat dots": ({}, dict(train__remat="dots"), None, None),
+    "remat context": ({}, dict(train__remat="context"), None, None),
+    "8 devices": ({}, {}, CUBE, None),
+    "all at once": (
+        dict(shared=False, per_row=2, more=(3, 1, 0), empty_rows=4), dict(train__accumulate=2, train__remat="full"), CUBE, 5,
+    ),
+}  # fmt: skip
+
+
+def compute(name: str, batch=(), config=(), mesh=None, freeze=()) -> Result:
+    f = tiny.family(name)
+    changes = dict(algorithm__label_smoothing=0.1, optim__freeze=freeze, **dict(config))
+    devices = sharding.make_mesh(mesh) if mesh else one_device()
+    return loss_and_gradients(f, tiny.make_batch(f, **dict(batch)), tiny.config(**changes), devices)
+
+
+baseline = functools.cache(compute)
+
+
+def assert_same(found: Result, expected: Result, layout_metrics=("num_tokens",)) -> None:
+    assert found.gradients.keys() == expected.gradients.keys()
+    for name in expected.metrics.keys() - set(layout_metrics):
+        assert found.metrics[name] == pytest.approx(expected.metrics[name], rel=BAR), name
+    for path, gradient in expected.gradients.items():
+        scale = np.abs(gradient).max()
+        if re.search(ZERO_GRADIENT, path):
+            scale = np.abs(expected.gradients[path.replace("k_proj", "q_proj")]).max()
+        assert np.abs(found.gradients[path] - gradient).max() <= BAR * scale, path
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["llama", "llava"])
+def test_same_loss_and_gradients(name, variant, monkeypatch):
+    batch, config, mesh, chunk = VARIANTS[variant]
+    expected = baseline(name)
+    if chunk:
+        monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk * tiny.TEXT["vocab_size"] * (2 if mesh else 8))
+    found = compute(name, batch, config, mesh)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "llava"])
+def test_the_baseline_is_no_trivial_one(name):
+    """Every leaf that the pairs depend on has a gradient; those that nothing passes through have exactly none."""
+    found = baseline(name)
+    assert 0.1 < found.metrics["loss"] < 5 and found.metrics["nonfinite"] == 0
+    assert 0 < found.metrics["rewards/accuracies"] < 1
+    unreached = {path for path, gradient in found.gradients.items() if not gradient.any()}
+    assert unreached == ({f"vision_tower/vision_model/post_layernorm/{leaf}" for leaf in ("scale", "bias")} if name == "llava" else set())
+    for path, gradient in found.gradients.items():
+        if path not in unreached and "vision_tower/vision_model/encoder" in path:
+            assert gradient[:2].any() and not gradient[2].any(), path  # the last layer is not run: feature layer -2
+
+
+def test_a_frozen_part_does_not_change_the_other_gradients():
+    whole, part = baseline("llava"), compute("llava", freeze=("vision_tower/.*", "language_model/lm_head/.*"))
+    frozen = {path for path in whole.gradients if re.match("vision_tower/|language_model/lm_head", path)}
+    assert part.gradients.keys() == whole.gradients.keys() - frozen
+    for path, gradient in part.gradients.items():
+        np.testing.assert_allclose(gradient, whole.gradients[path], atol=BAR * np.abs(whole.gradients[path]).max(), rtol=0)
+
+
+def test_the_bar_catches_a_mean_of_means():
+    """Micro-batches of ragged lengths: dividing each by its own count would show."""
+    found = baseline("llama")
+    wrong = found._replace(gradients={path: g * (1 + 1e-4) for path, g in found.gradients.items()})
+    with pytest.raises(AssertionError):
+        assert_same(wrong, found)

@@ -1,0 +1,154 @@
+"""A run that was killed or stopped, at whatever moment, ends with the numbers of one that was not."""
+
+import random
+import shutil
+import signal
+
+import pytest
+
+from tests.resume.runs import (
+    complete, demo, evaluating, log_of, prepared_in_part, preparing, records, same_numbers, saving, start, step, stop,
+)  # fmt: skip
+
+KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    complete(workdir)
+    assert [r["step"] for r in records(workdir, "train")] == list(range(1, 23))
+    assert [r["step"] for r in records(workdir, "eval")] == [5, 10, 15, 20, 22]
+    return workdir
+
+
+def parts_of(workdir):
+    """Name -> (inode, time of writing) of the parts of the reference columns."""
+    return {str(p.relative_to(workdir)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in workdir.glob("reference/*/part-*.npz")}
+
+
+def tear(checkpoint):
+    """Cut the largest file of a checkpoint in half."""
+    largest = max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+def test_stopped_and_killed_and_torn(uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+
+    assert stop(workdir, preparing, TERM) == 0
+    assert not (workdir / "metrics.jsonl").exists()
+    assert stop(workdir, prepared_in_part, KILL) == -KILL
+    parts = parts_of(workdir)
+    assert parts
+
+    assert stop(workdir, step(3), TERM) == 0
+    last = records(workdir, "train")[-1]["step"]
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == [str(last)]
+    assert (workdir / "curves.png").exists()
+
+    assert stop(workdir, saving(10), KILL) == -KILL
+    assert stop(workdir, step(16), INT) == 128 + INT
+    assert log_of(workdir).read_text().count("stopped; the same command goes on from here") == 3
+
+    newest = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    tear(workdir / "checkpoints" / str(newest))
+    told = complete(workdir)
+    assert f"checkpoints/{newest} cannot be read" in told
+    assert "goes on from step 15\n" in told
+    assert (workdir / f"torn-checkpoint-{newest}").exists()
+
+    assert (workdir / "metrics.jsonl").read_text() == (uninterrupted / "metrics.jsonl").read_text()
+    assert parts.items() <= parts_of(workdir).items()  # not computed again
+
+
+def test_killed_while_evaluating(uninterrupted, tmp_path):
+    """The checkpoint of the last step is there, its evaluation is not: the next start makes up for it."""
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted, workdir)
+    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (workdir / "metrics.jsonl").write_text("".join(lines[:-1]) + lines[-1][:40])  # the last line half written
+    complete(workdir)
+    assert (workdir / "metrics.jsonl").read_text() == "".join(lines)
+
+
+def test_eight_devices_then_one(uninterrupted, tmp_path):
+    """A mesh of 2 x 2 x 2 gives the numbers of one device, and its checkpoint goes on there."""
+    workdir = tmp_path / "run"
+    mesh = {f"mesh.{axis}": 2 for axis in ("data", "fsdp", "tensor")}
+    assert stop(workdir, step(7), TERM, settings=mesh, devices=8) == 0
+    told = complete(workdir)
+    assert "goes on with a different setting: config.mesh.tensor was 2 and is now 1" in told
+    assert "was compiled" not in log_of(workdir).read_text()
+    same_numbers(workdir, uninterrupted, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_many_times(uninterrupted, tmp_path, seed):
+    """Seven kills in a chain, each before the run ends, at moments drawn by the seed."""
+    draw = random.Random(seed)
+    workdir = tmp_path / "run"
+    first = draw.randint(6, 9)
+    moments = [
+        (lambda workdir: True, draw.uniform(1, 4)),  # at the start, wherever that is
+        (preparing, draw.uniform(0, 0.1)),
+        (prepared_in_part, 0.0),
+        (step(draw.randint(1, 4)), draw.uniform(0, 0.05)),
+        (saving(5), draw.uniform(0, 0.01)),
+        (step(first), draw.uniform(0, 0.05)),
+        (saving(15), 0.0),
+        (saving(20) if seed else evaluating(20), draw.uniform(0, 0.02)),
+    ]
+    for moment, delay in moments:
+        assert stop(workdir, moment, KILL, delay) == -KILL
+    complete(workdir)
+    assert (workdir / "metrics.jsonl").read_text() == (uninterrupted / "metrics.jsonl").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", ["commit_success.txt", "_CHECKPOINT_METADATA", "manifest.ocdbt", "rest", "d"])
+def test_torn_checkpoints(uninterrupted, tmp_path, harm):
+    """Whatever is missing in the newest checkpoint, the one before is used."""
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted, workdir)
+    newest = workdir / "checkpoints" / "22"
+    for path in [newest / "rest"] if harm == "rest" else list(newest.rglob(harm)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert "goes on from step 20\n" in complete(workdir)
+    assert (workdir / "metrics.jsonl").read_text() == (uninterrupted / "metrics.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes(uninterrupted, tmp_path):
+    """Two processes of four devices each: the numbers of one device, a common stop after a signal to one of them, an export."""
+    import socket
+
+    workdir, settings = tmp_path / "run", {"mesh.fsdp": 2, "mesh.tensor": 2, "checkpoint.export": True}
+
+    def both():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        world = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+        return [start(workdir, settings, 4, **world, JAX_PROCESS_ID=str(rank)) for rank in (0, 1)]
+
+    import time
+
+    processes = both()
+    try:
+        while not step(7)(workdir):
+            assert all(process.poll() is None for process in processes), log_of(workdir).read_text()
+            time.sleep(0.01)
+        processes[1].send_signal(TERM)
+        assert [process.wait(120) for process in processes] == [0, 0]
+        processes = both()
+        assert [process.wait(300) for process in processes] == [0, 0], log_of(workdir).read_text()
+    finally:
+        for process in processes:
+            process.kill()
+    same_numbers(workdir, uninterrupted, 1e-5)
+    from aligner import load
+
+    load(workdir / "export")
+    assert demo()

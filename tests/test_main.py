@@ -1,0 +1,223 @@
+"""Bad input to the public command line: one clear sentence, exit status 2, no traceback, and no parameter is allocated before."""
+
+import contextlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+from PIL import Image
+
+from aligner import main, run
+from tests.resume.runs import ROOT, arguments, demo
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_loaded(monkeypatch):
+    """Whatever is wrong is told before the first parameter is read."""
+
+    def load(*args):
+        raise AssertionError("parameters were loaded before the input was known to be good")
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(run, "load", load)
+
+
+def forget_flags():
+    """Flags as before the first command line of this process."""
+    for name in list(flags.FLAGS):
+        if name.startswith("config."):  # each --config.key is a flag of its own, made when it is met
+            delattr(flags.FLAGS, name)
+    for name in ("config", "workdir"):
+        flags.FLAGS[name].unparse()
+
+
+def call(*argv):
+    """(exit status, stderr) of the command line, in this process."""
+    forget_flags()
+    told = io.StringIO()
+    argv, before = ["main", *map(str, argv)], sys.argv
+    sys.argv = argv
+    try:
+        with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit) as end:
+            main.cli()
+    finally:
+        sys.argv = before
+    return end.value.code, told.getvalue()
+
+
+def refused(tmp_path, *phrases, argv=None, **settings):
+    """The last line is one sentence that holds all the phrases."""
+    given = {key.replace("__", "."): value for key, value in settings.items()}
+    code, told = call(*(arguments(tmp_path / "run", given) if argv is None else argv))
+    assert code == 2, told
+    last = told.strip().splitlines()[-1]
+    assert last.startswith("error: "), told
+    assert "Traceback" not in told
+    for phrase in phrases:
+        assert phrase in last, last
+    return last
+
+
+@pytest.mark.parametrize(
+    ("argv", "phrases"),
+    [
+        ([], ["--config is missing", "for example: python -m aligner.main"]),
+        (["--config=configs/dpo_llava.py:tiny"], ["--workdir is missing"]),
+        (["--config=configs/dpo_lava.py"], ["--config configs/dpo_lava.py does not exist", "configs/dpo_llava.py"]),
+        (["--config", "configs/dpo_llava.py:tinny"], ["unknown preset 'tinny'", "there is tiny"]),
+        (["--confg=x"], ["confg", "Did you mean: config"]),
+        (["runs/here"], ["unexpected argument 'runs/here'"]),
+        (["--config.data.batchsize=3"], ["no key config.data.batchsize", "did you mean config.data.batch_size?"]),
+        (["--config.dat.batch_size=3"], ["no key config.dat;", "did you mean config.data?"]),
+        (["--config.log.zzz=3"], ["no key config.log.zzz", "the keys of config.log are every, tensorboard, wandb"]),
+        (["--config.optim=3"], ["config.optim is a section", "config.optim.learning_rate"]),
+        (["--config.seed.x=3"], ["config.seed is a value"]),
+        (["--config.data.batch_size=many"], ["config.data.batch_size must be a whole number", "not 'many'"]),
+        (["--config.data.batch_size=3.5"], ["config.data.batch_size must be a whole number", "not '3.5'"]),
+        (["--config.optim.learning_rate", "fast"], ["config.optim.learning_rate must be a number", "not 'fast'"]),
+        (["--config.checkpoint.export=perhaps"], ["config.checkpoint.export must be true or false", "not 'perhaps'"]),
+    ],
+)
+def test_command_line(tmp_path, argv, phrases):
+    if any(argument.startswith("--config.") for argument in argv):
+        argv = ["--config=configs/dpo_llava.py:tiny", f"--workdir={tmp_path}", *argv]
+    elif argv == ["runs/here"]:
+        argv = [*arguments(tmp_path), *argv]
+    refused(tmp_path, *phrases, argv=argv)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "phrases"),
+    [
+        ("data.batch_size", 6, ["config.data.batch_size 6 cannot be divided", "config.train.accumulate=4", "a multiple of 4"]),
+        ("data.batch_size", 0, ["config.data.batch_size is 0; it must be at least 1"]),
+        ("data.max_bad_fraction", 5.0, ["config.data.max_bad_fraction is 5.0", "from 0 to 1"]),
+        ("seed", -1, ["config.seed is -1"]),
+        ("optim.schedule", "cosin", ["'cosin' is not a schedule", "did you mean 'cosine'?", "constant, linear, cosine"]),
+        ("optim.freeze", "visoin_tower/.*", ["config.optim.freeze", "'visoin_tower/.*'", "matches no parameter", "model/"]),
+        ("optim.freeze", "(", ["config.optim.freeze has '('", "no regex"]),
+        ("optim.freeze", ".*", ["matches every parameter", "nothing would train"]),
+        ("optim.groups", 3, ["config.optim.groups holds 3", "a pair (regex,"]),
+        ("optim.groups", "(('lm_haed', {'learning_rate': 2.0}),)", ["config.optim.groups has 'lm_haed'", "matches no parameter"]),
+        ("optim.groups", "(('.*', {'lr': 2.0}),)", ["'.*' sets 'lr'", "learning_rate and weight_decay"]),
+        ("reference.kind", "frozen", ["config.reference.kind is 'frozen'", "precomputed, copy"]),
+        ("reference.model", "nowhere/", ["nowhere"]),
+        ("algorithm.name", "dppo", ["dppo", "dpo"]),
+        ("train.remat", "ful", ["config.train.remat is 'ful'", "none", "full"]),
+        ("model.dtype", "fp16", ["config.model.dtype is 'fp16'", "bfloat16"]),
+        ("model.path", "", ["config.model.path is empty"]),
+        ("data.train.path", "", ["config.data.train.path is empty"]),
+        ("data.train.formatter", "rlaif", ["config.data.train.formatter", "'rlaif'", "did you mean 'rlaif_v'?"]),
+        ("data.train.size", 0, ["config.data.train.size is 0"]),
+        ("data.max_length", 20, ["too long: 160", "config.data.max_length is 20", "none is left"]),
+        ("mesh.fsdp", 3, ["config.mesh", "'fsdp': 3", "devices"]),
+        ("mesh.data", 0, ["config.mesh", "must be positive"]),
+        ("setup", "scripts.nothing:make", ["config.setup 'scripts.nothing:make' cannot be imported"]),
+    ],
+)
+def test_settings(tmp_path, key, value, phrases):
+    more = {"train.accumulate": 4} if value == 6 else {}
+    refused(tmp_path, *phrases, **{key: value, **more})
+    assert not (tmp_path / "run" / "config.json").exists(), "a first try that fails must leave no run behind"
+
+
+def test_model_folders(tmp_path):
+    model = demo() / "model"
+    near = refused(tmp_path, "there is no folder", "did you mean", model__path=demo() / "modle")
+    assert str(model) in near
+    refused(tmp_path, "has no config.json", "no Hugging Face checkpoint folder", model__path=demo() / "data")
+
+    other = tmp_path / "model"
+    shutil.copytree(model, other)
+    weights = (other / "model.safetensors").read_bytes()
+    (other / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    refused(tmp_path, str(other / "model.safetensors"), "is corrupt or cut short", model__path=other)
+    (other / "model.safetensors").write_bytes(b"not weights at all")
+    refused(tmp_path, str(other / "model.safetensors"), "is corrupt or cut short", model__path=other)
+    (other / "model.safetensors").unlink()
+    refused(tmp_path, f"{other} holds no weights", model__path=other)
+
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "llava_next"}))
+    refused(tmp_path, "model_type 'llava_next', which is not supported", "supported, nearest first: llava, llama", model__path=other)
+
+
+def test_another_reference(tmp_path):
+    """A reference of another shape is refused by its headers."""
+    from scripts.make_tiny_checkpoint import make_llava
+
+    make_llava(tmp_path / "larger", vocab_size=384, hidden_size=64, layers=1, heads=2, kv_heads=2, vision_hidden_size=16,
+               vision_layers=2, vision_heads=2)  # fmt: skip
+    refused(tmp_path, "config.reference.model", "not of the same shape", reference__model=tmp_path / "larger")
+
+
+def test_data_files(tmp_path):
+    said = refused(tmp_path, "does not exist", "did you mean", data__train__path=demo() / "data" / "trian.jsonl")
+    assert str(demo() / "data" / "train.jsonl") in said
+    refused(tmp_path, "config.data.train.image_folder", "is no folder", data__train__image_folder=demo() / "data" / "picture")
+
+    rows = [json.loads(line) for line in (demo() / "data" / "train.jsonl").read_text().splitlines()[:20]]
+    file = tmp_path / "rows.jsonl"
+    here = {"data__train__path": file, "data__train__image_folder": demo() / "data"}
+
+    file.write_text("".join(json.dumps({"picture": r["image"], "good": r["chosen"], "bad": r["rejected"]}) + "\n" for r in rows))
+    refused(tmp_path, "the rows have the columns picture, good, bad", "'trl' needs chosen, rejected", **here)
+
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]) + '{"image": "x.png", "question": \n')
+    refused(tmp_path, f"{file}, line 4: not valid JSON", **here)
+
+    file.write_text("".join(json.dumps(row | ({"image": "missing.png"} if i < 3 else {})) + "\n" for i, row in enumerate(rows)))
+    refused(tmp_path, "config.data.train: 3 of 20 rows", "max_bad_fraction allows 5.0%", "unreadable image: 3 (rows 0, 1, 2",
+            "missing.png: does not exist", **here)  # fmt: skip
+
+
+def test_image_that_does_not_decode(tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(demo() / "data", data)
+    broken = sorted((data / "pictures" / "train").glob("*.png"))
+    for picture in broken[:10]:
+        picture.write_bytes(picture.read_bytes()[:60])
+    Image.new("RGB", (8, 8)).save(broken[11])  # another size is no fault
+    here = {"data.train.path": data / "train.jsonl"}
+    refused(tmp_path, "10 of 160 rows", "unreadable image: 10 (rows 0, 1, 2, ..", "pictures/train/00000.png", **here)
+    with pytest.raises(AssertionError, match="parameters were loaded"):  # nothing is wrong with it where a tenth may be bad
+        call(*arguments(tmp_path / "run", here | {"data.max_bad_fraction": 0.1}))
+
+
+def test_workdir_of_another_run(tmp_path, monkeypatch):
+    """What differs is named, with both values; what may differ is no error."""
+    from aligner import workdir
+
+    forget_flags()
+    monkeypatch.setattr(sys, "argv", ["main", *arguments(tmp_path / "run")])
+    main.parse(sys.argv)
+    config = workdir.resolve(main.CONFIG.value, tmp_path / "run")
+    workdir.record(config, tmp_path / "run")
+    said = refused(tmp_path, "belongs to a run with another config", "config.optim.learning_rate was 0.001 and is 0.5",
+                   "Use another --workdir", optim__learning_rate=0.5, checkpoint__every=7)  # fmt: skip
+    assert "checkpoint.every" not in said
+    config.checkpoint.every, config.train.steps = 7, 99
+    assert workdir.check(config, tmp_path / "run") == [
+        "config.checkpoint.every was 5 and is now 7",
+        "config.train.steps was 22 and is now 99",
+    ]
+    (tmp_path / "run" / "config.json").write_text("{")
+    refused(tmp_path, "config.json cannot be read")
+    (tmp_path / "file").write_text("")
+    refused(tmp_path, "is a file; name a folder", argv=arguments(tmp_path / "file"))
+
+
+def test_as_a_program(tmp_path):
+    """The same in a process of its own, as a user calls it."""
+    command = [sys.executable, "-m", "aligner.main", "--config=configs/dpo_llava.py:tiny", f"--workdir={tmp_path}"]
+    done = subprocess.run([*command, "--config.data.batchsize=3"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "error: the config has no key config.data.batchsize; did you mean config.data.batch_size?\n"
+    shown = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert "Train a model as a config file says." in shown.stdout
+    assert "--workdir" in shown.stdout
