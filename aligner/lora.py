@@ -267,7 +267,6 @@ def attach(
     init: str = "kaiming",
     rules: Sequence[tuple] = (),
     mesh: Any = None,
-    jit: Callable = jax.jit,
 ) -> dict:
     """The tree with adapters in it, laid out over the mesh like the kernels that they adapt.
 
@@ -282,8 +281,8 @@ def attach(
     kernels = {module: leaves[f"{module}/kernel"] for module in adapters.rank}
     make = lambda kernels: new_leaves(adapters, kernels, key, dtype, init) | constants(adapters)
     abstract = jax.eval_shape(make, kernels)
-    layout = {path: None for path in abstract} if mesh is None else flatten(param_shardings(unflatten(abstract), sharding_rules(rules), mesh))
-    made = (jit(make) if mesh is None else jit(make, out_shardings=layout))(kernels)
+    layout = None if mesh is None else flatten(param_shardings(unflatten(abstract), sharding_rules(rules), mesh))
+    made = jax.jit(make, out_shardings=layout)(kernels)
     for path, value in start.items():
         old = made[path] if path in made else leaves[path]
         made[path] = jax.device_put(jnp.asarray(value, old.dtype), None if mesh is None else old.sharding)
@@ -352,6 +351,19 @@ def merge(params: Params) -> dict:
         own = {name: leaves.pop(f"{module}/{name}", None) for name in (*TRAINED, "lora_scale", "lora_dropout")}
         leaves[f"{module}/kernel"] = _merge(leaves[f"{module}/kernel"], own["lora_a"], own["lora_b"], own["lora_scale"], own["magnitude"])
     return unflatten(leaves)
+
+
+def merge_into(adapters: Adapters | None, trainable: Params) -> Callable[[str, Array], Array]:
+    """(tree path, leaf of the base) -> the leaf with its adapter merged: `merge` leaf by leaf, as the base is read."""
+    own = flatten(trainable) | (constants(adapters) if adapters else {})
+
+    def one(path: str, leaf: Array) -> Array:
+        module = path.removesuffix("/kernel")
+        if module == path or f"{module}/lora_a" not in own:
+            return leaf
+        return _merge(leaf, *(own.get(f"{module}/{name}") for name in ("lora_a", "lora_b", "lora_scale", "magnitude")))
+
+    return one
 
 
 @jax.jit

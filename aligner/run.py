@@ -204,7 +204,9 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         if len(shapes) > 1:
             say(f"the step was compiled {len(shapes)} times: the shapes of batches changed")
         checkpoint.wait(checkpoints)
-        finish(config, directory, model, lora.combine(train_state.trainable, base), steps, last, time.monotonic() - started)
+        if config.checkpoint.export:
+            convert.save(model, exported(model, disk, train_state.trainable, adapters, mesh), Path(directory) / "export")
+        finish(config, directory, steps, last, time.monotonic() - started)
     return last
 
 
@@ -300,9 +302,8 @@ def load(config: ConfigDict, model: Model, disk: Any, mesh: jax.sharding.Mesh, t
 
 def attach(config: ConfigDict, model: Model, params: Params, adapters: lora.Adapters, start: Mapping[str, Any], mesh=None) -> Params:
     """The tree with its adapters, new or from `config.lora.adapter`."""
-    key, rules = jax.random.key(config.seed), model.sharding_rules
-    options = dict(key=key, dtype=config.model.param_dtype, init=config.lora.init, rules=rules, mesh=mesh, jit=jit)
-    return lora.attach(params, adapters, start, **options)
+    options = dict(dtype=config.model.param_dtype, init=config.lora.init, rules=model.sharding_rules, mesh=mesh)
+    return lora.attach(params, adapters, start, key=jax.random.key(config.seed), **options)
 
 
 def load_frozen(config: ConfigDict, model: Model, disk: Any, mesh: jax.sharding.Mesh) -> Params:
@@ -403,10 +404,22 @@ def last_eval(directory: str | Path) -> dict[str, float]:
     return {k: v for k, v in next(iter(found), {}).items() if k not in ("step", "split", "dataset")}
 
 
-def finish(
-    config: ConfigDict, directory: str | Path, model: Model, params: Params, steps: int, last: Mapping[str, float], seconds: float
-) -> None:
-    """Export, curves, and where everything is."""
+def exported(model: Model, disk: Any, trainable: Params, adapters: lora.Adapters | None, mesh: jax.sharding.Mesh) -> Params:
+    """What a run comes to: the leaves that trained, the others as they stand on disk, adapters merged into those."""
+    merge = lora.merge_into(adapters, trainable)
+    ours = {path: leaf for path, leaf in lora.flatten(trainable).items() if path.rpartition("/")[2] not in lora.TRAINED}
+
+    def one(path: str, leaf: jax.Array) -> jax.Array:
+        whole = merge(path, leaf)
+        return whole.astype(leaf.dtype) if leaf.dtype == jnp.bfloat16 else whole  # what it is written in; memory is dear here
+
+    shardings = sharding.param_shardings(convert.abstract_params(model), model.sharding_rules, mesh)
+    rest = convert.load_params(model, disk, None, shardings, only=lambda path: path not in ours, finish=one)
+    return lora.unflatten(ours | lora.flatten(rest))
+
+
+def finish(config: ConfigDict, directory: str | Path, steps: int, last: Mapping[str, float], seconds: float) -> None:
+    """Curves, and where everything is."""
     directory = Path(directory)
     lines = [f"done: {steps} steps, {seconds:.0f} s" + (f"; held-out {short(last)}" if last else "")]
     lines.append(f"  metrics     {directory / metrics.JSONL}")
@@ -415,7 +428,6 @@ def finish(
         lines.append(f"  curves      {curves}")
     lines.append(f"  checkpoint  {directory / checkpoint.FOLDER / str(steps)}")
     if config.checkpoint.export:
-        convert.save(model, params, directory / "export")
         lines.append(f"  export      {directory / 'export'}  (Hugging Face layout{', adapters merged' if config.lora.rank else ''})")
     else:
         lines.append(f"  export it   python -m aligner.convert to-hf --workdir {directory} --out DIR")

@@ -101,15 +101,14 @@ def restore_params(workdir: str | Path, step: int | None = None) -> tuple[Model,
 
     config = read_config(workdir)
     model, adapters, trainable, step = restore_trainable(workdir, step)
-    leaves = flatten(trainable)
-    if adapters:
-        leaves |= lora.constants(adapters)
+    leaves = {path: leaf for path, leaf in flatten(trainable).items() if path.rpartition("/")[2] not in lora.TRAINED}
     missing = flatten(convert.abstract_params(model)).keys() - leaves.keys()
     if missing:  # frozen: read again as they stand on disk, so that they are exported unchanged
         original, disk = convert.open_model(config["model"]["path"], config["model"]["revision"], model.has_score_head)
         check_source(workdir, original, convert.fingerprint(disk))
-        leaves |= flatten(convert.load_params(original, disk, dtype=None, only=missing.__contains__))
-    return model, lora.merge(unflatten(leaves)), step
+        merge = lora.merge_into(adapters, trainable)
+        leaves |= flatten(convert.load_params(original, disk, dtype=None, only=missing.__contains__, finish=merge))
+    return model, unflatten(leaves), step
 
 
 def restore_trainable(workdir: str | Path, step: int | None = None) -> tuple[Model, "Adapters | None", Params, int]:

@@ -63,7 +63,7 @@ def plan(config: ConfigDict, model: Model, params: Params) -> tuple[Adapters | N
         return lora.plan(config, model, params), {}
     for key in ("targets", "layers_to_transform", "modules_to_save"):
         if c[key]:
-            raise UserError(f"config.lora.{key} is {c[key]!r}, but the adapter {c.adapter} says itself what it adapts; leave one of them out")
+            raise UserError(f"config.lora.{key} is {c[key]!r}, but the adapter {c.adapter} says what it adapts; leave one of them out")
     adapters, weights = read(c.adapter, model, params)
     stored = read_config(find(c.adapter))
     for key, found in (("rank", stored["r"]), ("alpha", stored["lora_alpha"]), ("variant", adapters.variant)):

@@ -115,12 +115,15 @@ def test_ours_in_peft(bases, tmp_path, case):
     np.testing.assert_allclose(list(again.scale.values()), [adapters.scale[module] for module in again.scale], rtol=1e-12)
 
 
+PATTERNS = dict(rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 9})
+
+
 @pytest.mark.parametrize(
     "family,settings",
     [
         ("llama", dict(target_modules="all-linear", use_dora=True)),
         ("llama", dict(target_modules=["q_proj", "down_proj"], use_rslora=True, modules_to_save=["lm_head"])),
-        ("llama", dict(target_modules=["q_proj", "v_proj"], layers_to_transform=[1], rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 9})),
+        ("llama", dict(target_modules=["q_proj", "v_proj"], layers_to_transform=[1], **PATTERNS)),
         ("llava", dict(target_modules="all-linear")),
         ("llava", dict(target_modules=r".*language_model.*(q|o)_proj", modules_to_save=["multi_modal_projector"])),
     ],
@@ -152,7 +155,8 @@ def test_gradients_of_dora_and_lora(bases, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    theirs = get_peft_model(checkpoints.load_hf(bases["llama"]), LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"], use_dora=True))
+    settings = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"], use_dora=True)
+    theirs = get_peft_model(checkpoints.load_hf(bases["llama"]), settings)
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.requires_grad:
