@@ -48,6 +48,7 @@ def make_train_step(
     def step(state: TrainState, fixed: dict[str, Params], batch: Batch) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(state.rng, state.step)
         base, trainable = cast(fixed["base"], dtype), cast(state.trainable, dtype)
+        fixed = {**fixed, "base": base}
         if state.reference is not None:
             fixed = {**fixed, "reference": combine(cast(state.reference, dtype), base)}
 
@@ -119,7 +120,8 @@ def make_eval_step(algorithm: Algorithm, *, dtype: str) -> Callable[[Params, Any
     """`evaluate(trainable, carry, fixed, batch) -> metrics`, each a sum and a count so that batches add up exactly."""
 
     def evaluate(trainable: Params, carry: Any, fixed: dict[str, Params], batch: Batch) -> dict:
-        params = cast(combine(trainable, fixed["base"]), dtype)
+        fixed = {**fixed, "base": cast(fixed["base"], dtype)}
+        params = combine(cast(trainable, dtype), fixed["base"])
         scores = algorithm.score(params, fixed, batch, None)
         terms, metrics, _ = algorithm.objective(scores, batch, carry)
         return {**{f"loss/{name}": Mean(term.weight * term.sum, term.count) for name, term in terms.items()}, **metrics}

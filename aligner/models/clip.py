@@ -143,7 +143,7 @@ def layers_run(config: VisionConfig, layers: tuple[int, ...]) -> int:
 
 
 def hidden_states(
-    config: VisionConfig, params: Params, pixels: Float[Array, "N H W C"], layers: tuple[int, ...], remat: str = "none"
+    config: VisionConfig, params: Params, pixels: Float[Array, "N H W C"], layers: tuple[int, ...], remat: str = "none", rngs=None
 ) -> list[Float[Array, "N P D"]]:
     """The hidden states with these indices (0 the embeddings, negative ones from the end, as in `transformers`).
 
@@ -154,5 +154,5 @@ def hidden_states(
     stacked = jax.tree.map(lambda leaf: leaf[:depth], params["encoder"]["layers"])
     params = {**params, "encoder": {"layers": stacked}}
     tower = VisionTransformer(dataclasses.replace(config, num_hidden_layers=depth), remat, collect=len(wanted) > 1)
-    embeddings, last, states = tower.apply({"params": params}, pixels)
+    embeddings, last, states = tower.apply({"params": params}, pixels, rngs=rngs)
     return [last if index == depth else embeddings if index == 0 else states[index - 1] for index in wanted]
