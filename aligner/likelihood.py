@@ -31,7 +31,7 @@ def make_likelihood(model: Model, answers: int, stats: Sequence[str] = ("logp",)
     names = tuple(dict.fromkeys(("logp", *stats)))
 
     def likelihood(params: Params, batch: Batch, key: Array | None = None) -> Scores:
-        features = model.encode(params, batch)
+        features = model.encode(params, batch, remat=remat)
         output = model.apply(params, batch, features=features, key=key, remat=remat)
         hidden = jnp.take_along_axis(output.hidden, batch["score_from"][..., None], axis=1)
         tokens = token_stats(hidden, model.head(params), batch["score_token"], names)

@@ -132,7 +132,7 @@ class Model:
         family: Hugging Face's `model_type`.
         config: the family's own frozen dataclass, read from the Hugging Face config.
         init: key -> params, float32, random as the family initialises.
-        encode: (params, batch) -> features [B, I*P, D], or None when the batch holds no media.
+        encode: (params, batch, *, remat="none") -> features [B, I*P, D], or None when the batch holds no media.
         apply: (params, batch, *, features=None, cache=None, key=None, remat="none") -> Output.
         head: params -> Head.
         inputs: what a Hugging Face processor returns (NumPy) -> Batch, for looking and testing.

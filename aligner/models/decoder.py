@@ -177,7 +177,7 @@ def make(hf: Any) -> Model:
         family=hf.model_type,
         config=config,
         init=lambda key: CausalLM(config).init(key, dummy_batch())["params"],
-        encode=lambda params, batch: None,
+        encode=lambda params, batch, remat="none": None,
         apply=apply,
         head=lambda params: head(config, params),
         inputs=text_batch,
