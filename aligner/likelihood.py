@@ -37,7 +37,7 @@ def make_likelihood(model: Model, answers: int, stats: Sequence[str] = ("logp",)
     names = tuple(dict.fromkeys(("logp", *stats)))
 
     def likelihood(params: Params, batch: Batch, key: Array | None = None) -> Scores:
-        features = model.encode(params, batch, key)
+        features = model.encode(params, batch, key, remat=remat)
         output = model.apply(params, batch, features=features, key=key, remat=remat)
         hidden = jnp.take_along_axis(output.hidden, batch["score_from"][..., None], axis=1)
         tokens = token_stats(hidden, model.head(params), batch["score_token"], names)
@@ -62,7 +62,7 @@ def make_scorer(model: Model, answers: int, remat: str = "none") -> Callable[...
     """
 
     def scorer(params: Params, batch: Batch, key: Array | None = None) -> Scores:
-        features = model.encode(params, batch, key)
+        features = model.encode(params, batch, key, remat=remat)
         output = model.apply(params, batch, features=features, key=key, remat=remat)
         columns = last_columns(batch, answers)
         hidden = jnp.take_along_axis(output.hidden, columns.reshape(len(columns), -1, 1), axis=1)

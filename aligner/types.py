@@ -138,7 +138,8 @@ class Model:
         family: Hugging Face's `model_type`.
         config: the family's own frozen dataclass, read from the Hugging Face config.
         init: key -> params, float32, random as the family initialises.
-        encode: (params, batch, key=None) -> features [B, I*P, D], or None when the batch holds no media. `key` draws what adapters drop.
+        encode: (params, batch, key=None, remat="none") -> features [B, I*P, D], or None when the batch holds no media. `key` draws what
+            adapters drop.
         apply: (params, batch, *, features=None, cache=None, key=None, remat="none") -> Output.
         head: params -> Head; of a model with a score head, weight [D, 1].
         inputs: what a Hugging Face processor returns (NumPy) -> Batch, for looking and testing.

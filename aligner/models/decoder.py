@@ -290,7 +290,7 @@ def make(config: DecoderConfig, family: str, conversion: Conversion) -> Model:
         family=family,
         config=config,
         init=lambda key: CausalLM(config).init(key, dummy_batch())["params"],
-        encode=lambda params, batch, key=None: None,
+        encode=lambda params, batch, key=None, remat="none": None,
         apply=apply,
         head=lambda params: head(config, params),
         inputs=lambda processed: text_batch(processed, config.positions_from_mask),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aligner.likelihood import make_likelihood
 from aligner.models import SUPPORTED, clip, decoder, from_hf, llava
 from aligner.models.layers import ACTIVATIONS, REMAT, LayerNorm, Linear, RMSNorm
 from aligner.sharding import tree_paths
@@ -229,18 +230,32 @@ def test_activations():
         np.testing.assert_allclose(ACTIVATIONS[name](jnp.float32(x)), value, atol=1e-5, err_msg=name)
 
 
-def test_remat_keeps_less():
+@pytest.mark.parametrize("part", ["tower", "decoder"])
+def test_remat_keeps_less(llava, part):
     """What the backward pass is handed grows from full over context to dots to none."""
-    model, params = tiny.family("llama").model, tiny.family("llama").params
-    batch = tiny.as_arrays(tiny.make_batch(tiny.family("llama"), columns=False))
+    model, batch = llava.model, tiny.as_arrays(tiny.make_batch(llava, columns=False))
 
     def kept(remat):
-        run = lambda params: model.apply(params, batch, remat=remat).hidden
-        residuals = jax.eval_shape(lambda params: jax.vjp(run, params)[1], params)
+        encode = lambda params: model.encode(params, batch, remat=remat)
+        decode = lambda params: model.apply(params, batch, remat=remat).hidden
+        run = {"tower": encode, "decoder": decode}[part]
+        residuals = jax.eval_shape(lambda params: jax.vjp(run, params)[1], llava.params)
         return sum(leaf.size for leaf in jax.tree.leaves(residuals))
 
     sizes = [kept(remat) for remat in ("full", "context", "dots", "none")]
     assert sizes == sorted(sizes) and len(set(sizes)) == 4 and set(REMAT) == {"full", "context", "dots", "none"}
+
+
+def test_the_likelihood_passes_remat_on_to_both_parts(llava):
+    """Compiled scratch would tell at full size; here the rematerialised calls are counted in the program."""
+    batch = tiny.as_arrays(tiny.make_batch(llava))
+
+    def calls(remat):
+        likelihood = make_likelihood(llava.model, answers=2, remat=remat)
+        program = jax.make_jaxpr(jax.grad(lambda params: likelihood(params, batch).logps.sum()))(llava.params)
+        return str(program).count("checkpoint[") + str(program).count("remat2[")
+
+    assert calls("none") == 0 and calls("full") >= 2
 
 
 def test_configs_keep_only_what_changes_the_computation():
