@@ -86,12 +86,13 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             dataset.name: prepare_columns(config, directory, algorithm, reference, dataset, reference_disk, mesh, check_stop)
             for dataset in (train, *evaluations.values())
         }
-        fixed = {"base": base} | ({"reference": reference} if config.reference.kind == "copy" else {})
+        own_reference = algorithm.sync is not None  # the state holds the reference, and it starts as the policy
+        fixed = {"base": base} | ({"reference": reference} if config.reference.kind == "copy" and not own_reference else {})
         if config.reference.kind == "base":
             fixed["initial"] = frozen_copy(config, {path: leaf for path, leaf in lora.flatten(trainable).items() if path in adapters.saved})
         fixed |= {name: load_frozen(config, *other, mesh) for name, other in algorithm.others.items()}
         del reference
-        train_state = state.create(trainable, optimizer, algorithm.carry, config.seed, mesh, own_reference=algorithm.sync is not None)
+        train_state = state.create(trainable, optimizer, algorithm.carry, config.seed, mesh, own_reference)
         del trainable
         batches = loader.batches(
             train, config.data.batch_size, seed=config.seed, shuffle=config.data.shuffle, rows=local_rows(mesh, config.data.batch_size)
@@ -121,7 +122,8 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             total = None
             for batch in loader.eval_batches(evaluation, config.data.batch_size, rows=rows):
                 check_stop()
-                found = eval_step(train_state.trainable, train_state.carry, fixed, put(batch, columns[evaluation.name], mesh))
+                placed = put(batch, columns[evaluation.name], mesh)
+                found = eval_step(train_state.trainable, train_state.carry, fixed, placed, train_state.reference)
                 total = found if total is None else metrics.merge(total, found)
             values = metrics.values(total)
             values["loss"] = sum(values.pop(name) for name in [*values] if name.startswith("loss/"))
