@@ -321,7 +321,7 @@ def adapt(
         make_key: gives a key for dropout; None where nothing is dropped.
     """
     scale, rate = read("lora_scale"), read("lora_dropout")
-    a, b = read("lora_a").astype(x.dtype), read("lora_b").astype(x.dtype)
+    a, b = (read(name).astype(x.dtype) for name in ("lora_a", "lora_b"))
     if make_key is not None and rate is not None:
         x = jnp.where(jax.random.bernoulli(make_key(), 1 - rate, x.shape), x / (1 - rate).astype(x.dtype), 0)
     delta = matmul(matmul(x, a), b)
