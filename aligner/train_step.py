@@ -48,6 +48,7 @@ def make_train_step(
     def step(state: TrainState, fixed: dict[str, Params], batch: Batch) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(state.rng, state.step)
         base, trainable = cast(fixed["base"], dtype), cast(state.trainable, dtype)
+        fixed = {**fixed, "base": base}
         if state.reference is not None:
             fixed = {**fixed, "reference": combine(cast(state.reference, dtype), base)}
 
@@ -122,9 +123,10 @@ def make_eval_step(algorithm: Algorithm, *, dtype: str) -> Callable[..., dict]:
     """
 
     def evaluate(trainable: Params, carry: Any, fixed: dict[str, Params], batch: Batch, reference: Params | None = None) -> dict:
-        params = cast(combine(trainable, fixed["base"]), dtype)
+        fixed = {**fixed, "base": cast(fixed["base"], dtype)}
+        params = combine(cast(trainable, dtype), fixed["base"])
         if reference is not None:
-            fixed = {**fixed, "reference": cast(combine(reference, fixed["base"]), dtype)}
+            fixed = {**fixed, "reference": combine(cast(reference, dtype), fixed["base"])}
         scores = algorithm.score(params, fixed, batch, None)
         terms, metrics, _ = algorithm.objective(scores, batch, carry)
         return {**{f"loss/{name}": Mean(term.weight * term.sum, term.count) for name, term in terms.items()}, **metrics}
