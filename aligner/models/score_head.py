@@ -19,7 +19,8 @@ def with_score_head(model: Model) -> Model:
     text = getattr(model.config, "text_config", model.config)
 
     def init(key: jax.Array) -> Params:
-        kernel = text.initializer_range * jax.random.normal(jax.random.fold_in(key, 1), (getattr(text, "embedding_size", None) or text.hidden_size, 1))
+        width = text.embedding_size or text.hidden_size
+        kernel = text.initializer_range * jax.random.normal(jax.random.fold_in(key, 1), (width, 1))
         return {**without_lm_head(model.init(key)), "score": {"kernel": kernel}}
 
     return dataclasses.replace(
