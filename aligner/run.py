@@ -62,6 +62,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     train, evaluations = look("train"), {name: look(split) for name, split in eval_splits(config).items()}
     for dataset in (train, *evaluations.values()):
         say(*dataset.report)
+        check_answers(config, dataset)
     steps = config.train.steps if config.train.steps is not None else max(1, int(config.train.epochs * train.size / config.data.batch_size))
     schedule = optim.make_schedule(config.optim, steps)
     optimizer = optim.make_optimizer(config.optim, schedule, model.trained_layers)
@@ -266,6 +267,14 @@ def check_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
             f"config.data.batch_size {size} cannot be divided: config.train.accumulate={accumulate} micro-batches over {parts} parts of "
             f"the mesh (data x fsdp) need a multiple of {parts * accumulate}"
         )
+
+
+def check_answers(config: ConfigDict, dataset: loader.Dataset) -> None:
+    """An algorithm on lists has room for `answers` of them; a longer list would lose its last ones."""
+    room = config.algorithm.get("answers", dataset.answers)
+    if dataset.answers > room:
+        most = dataset.answers
+        raise UserError(f"config.{dataset.name} has rows of {most} answers, but config.algorithm.answers is {room}; set it to {most}")
 
 
 def call_setup(config: ConfigDict) -> None:

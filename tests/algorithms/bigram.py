@@ -20,7 +20,7 @@ def make_model() -> Model:
         family="bigram",
         config=None,
         init=lambda key: {"embed": {"embedding": jnp.zeros((VOCAB, WIDTH))}, "lm_head": {"kernel": jnp.zeros((WIDTH, VOCAB))}},
-        encode=lambda params, batch: None,
+        encode=lambda params, batch, key=None, remat="none": None,
         apply=lambda params, batch, **_: Output(params["embed"]["embedding"][batch["tokens"]], {}),
         head=lambda params: Head(params["lm_head"]["kernel"]),
         inputs=lambda inputs: inputs,

@@ -24,6 +24,7 @@ def test_two_steps(config: Path, tmp_path: Path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "on 8 cpu devices" in done.stderr
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert len(losses) == 3  # two steps and the evaluation
-    assert all(loss == loss and abs(loss) < 100 for loss in losses)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if record["split"] == "train"] == [1, 2]
+    assert {record["step"] for record in records if record["split"] == "eval"} == {2}
+    assert all(record["loss"] == record["loss"] and abs(record["loss"]) < 100 for record in records)
