@@ -229,11 +229,11 @@ def check_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     kinds = ("precomputed", "copy", "base")
     if config.reference.kind not in kinds:
         raise UserError(f"config.reference.kind is {config.reference.kind!r}; it must be one of {', '.join(kinds)}")
+    lora.check(config)
+    quant.check(config)
     if config.reference.kind == "base" and (not config.lora.rank or config.reference.model):
         other = "config.reference.model is set" if config.lora.rank else "config.lora.rank is 0"
         raise UserError(f'config.reference.kind is "base", the model with its adapters off, but {other}; use "precomputed" or "copy"')
-    lora.check(config)
-    quant.check(config)
     for key in ("dtype", "param_dtype"):
         if config.model[key] not in ("float32", "bfloat16", "float64"):
             raise UserError(f"config.model.{key} is {config.model[key]!r}; it must be float32, bfloat16 or float64")
