@@ -92,6 +92,12 @@ def test_a_group_with_an_unknown_setting_is_refused():
         moved(gradient=1.0, groups=(("tower", {"lr": 0.5}),))
 
 
+def test_a_group_that_matches_nothing_is_refused():
+    optim.check_groups((("tower/layers", {}), ("head", {})), PARAMS)
+    with pytest.raises(UserError, match=r"'towr/.*', which matches no parameter that trains; their tree begins with tower/..., head/..."):
+        optim.check_groups((("head", {}), ("towr/.*", {})), PARAMS)
+
+
 def test_decay_stops_where_gradients_stop(llava):
     """`trained_layers` of LLaVA says the same as its gradients: the tower's last layer and its post-norm are not reached."""
     assert llava.model.trained_layers == {

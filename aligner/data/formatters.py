@@ -326,11 +326,17 @@ def sso(row: dict[str, Any]) -> TwoSided:
 @formatter("scores", needs=("prompt", "completions", "scores"), makes=Ranked)
 @formatter("score", needs=("prompt", "completion", "score"), makes=Ranked)
 def scores(row: dict[str, Any]) -> Ranked:
-    """`prompt` with `completions` and their `scores`, or one `completion` and its `score`; a user's message and the assistant's."""
+    """`prompt` with `completions` and their `scores`, or one `completion` and its `score`; a user's message and the assistant's.
+
+    Best first, as every ranking.
+    """
     answers = row["completions"] if "completions" in row else [row["completion"]]
     given = row["scores"] if "scores" in row else [row["score"]]
     prompt = place_images(messages_of(row["prompt"], role="user"), images_in(row))
-    return Ranked(prompt, tuple(messages_of(answer) for answer in answers), tuple(float(score) for score in given))
+    if len(answers) != len(given):
+        raise Bad("no scores", f"there are {len(given)} scores for {len(answers)} answers")
+    best_first = sorted(zip(map(float, given), answers), key=lambda pair: -pair[0])
+    return Ranked(prompt, tuple(messages_of(answer) for _, answer in best_first), tuple(score for score, _ in best_first))
 
 
 # --- judged answers --------------------------------------------------------------------------------------------------------------

@@ -78,11 +78,11 @@ ENCODERS = {
     "preference": Kind((Preference, Ranked), _preference),  # R=2: chosen, rejected
     "preference_prompt": Kind((Preference, Ranked), _preference, prompt=True),  # R=2
     "preference_last": Kind((Preference, Ranked), _preference, {"margin": ()}, last=True),
+    "cost_last": Kind((Preference,), _cost, {"safe": (2,)}, last=True),
     # R=2: the row's answer, another row's to the same prompt
     "unpaired": Kind((Unpaired, Preference, Ranked), _unpaired, {"label": ()}, mismatched=True),
     "unpaired_alone": Kind((Unpaired, Preference, Ranked), _unpaired, {"label": ()}),  # R=1
     "two_sided": Kind((TwoSided,), _two_sided),  # R=4: chosen, rejected under a good principle, then under a bad one
-    "cost_last": Kind((Preference,), _cost, {"safe": (2,)}, last=True),
     "ranked": Kind((Ranked, Preference), _ranked),  # as many as the longest list has; shorter ones lack the last
     "ranked_last": Kind((Ranked, Preference), _ranked, last=True),
     "scored_last": Kind((Ranked,), _scored, {"scores": (ANSWERS,)}, last=True),

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from aligner.models import moe, rope
 from aligner.models.attention import Spec, alibi_slopes, attention, dense, spec_of
-from aligner.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear, RMSNorm, at_least_float32, stack
+from aligner.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear, RMSNorm, at_least_float32, rngs, stack
 from aligner.sharding import constrain
 from aligner.types import Batch, Conversion, Head, Model, Output, Params
 
@@ -283,14 +283,14 @@ def make(config: DecoderConfig, family: str, conversion: Conversion) -> Model:
     """A text model: what families.py read from a Hugging Face config, as functions."""
 
     def apply(params, batch, *, features=None, cache=None, key=None, remat="none") -> Output:
-        hidden, variables = CausalLM(config, remat).apply({"params": params}, batch, features, mutable=["aux"])
+        hidden, variables = CausalLM(config, remat).apply({"params": params}, batch, features, rngs=rngs(key), mutable=["aux"])
         return Output(hidden, {name: value for name, (value,) in variables.get("aux", {}).get("model", {}).items()}, cache)
 
     return Model(
         family=family,
         config=config,
         init=lambda key: CausalLM(config).init(key, dummy_batch())["params"],
-        encode=lambda params, batch: None,
+        encode=lambda params, batch, key=None, remat="none": None,
         apply=apply,
         head=lambda params: head(config, params),
         inputs=lambda processed: text_batch(processed, config.positions_from_mask),

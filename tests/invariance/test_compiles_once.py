@@ -8,9 +8,8 @@ from scripts import make_tiny_checkpoint
 from tests.models import tiny
 
 
-@pytest.mark.parametrize("mesh", [dict(data=8), dict(data=2, fsdp=2, tensor=2)], ids=["8", "2x2x2"])
-def test_two_steps_and_two_more(tmp_path, monkeypatch, mesh, demo):
-    made = {}
+def test_two_steps_and_two_more(tmp_path, monkeypatch, demo):
+    made, mesh = {}, dict(data=2, fsdp=2, tensor=2)
 
     def recording(function, **options):
         jitted = jax.jit(function, compiler_options=tiny.QUICK | {"xla_allow_excess_precision": False}, **options)
