@@ -120,7 +120,7 @@ def test_killed_many_times(uninterrupted, tmp_path, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("harm", ["commit_success.txt", "_CHECKPOINT_METADATA", "manifest.ocdbt", "rest", "d"])
+@pytest.mark.parametrize("harm", ["_CHECKPOINT_METADATA", "manifest.ocdbt", "rest", "d"])
 def test_torn_checkpoints(uninterrupted, tmp_path, harm):
     """Whatever is missing in the newest checkpoint, the one before is used."""
     workdir = tmp_path / "run"
