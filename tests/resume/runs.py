@@ -16,7 +16,7 @@ from pathlib import Path
 from scripts.make_tiny_checkpoint import make_llava, make_pictures
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 300  # of one run; the machine may be busy
+TIMEOUT = 600  # seconds of one run; the machine may be busy
 
 # Saves and evaluations fall on the same steps, the reference columns of training come in two parts, the last step is no fifth one.
 SETTINGS = {
