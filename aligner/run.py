@@ -125,6 +125,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                 check_stop()
                 placed = put(batch, columns[evaluation.name], mesh)
                 found = eval_step(train_state.trainable, train_state.carry, fixed, placed, train_state.reference)
+                jax.block_until_ready(total)  # the batch before: no more than two are on the devices
                 total = found if total is None else metrics.merge(total, found)
             values = metrics.values(total)
             values["loss"] = sum(values.pop(name) for name in [*values] if name.startswith("loss/"))
@@ -356,13 +357,12 @@ def prepare_columns(
                       shape=dataset.shape, shared_prompt=config.data.shared_prompt, settings=algorithm.prepared_with,
                       quantised=config.quant.base, adapter=peft.fingerprint(config.lora.adapter))  # fmt: skip
     folder = Path(config.reference.cache or Path(directory) / "reference") / f"{dataset.name.split('.')[-1]}-{key}"
-    prepare = jit(algorithm.prepare, out_shardings=sharding.replicated(mesh))
-    replicate = jit(lambda x: x, out_shardings=sharding.replicated(mesh))
 
-    def one(batch):
-        placed = put(batch, {}, mesh)
-        return {"example_id": replicate(placed["example_id"])} | dict(prepare(reference, placed))
+    def columns_of(reference, batch):
+        return {"example_id": batch["example_id"]} | dict(algorithm.prepare(reference, batch))
 
+    prepare = jit(columns_of, out_shardings=sharding.replicated(mesh))
+    one = lambda batch: prepare(reference, put(batch, {}, mesh))
     rows = local_rows(mesh, size)
     batches = lambda: loader.eval_batches(dataset, size, rows=rows)
     return compute_columns(one, batches, -(-dataset.size // size), dataset.rows_total, folder, f"reference, {dataset.name}", check_stop)
