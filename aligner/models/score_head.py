@@ -19,7 +19,7 @@ def with_score_head(model: Model) -> Model:
     text = getattr(model.config, "text_config", model.config)
 
     def init(key: jax.Array) -> Params:
-        width = getattr(text, "embedding_size", None) or text.hidden_size
+        width = text.embedding_size or text.hidden_size
         kernel = text.initializer_range * jax.random.normal(jax.random.fold_in(key, 1), (width, 1))
         return {**without_lm_head(model.init(key)), "score": {"kernel": kernel}}
 
