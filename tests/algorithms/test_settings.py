@@ -1,5 +1,7 @@
 """What `config.algorithm` may hold: one sentence for each thing that is wrong, and what follows from what is right."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -142,3 +144,19 @@ def test_sso_is_two_dpo_losses_less_the_likelihood():
     expected = np.log1p(np.exp(-(h[:, 0] - h[:, 1]))) + np.log1p(np.exp(-(h[:, 2] - h[:, 3])))
     likelihood = (np.asarray(scores.logps)[:, 0] / lengths)[:, [0, 2]].sum(axis=1)
     assert sum(t.weight * t.sum / t.count for t in terms.values()) == pytest.approx((expected - 0.2 * likelihood).mean(), rel=1e-5)
+
+
+def test_a_longer_ranking_than_was_said_is_refused(tmp_path):
+    """Its last answers would be left out without a word."""
+    from aligner.run import run
+    from scripts.make_tiny_checkpoint import make_llama
+
+    make_llama(tmp_path / "model")
+    rows = [{"conversations": [{"from": "human", "value": f"{i}?"}, {"from": "gpt", "value": ["one", "two", "three"]}]} for i in range(4)]
+    (tmp_path / "ranked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = common.base()
+    config.algorithm = common.dpo_ranked()
+    config.algorithm.answers = 2
+    config.model.path, config.data.train.path = str(tmp_path / "model"), str(tmp_path / "ranked.jsonl")
+    with pytest.raises(UserError, match=r"config\.data\.train has a row with 3 answers, but config\.algorithm\.answers is 2"):
+        run(config, tmp_path / "run")
