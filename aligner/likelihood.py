@@ -12,9 +12,14 @@ from aligner.types import Batch, Int, Model, Params, Scores
 
 
 def cast(params: Params, dtype: str) -> Params:
-    """Floating-point leaves in the dtype of the computation. Done once a step, before anything reads them."""
+    """Floating-point leaves, but for an adapter's constants, in the dtype of the computation. Done once a step, before anything reads."""
     dtype = jnp.dtype(dtype)
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, params)
+
+    def one(path, leaf):
+        keep = not jnp.issubdtype(leaf.dtype, jnp.floating) or getattr(path[-1], "key", None) in ("lora_scale", "lora_dropout")
+        return leaf if keep else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def make_likelihood(model: Model, answers: int, stats: Sequence[str] = ("logp",), remat: str = "none") -> Callable[..., Scores]:
@@ -32,7 +37,7 @@ def make_likelihood(model: Model, answers: int, stats: Sequence[str] = ("logp",)
     names = tuple(dict.fromkeys(("logp", *stats)))
 
     def likelihood(params: Params, batch: Batch, key: Array | None = None) -> Scores:
-        features = model.encode(params, batch)
+        features = model.encode(params, batch, key, remat=remat)
         output = model.apply(params, batch, features=features, key=key, remat=remat)
         hidden = jnp.take_along_axis(output.hidden, batch["score_from"][..., None], axis=1)
         tokens = token_stats(hidden, model.head(params), batch["score_token"], names)
@@ -57,7 +62,7 @@ def make_scorer(model: Model, answers: int, remat: str = "none") -> Callable[...
     """
 
     def scorer(params: Params, batch: Batch, key: Array | None = None) -> Scores:
-        features = model.encode(params, batch)
+        features = model.encode(params, batch, key, remat=remat)
         output = model.apply(params, batch, features=features, key=key, remat=remat)
         columns = last_columns(batch, answers)
         hidden = jnp.take_along_axis(output.hidden, columns.reshape(len(columns), -1, 1), axis=1)

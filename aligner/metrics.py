@@ -130,34 +130,64 @@ def _wandb(workdir, config):
         yield run
 
 
-CURVES = ("loss", "rewards/accuracies", "rewards/margins", "accuracy", "learning_rate")
+CURVES = ("loss", "rewards/accuracies", "rewards/margins", "accuracy", "logps/chosen", "grad_norm", "learning_rate")
 
 
 def draw_curves(workdir: str | Path) -> Path | None:
-    """WORKDIR/curves.png: what metrics.jsonl holds, as pictures; training as lines, evaluation as dots. None when there is nothing."""
+    """WORKDIR/curves.png: what metrics.jsonl holds, as pictures; None when there is nothing.
+
+    Training is a pale line with its moving average over it, evaluation dots.
+    """
     records = read(workdir)
     names = [name for name in CURVES if any(name in record for record in records)]
     if not names or jax.process_index() != 0:
         return None
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
-    figure = Figure(figsize=(4.2 * len(names), 3.4), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
-        points: dict[str, list] = {}  # "train", "eval", "eval NAME"
-        for record in records:
-            if name in record:
-                label = " ".join(filter(None, (record["split"], record.get("dataset"))))
-                points.setdefault(label, []).append((record["step"], record[name]))
-        for label, pairs in points.items():
-            style = dict(linewidth=1.2) if label == "train" else dict(marker="o", linestyle="--", markersize=4)
-            axes.plot(*zip(*pairs), label=label, **style)
-        axes.set_title(name)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
+    datasets = list(dict.fromkeys(record.get("dataset", "") for record in records if record["split"] == "eval"))
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(4.4 * columns, 3.2 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, name in zip(panels, names):
+        steps, train = _points(records, "train", name)
+        noisy = len(train) > 40 and name != "learning_rate"
+        axes.plot(steps, train, color="tab:blue", linewidth=0.8 if noisy else 1.8, alpha=0.35 if noisy else 1.0)
+        if noisy:
+            axes.plot(steps, _smooth(train), color="tab:blue", linewidth=1.8)
+        for number, dataset in enumerate(datasets):
+            held_out = _points([record for record in records if record.get("dataset", "") == dataset], "eval", name)
+            axes.plot(*held_out, color=f"C{number + 1}", linestyle="--", linewidth=1, marker="o", markersize=5)
+        axes.set_title(name, fontsize=11)
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 5))
         if name.endswith(("accuracies", "accuracy")):
-            axes.set_ylim(-0.02, 1.02)
-        if len(axes.lines) > 1:
-            axes.legend()
+            axes.set_ylim(-0.02, 1.03)
+            axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")  # chance
+    for axes in panels[len(names) :]:
+        axes.set_visible(False)
+    for axes in panels[max(0, len(names) - columns) : len(names)]:
+        axes.set_xlabel("step")
+    panels[0].plot([], [], color="tab:blue", label="train")
+    for number, dataset in enumerate(datasets):
+        panels[0].plot([], [], color=f"C{number + 1}", linestyle="--", marker="o", label=dataset or "held out")
+    panels[0].legend(frameon=False)
     path = Path(workdir) / "curves.png"
     figure.savefig(path, dpi=110)
     return path
+
+
+def _points(records: list[dict[str, Any]], split: str, name: str) -> tuple[list[int], list[float]]:
+    found = [(record["step"], record[name]) for record in records if record["split"] == split and name in record]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _smooth(series: list[float]) -> np.ndarray:
+    """Moving average, centred, over a fifteenth of the series; values that are not finite do not count."""
+    values = np.asarray(series, np.float64)
+    finite = np.isfinite(values)
+    window = np.ones(len(values) // 15 | 1)
+    count = np.convolve(finite, window, mode="same")
+    return np.convolve(np.where(finite, values, 0.0), window, mode="same") / np.where(count, count, np.nan)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from aligner.sharding import tree_paths
 from aligner.types import Params, UserError
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -34,6 +35,19 @@ def make_schedule(optim: ConfigDict, steps: int) -> optax.Schedule:
 def group_factor(path: str, groups, key: str) -> float:
     """The factor of the first group whose regex matches the path from its start; 1 without one."""
     return next((float(options.get(key, 1.0)) for pattern, options in groups if re.match(pattern, path)), 1.0)
+
+
+def check_groups(groups, trainable: Params) -> None:
+    """Refuse a group that would change nothing.
+
+    Raises:
+        UserError: a regex matches no leaf that trains.
+    """
+    paths = tree_paths(trainable)
+    for pattern, _ in groups:
+        if not any(re.match(pattern, path) for path in paths):
+            top = ", ".join(f"{name}/..." for name in trainable)
+            raise UserError(f"config.optim.groups has {pattern!r}, which matches no parameter that trains; their tree begins with {top}")
 
 
 def make_optimizer(

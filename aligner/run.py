@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from aligner import algorithms, checkpoint, convert, lora, metrics, optim, sharding, state, workdir
+from aligner import algorithms, checkpoint, convert, lora, metrics, optim, quant, sharding, state, workdir
 from aligner.console import Stopped, catch_signals, progress, say, short, tracing
+from aligner.convert import peft
 from aligner.data import loader
 from aligner.likelihood import cast
 from aligner.prepare import compute_columns, fingerprint
@@ -52,18 +53,20 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     reference_disk = open_reference(config, model, disk)
     algorithm = algorithms.make(config, model)
     abstract = convert.abstract_params(model)
-    trained, _ = lora.split(abstract, config.optim.freeze)
-    for pattern, _ in config.optim.groups:
-        if not any(re.match(pattern, path) for path in sharding.tree_paths(trained)):
-            raise UserError(f"config.optim.groups has {pattern!r}, which matches no parameter that trains")
+    adapters, start = peft.plan(config, model, abstract)
+    if adapters:
+        abstract = jax.eval_shape(lambda params: attach(config, model, params, adapters, start), abstract)
+    trained, _ = lora.split(abstract, config.optim.freeze, adapters)
+    optim.check_groups(config.optim.groups, trained)
     look = lambda split: loader.load_dataset(config, split, model, algorithm.needs, cache_dir=Path(directory) / "data")
     train, evaluations = look("train"), {name: look(split) for name, split in eval_splits(config).items()}
     for dataset in (train, *evaluations.values()):
         say(*dataset.report)
+        check_answers(config, dataset)
     steps = config.train.steps if config.train.steps is not None else max(1, int(config.train.epochs * train.size / config.data.batch_size))
     schedule = optim.make_schedule(config.optim, steps)
     optimizer = optim.make_optimizer(config.optim, schedule, model.trained_layers)
-    workdir.check_source(directory, model, convert.fingerprint(disk))
+    workdir.check_source(directory, model, convert.fingerprint(disk), adapters)
     if jax.process_index() == 0:
         model.assets.copy_to(Path(directory) / workdir.ASSETS)
     workdir.record(config, directory)  # only now, so that a first try with a bad path leaves no run behind
@@ -74,17 +77,23 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
 
     with jax.set_mesh(mesh), catch_signals() as check_stop, checkpoint.open_checkpoints(directory, config.checkpoint.keep) as checkpoints:
         params = load(config, model, disk, mesh, trained)
+        if adapters:
+            params = attach(config, model, params, adapters, start, mesh)
+        trainable, base = lora.split(params, config.optim.freeze, adapters)
+        del params
         needs_reference = algorithm.prepare or config.reference.kind == "copy"
-        reference = load_reference(config, model, params, disk, reference_disk, mesh, trained) if needs_reference else None
+        reference = load_reference(config, model, trainable, base, disk, reference_disk, mesh) if needs_reference else None
         columns = {
             dataset.name: prepare_columns(config, directory, algorithm, reference, dataset, reference_disk, mesh, check_stop)
             for dataset in (train, *evaluations.values())
         }
-        trainable, base = lora.split(params, config.optim.freeze)
-        fixed = {"base": base} | ({"reference": reference} if config.reference.kind == "copy" else {})
+        own_reference = algorithm.sync is not None  # the state holds the reference, and it starts as the policy
+        fixed = {"base": base} | ({"reference": reference} if config.reference.kind == "copy" and not own_reference else {})
+        if config.reference.kind == "base":
+            fixed["initial"] = frozen_copy(config, {path: leaf for path, leaf in lora.flatten(trainable).items() if path in adapters.saved})
         fixed |= {name: load_frozen(config, *other, mesh) for name, other in algorithm.others.items()}
-        del params, reference
-        train_state = state.create(trainable, optimizer, algorithm.carry, config.seed, mesh, own_reference=algorithm.sync is not None)
+        del reference
+        train_state = state.create(trainable, optimizer, algorithm.carry, config.seed, mesh, own_reference)
         del trainable
         batches = loader.batches(
             train, config.data.batch_size, seed=config.seed, shuffle=config.data.shuffle, rows=local_rows(mesh, config.data.batch_size)
@@ -114,7 +123,9 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             total = None
             for batch in loader.eval_batches(evaluation, config.data.batch_size, rows=rows):
                 check_stop()
-                found = eval_step(train_state.trainable, train_state.carry, fixed, put(batch, columns[evaluation.name], mesh))
+                placed = put(batch, columns[evaluation.name], mesh)
+                found = eval_step(train_state.trainable, train_state.carry, fixed, placed, train_state.reference)
+                jax.block_until_ready(total)  # the batch before: no more than two are on the devices
                 total = found if total is None else metrics.merge(total, found)
             values = metrics.values(total)
             values["loss"] = sum(values.pop(name) for name in [*values] if name.startswith("loss/"))
@@ -195,7 +206,9 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         if len(shapes) > 1:
             say(f"the step was compiled {len(shapes)} times: the shapes of batches changed")
         checkpoint.wait(checkpoints)
-        finish(config, directory, model, lora.combine(train_state.trainable, base), steps, last, time.monotonic() - started)
+        if config.checkpoint.export:
+            convert.save(model, exported(model, disk, train_state.trainable, adapters, mesh), Path(directory) / "export")
+        finish(config, directory, steps, last, time.monotonic() - started)
     return last
 
 
@@ -214,9 +227,14 @@ def check_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
         raise UserError("config.model.path is empty: give a checkpoint folder or Hub id, --config.model.path=DIR")
     if not config.data.train.path:
         raise UserError("config.data.train.path is empty: give a file, folder or Hub dataset, --config.data.train.path=rows.jsonl")
-    kinds = ("precomputed", "copy")
+    kinds = ("precomputed", "copy", "base")
     if config.reference.kind not in kinds:
         raise UserError(f"config.reference.kind is {config.reference.kind!r}; it must be one of {', '.join(kinds)}")
+    lora.check(config)
+    quant.check(config)
+    if config.reference.kind == "base" and (not config.lora.rank or config.reference.model):
+        other = "config.reference.model is set" if config.lora.rank else "config.lora.rank is 0"
+        raise UserError(f'config.reference.kind is "base", the model with its adapters off, but {other}; use "precomputed" or "copy"')
     for key in ("dtype", "param_dtype"):
         if config.model[key] not in ("float32", "bfloat16", "float64"):
             raise UserError(f"config.model.{key} is {config.model[key]!r}; it must be float32, bfloat16 or float64")
@@ -252,6 +270,14 @@ def check_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
         )
 
 
+def check_answers(config: ConfigDict, dataset: loader.Dataset) -> None:
+    """An algorithm on lists has room for `answers` of them; a longer list would lose its last ones."""
+    room = config.algorithm.get("answers", dataset.answers)
+    if dataset.answers > room:
+        most = dataset.answers
+        raise UserError(f"config.{dataset.name} has rows of {most} answers, but config.algorithm.answers is {room}; set it to {most}")
+
+
 def call_setup(config: ConfigDict) -> None:
     """Call `config.setup`, "module:function"; presets make their demo input with it. Only process 0 does, the others wait."""
     import importlib
@@ -270,10 +296,24 @@ def call_setup(config: ConfigDict) -> None:
 
 
 def load(config: ConfigDict, model: Model, disk: Any, mesh: jax.sharding.Mesh, trained: Params) -> Params:
-    """The parameters over the mesh: what trains in `param_dtype`, the frozen rest in `dtype`."""
+    """The parameters over the mesh: what trains in `param_dtype`, the frozen rest in `dtype`, some of it quantised."""
     names = sharding.tree_paths(trained).keys()
-    shardings = sharding.param_shardings(convert.abstract_params(model), model.sharding_rules, mesh)
-    return convert.load_params(model, disk, lambda path: config.model.param_dtype if path in names else config.model.dtype, shardings)
+    abstract = convert.abstract_params(model)
+    shardings = sharding.param_shardings(abstract, model.sharding_rules, mesh)
+    packed = lora.quantised_kernels(model.conversion, abstract) - names if config.quant.base else ()
+    return convert.load_params(
+        model,
+        disk,
+        lambda path: config.model.param_dtype if path in names else config.model.dtype,
+        shardings,
+        finish=lambda path, leaf: quant.quantise_leaf(leaf, config.quant.base) if path in packed else leaf,
+    )
+
+
+def attach(config: ConfigDict, model: Model, params: Params, adapters: lora.Adapters, start: Mapping[str, Any], mesh=None) -> Params:
+    """The tree with its adapters, new or from `config.lora.adapter`."""
+    options = dict(dtype=config.model.param_dtype, init=config.lora.init, rules=model.sharding_rules, mesh=mesh)
+    return lora.attach(params, adapters, start, key=jax.random.key(config.seed), **options)
 
 
 def load_frozen(config: ConfigDict, model: Model, disk: Any, mesh: jax.sharding.Mesh) -> Params:
@@ -292,12 +332,17 @@ def open_reference(config: ConfigDict, model: Model, disk: Any) -> Any:
     return disk
 
 
-def load_reference(config: ConfigDict, model: Model, params: Params, disk: Any, reference_disk: Any, mesh, trained: Params) -> Params:
-    """The reference in the dtype of the computation: the policy as loaded, or another checkpoint."""
+def load_reference(config: ConfigDict, model: Model, trainable: Params, base: Params, disk: Any, reference_disk: Any, mesh) -> Params:
+    """The reference in the dtype of the computation: the policy as loaded, sharing what does not train, or another checkpoint."""
     if reference_disk is not disk:
-        params = load(config, model, reference_disk, mesh, trained)
-    same = jax.tree.map(lambda leaf: leaf.sharding, params)
-    return jit(lambda tree: jax.tree.map(jnp.copy, cast(tree, config.model.dtype)), out_shardings=same)(params)
+        return load(config, model, reference_disk, mesh, {})
+    return lora.combine(frozen_copy(config, lora.flatten(trainable)), base)
+
+
+def frozen_copy(config: ConfigDict, leaves: Mapping[str, jax.Array]) -> Params:
+    """A copy in the dtype of the computation of {tree path: leaf}, as a tree: what trains is donated to the step and lost."""
+    same = {path: leaf.sharding for path, leaf in leaves.items()}
+    return lora.unflatten(jit(lambda tree: jax.tree.map(jnp.copy, cast(tree, config.model.dtype)), out_shardings=same)(leaves))
 
 
 def prepare_columns(
@@ -309,15 +354,15 @@ def prepare_columns(
     weights = convert.fingerprint(disk)
     size = config.data.batch_size
     key = fingerprint(weights=weights, rows=dataset.fingerprint, dtype=config.model.dtype, columns=algorithm.columns, batch_size=size,
-                      shape=dataset.shape, shared_prompt=config.data.shared_prompt, settings=algorithm.prepared_with)  # fmt: skip
+                      shape=dataset.shape, shared_prompt=config.data.shared_prompt, settings=algorithm.prepared_with,
+                      quantised=config.quant.base, adapter=peft.fingerprint(config.lora.adapter))  # fmt: skip
     folder = Path(config.reference.cache or Path(directory) / "reference") / f"{dataset.name.split('.')[-1]}-{key}"
-    prepare = jit(algorithm.prepare, out_shardings=sharding.replicated(mesh))
-    replicate = jit(lambda x: x, out_shardings=sharding.replicated(mesh))
 
-    def one(batch):
-        placed = put(batch, {}, mesh)
-        return {"example_id": replicate(placed["example_id"])} | dict(prepare(reference, placed))
+    def columns_of(reference, batch):
+        return {"example_id": batch["example_id"]} | dict(algorithm.prepare(reference, batch))
 
+    prepare = jit(columns_of, out_shardings=sharding.replicated(mesh))
+    one = lambda batch: prepare(reference, put(batch, {}, mesh))
     rows = local_rows(mesh, size)
     batches = lambda: loader.eval_batches(dataset, size, rows=rows)
     return compute_columns(one, batches, -(-dataset.size // size), dataset.rows_total, folder, f"reference, {dataset.name}", check_stop)
@@ -368,10 +413,22 @@ def last_eval(directory: str | Path) -> dict[str, float]:
     return {k: v for k, v in next(iter(found), {}).items() if k not in ("step", "split", "dataset")}
 
 
-def finish(
-    config: ConfigDict, directory: str | Path, model: Model, params: Params, steps: int, last: Mapping[str, float], seconds: float
-) -> None:
-    """Export, curves, and where everything is."""
+def exported(model: Model, disk: Any, trainable: Params, adapters: lora.Adapters | None, mesh: jax.sharding.Mesh) -> Params:
+    """What a run comes to: the leaves that trained, the others as they stand on disk, adapters merged into those."""
+    merge = lora.merge_into(adapters, trainable)
+    ours = {path: leaf for path, leaf in lora.flatten(trainable).items() if path.rpartition("/")[2] not in lora.TRAINED}
+
+    def one(path: str, leaf: jax.Array) -> jax.Array:
+        whole = merge(path, leaf)
+        return whole.astype(leaf.dtype) if leaf.dtype == jnp.bfloat16 else whole  # what it is written in; memory is dear here
+
+    shardings = sharding.param_shardings(convert.abstract_params(model), model.sharding_rules, mesh)
+    rest = convert.load_params(model, disk, None, shardings, only=lambda path: path not in ours, finish=one)
+    return lora.unflatten(ours | lora.flatten(rest))
+
+
+def finish(config: ConfigDict, directory: str | Path, steps: int, last: Mapping[str, float], seconds: float) -> None:
+    """Curves, and where everything is."""
     directory = Path(directory)
     lines = [f"done: {steps} steps, {seconds:.0f} s" + (f"; held-out {short(last)}" if last else "")]
     lines.append(f"  metrics     {directory / metrics.JSONL}")
@@ -380,8 +437,7 @@ def finish(
         lines.append(f"  curves      {curves}")
     lines.append(f"  checkpoint  {directory / checkpoint.FOLDER / str(steps)}")
     if config.checkpoint.export:
-        convert.save(model, params, directory / "export")
-        lines.append(f"  export      {directory / 'export'}  (Hugging Face layout)")
+        lines.append(f"  export      {directory / 'export'}  (Hugging Face layout{', adapters merged' if config.lora.rank else ''})")
     else:
         lines.append(f"  export it   python -m aligner.convert to-hf --workdir {directory} --out DIR")
     say(*lines)

@@ -4,7 +4,7 @@ Models and rules speak of logical axes ("embed", "heads", ...); LOGICAL says whi
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ LOGICAL: Mapping[str, str | tuple[str, ...] | None] = {
     "heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
+    "expert": "fsdp",
     "rows": ("tensor", "fsdp"),  # of a table that is looked up: sharding its width would gather it whole
 }
 
@@ -91,6 +92,34 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec_for(logical, x.shape, mesh))
+
+
+def per_device(
+    function: Callable[..., jax.Array], into: Sequence[Sequence[str | None]], out: Sequence[str | None], summed: str
+) -> Callable[..., jax.Array]:
+    """`function` on every device by itself: on its part of the arguments along their logical axes, gathered along all others.
+
+    For what the compiler cannot split well itself, such as sorting rows. Where an argument is split along the axis `summed`, the results
+    are added up over it. Without a mesh of more than one device this is the function.
+
+    Args:
+        function: of arrays, to one array.
+        into: logical axes of every argument.
+        out: of the result.
+        summed: a logical axis that the function contracts.
+    """
+
+    def run(*arguments: jax.Array) -> jax.Array:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return function(*arguments)
+        specs = tuple(spec_for(logical, x.shape, mesh) for logical, x in zip(into, arguments, strict=True))
+        shape = jax.eval_shape(function, *arguments).shape
+        is_split = any(axis == summed and part for logical, spec in zip(into, specs) for axis, part in zip(logical, spec))
+        local = (lambda *parts: jax.lax.psum(function(*parts), LOGICAL[summed])) if is_split else function
+        return jax.shard_map(local, in_specs=specs, out_specs=spec_for(out, shape, mesh))(*arguments)
+
+    return run
 
 
 def like_params(tree: Params, params: Params, shardings: Params, mesh: Mesh) -> Params:

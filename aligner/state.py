@@ -41,15 +41,17 @@ def create(
     """The state before the first step; optimizer state is laid out like the parameters it belongs to."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, trainable)
     layout = like_params(jax.eval_shape(optimizer.init, trainable), trainable, shardings, mesh)
-    whole = replicated(mesh)
+
+    def rest():
+        zero = jnp.zeros((), jnp.int32)
+        return dict(step=zero, rng=jax.random.key(seed), carry=carry, nonfinite=zero)
+
     return TrainState(
-        step=jax.device_put(jnp.zeros((), jnp.int32), whole),
         trainable=trainable,
         opt_state=jax.jit(optimizer.init, out_shardings=layout)(trainable),
-        rng=jax.device_put(jax.random.key(seed), whole),
-        carry=jax.device_put(carry, whole),
-        nonfinite=jax.device_put(jnp.zeros((), jnp.int32), whole),
         reference=jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)(trainable) if own_reference else None,
+        # made by a jit, as the step makes them: arrays put onto the mesh otherwise differ in type and the step would compile twice
+        **jax.jit(rest, out_shardings=replicated(mesh))(),
     )
 
 

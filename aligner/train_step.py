@@ -48,6 +48,7 @@ def make_train_step(
     def step(state: TrainState, fixed: dict[str, Params], batch: Batch) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(state.rng, state.step)
         base, trainable = cast(fixed["base"], dtype), cast(state.trainable, dtype)
+        fixed = {**fixed, "base": base}
         if state.reference is not None:
             fixed = {**fixed, "reference": combine(cast(state.reference, dtype), base)}
 
@@ -115,11 +116,17 @@ def _gradient(function: Callable, at):
     return jax.value_and_grad(function, has_aux=True)(at)
 
 
-def make_eval_step(algorithm: Algorithm, *, dtype: str) -> Callable[[Params, Any, Params, Batch], dict]:
-    """`evaluate(trainable, carry, fixed, batch) -> metrics`, each a sum and a count so that batches add up exactly."""
+def make_eval_step(algorithm: Algorithm, *, dtype: str) -> Callable[..., dict]:
+    """`evaluate(trainable, carry, fixed, batch, reference=None) -> metrics`, each a sum and a count so that batches add up exactly.
 
-    def evaluate(trainable: Params, carry: Any, fixed: dict[str, Params], batch: Batch) -> dict:
-        params = cast(combine(trainable, fixed["base"]), dtype)
+    `reference` is the state's, where it is synchronised. An objective of the whole batch is here one of the evaluation batch.
+    """
+
+    def evaluate(trainable: Params, carry: Any, fixed: dict[str, Params], batch: Batch, reference: Params | None = None) -> dict:
+        fixed = {**fixed, "base": cast(fixed["base"], dtype)}
+        params = combine(cast(trainable, dtype), fixed["base"])
+        if reference is not None:
+            fixed = {**fixed, "reference": combine(cast(reference, dtype), fixed["base"])}
         scores = algorithm.score(params, fixed, batch, None)
         terms, metrics, _ = algorithm.objective(scores, batch, carry)
         return {**{f"loss/{name}": Mean(term.weight * term.sum, term.count) for name, term in terms.items()}, **metrics}

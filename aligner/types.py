@@ -105,6 +105,8 @@ class Conversion:
         exceptions: table of (Hugging Face name pattern, tree path, operation) for leaves that the generic rule does not cover.
         renames: (regex, replacement) pairs that turn every older layout's names on disk into the layout we write.
         ignored: regexes of tensors on disk that carry no parameter (old buffers such as `rotary_emb.inv_freq`).
+        modules: (regex, replacement) pairs that turn the layout we write into the names of `transformers`' modules in memory, which
+            PEFT adapters go by.
         tied: (name, other) pairs: `name`, when it is stored, must equal `other` and is not a parameter of its own.
         fresh: names that need not be stored; `Model.init` then makes them.
     """
@@ -113,6 +115,7 @@ class Conversion:
     exceptions: Sequence[tuple] = ()
     renames: Sequence[tuple[str, str]] = ()
     ignored: Sequence[str] = ()
+    modules: Sequence[tuple[str, str]] = ()
     tied: Sequence[tuple[str, str]] = ()
     fresh: Sequence[str] = ()
 
@@ -135,7 +138,8 @@ class Model:
         family: Hugging Face's `model_type`.
         config: the family's own frozen dataclass, read from the Hugging Face config.
         init: key -> params, float32, random as the family initialises.
-        encode: (params, batch) -> features [B, I*P, D], or None when the batch holds no media.
+        encode: (params, batch, key=None, remat="none") -> features [B, I*P, D], or None when the batch holds no media. `key` draws what
+            adapters drop.
         apply: (params, batch, *, features=None, cache=None, key=None, remat="none") -> Output.
         head: params -> Head; of a model with a score head, weight [D, 1].
         inputs: what a Hugging Face processor returns (NumPy) -> Batch, for looking and testing.

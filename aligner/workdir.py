@@ -5,12 +5,15 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from ml_collections import ConfigDict
 
 from aligner.types import Model, Params, UserError
+
+if TYPE_CHECKING:
+    from aligner.lora import Adapters
 
 CONFIG = "config.json"
 ASSETS = "assets"
@@ -84,6 +87,8 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
 def restore_params(workdir: str | Path, step: int | None = None) -> tuple[Model, Params, int]:
     """The model of a run with its trained parameters, on this machine's first device; frozen ones are read again from `model.path`.
 
+    Adapters are merged into their kernels, in float32; those of a quantised base (QLoRA) into the unquantised one.
+
     Args:
         workdir: of the run.
         step: which checkpoint; default: the newest.
@@ -91,21 +96,32 @@ def restore_params(workdir: str | Path, step: int | None = None) -> tuple[Model,
     Returns:
         (model, params, step).
     """
-    from aligner import checkpoint, convert
+    from aligner import convert, lora
     from aligner.convert.tables import flatten, unflatten
 
-    config, source = read_config(workdir), read_source(workdir)
-    model = convert.model_from_folder(Path(workdir) / ASSETS)
-    assets = dataclasses.replace(model.assets, dtypes=source["dtypes"])
-    model = dataclasses.replace(model, source_dtype=source["source_dtype"], assets=assets)
-    trainable, step = checkpoint.restore_trainable(workdir, step)
-    leaves = flatten(trainable)
+    config = read_config(workdir)
+    model, adapters, trainable, step = restore_trainable(workdir, step)
+    leaves = {path: leaf for path, leaf in flatten(trainable).items() if path.rpartition("/")[2] not in lora.TRAINED}
     missing = flatten(convert.abstract_params(model)).keys() - leaves.keys()
     if missing:  # frozen: read again as they stand on disk, so that they are exported unchanged
         original, disk = convert.open_model(config["model"]["path"], config["model"]["revision"], model.has_score_head)
         check_source(workdir, original, convert.fingerprint(disk))
-        leaves |= flatten(convert.load_params(original, disk, dtype=None, only=missing.__contains__))
+        merge = lora.merge_into(adapters, trainable)
+        leaves |= flatten(convert.load_params(original, disk, dtype=None, only=missing.__contains__, finish=merge))
     return model, unflatten(leaves), step
+
+
+def restore_trainable(workdir: str | Path, step: int | None = None) -> tuple[Model, "Adapters | None", Params, int]:
+    """What a run trained, without the base: (model, its adapters if it has any, trainable tree, step)."""
+    from aligner import checkpoint, convert
+    from aligner.lora import Adapters
+
+    source = read_source(workdir)
+    model = convert.model_from_folder(Path(workdir) / ASSETS)
+    assets = dataclasses.replace(model.assets, dtypes=source["dtypes"])
+    model = dataclasses.replace(model, source_dtype=source["source_dtype"], assets=assets)
+    adapters = Adapters.from_json(source["adapters"]) if source.get("adapters") else None
+    return model, adapters, *checkpoint.restore_trainable(workdir, step)
 
 
 def read_source(workdir: str | Path) -> dict[str, Any]:
@@ -116,19 +132,23 @@ def read_source(workdir: str | Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def check_source(workdir: str | Path, model: Model, fingerprint: str) -> None:
-    """The weights that a run started from are recorded once, and must be the same ever after.
+def check_source(workdir: str | Path, model: Model, fingerprint: str, adapters: "Adapters | None" = None) -> None:
+    """The weights that a run started from are recorded once, and must be the same ever after; so what adapters it has.
 
     Raises:
         UserError: they changed.
     """
     path = Path(workdir) / SOURCE
+    described = json.loads(json.dumps(dataclasses.asdict(adapters))) if adapters else None
     if path.exists():
-        if read_source(workdir)["fingerprint"] != fingerprint:
+        before = read_source(workdir)
+        if before["fingerprint"] != fingerprint:
             raise UserError(f"the weights in {model.assets.folder} are not the ones that the run in {workdir} started from")
+        if adapters and before.get("adapters") != described:
+            raise UserError(f"the adapters are not those that the run in {workdir} started with; config.lora.adapter has changed")
     elif jax.process_index() == 0:
         folder, dtypes = str(model.assets.folder), dict(model.assets.dtypes)
-        write_json(path, dict(path=folder, fingerprint=fingerprint, source_dtype=model.source_dtype, dtypes=dtypes))
+        write_json(path, dict(path=folder, fingerprint=fingerprint, source_dtype=model.source_dtype, dtypes=dtypes, adapters=described))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from benchmarks.torch_sides import BETA, LEARNING_RATE, MAX_GRAD_NORM
 
 from aligner import algorithms, convert, lora, optim, sharding, state
 from aligner.data.layout import pair_row, shape_of
 from aligner.data.templates import Encoded
 from aligner.train_step import jit, make_train_step
+from benchmarks.torch_sides import BETA, LEARNING_RATE, MAX_GRAD_NORM
 from configs import common
 
 

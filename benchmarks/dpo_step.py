@@ -7,6 +7,9 @@ computes the reference in the step (a second copy of the weights), clips at 1.0 
 Ratios are paired: each round runs every side once, and the median over rounds of time(TRL) / time(side) is printed. Peak memory is
 measured in a fresh process per side: the highest resident memory during two steps after the first (which compiles), less what
 the process held after its imports, before it made anything.
+
+CPU seconds (of all threads) tell the sides apart also on a machine that others use; set OMP_WAIT_POLICY=passive for them, or torch's
+waiting threads count as work.
 """
 
 from __future__ import annotations
@@ -55,22 +58,31 @@ def make_side(name: str, folder: Path, dtype: str):
     return aligner_step(folder, rows, dtype, **OURS[name])
 
 
-def compare(folder: Path, dtype: str, rounds: int, names: list[str]) -> dict[str, list[float]]:
-    """Seconds per round of every side; TRL's loop leads and the others take their turn after each of its steps."""
+def compare(folder: Path, dtype: str, rounds: int, names: list[str]) -> dict[str, list[tuple[float, float]]]:
+    """(seconds, CPU seconds) per round of every side; TRL's loop leads and the others take their turn after each of its steps."""
     others = {name: make_side(name, folder, dtype) for name in names if name != "TRL"}
     for step in others.values():
         step()  # compile, warm up
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
 
-    def after_step(seconds: float) -> None:
-        times["TRL"].append(seconds)
+    def turns() -> None:
         for name, step in others.items():
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             step()
-            times[name].append(time.perf_counter() - start)
+            times[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+        last = {name: f"{seconds[-1][0]:.2f}" for name, seconds in times.items()}
+        print(f"  round {len(next(iter(times.values()))) - 1}: {last}", flush=True)
 
-    torch_sides.run_trl(folder, [as_text(row) for row in pairs()], dtype, rounds + 1, after_step)
-    return {name: seconds[1:] for name, seconds in times.items()}
+    def after_step(*seconds: float) -> None:
+        times["TRL"].append(seconds)
+        turns()
+
+    if "TRL" in names:
+        torch_sides.run_trl(folder, [as_text(row) for row in pairs()], dtype, rounds + 1, after_step)
+    else:
+        for _ in range(rounds + 1):
+            turns()
+    return {name: seconds[1:] for name, seconds in times.items()}  # TRL's first step is its warm-up
 
 
 def peak_memory(name: str, folder: Path, dtype: str) -> dict[str, float]:
@@ -85,7 +97,7 @@ def peak_memory(name: str, folder: Path, dtype: str) -> dict[str, float]:
     if name == "TRL":
         done = []
 
-        def after_step(_):
+        def after_step(*_):
             done.append(machine.resident_mib(peak=True))
             if len(done) == 1:
                 machine.forget_peak()
@@ -108,6 +120,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "both"], default="both")
     parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--no-memory", action="store_true", help="times only")
     parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)  # the process that measures one side
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -122,25 +135,34 @@ def main() -> None:
         torch_sides.make_checkpoint(Path(folder), **SHAPE)
         for dtype in ["float32", "bfloat16"] if options.dtype == "both" else [options.dtype]:
             result["steps"][dtype] = rows = measure(Path(folder), dtype, options)
-            print(f"\n{dtype}, {options.rounds} rounds")
-            print(f"{'side':26} {'s/step':>8} {'TRL/side':>9} {'torch/side':>11} {'peak MiB':>9} {'net MiB':>8}")
+            print(f"\n{dtype}, median of {options.rounds} rounds; ratios of times, paired by round")
+            print("side                      s/step   CPU s  TRL/side   CPU  torch/side   CPU  peak MiB  net MiB")
             for name, row in rows.items():
-                ratios = f"{row['seconds']:8.3f} {row['trl_ratio']:9.2f} {row['torch_ratio']:11.2f}"
-                print(f"{name:26} {ratios} {row['peak']:9.0f} {row['net']:8.0f}", flush=True)
+                seconds = f"{row['seconds']:7.2f} {row['cpu_seconds']:7.2f}"
+                ratios = f"{row['TRL'][0]:9.2f} {row['TRL'][1]:5.2f} {row['torch'][0]:11.2f} {row['torch'][1]:5.2f}"
+                print(f"{name:24} {seconds} {ratios} {row['peak']:9.0f} {row['net']:8.0f}", flush=True)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1))
 
 
-def measure(folder: Path, dtype: str, options) -> dict[str, dict[str, float]]:
+def measure(folder: Path, dtype: str, options) -> dict[str, dict]:
+    """Times, ratios and memory of every side. A ratio is (of wall clock, of CPU time), the median over rounds."""
     times = compare(folder, dtype, options.rounds, options.sides)
-    paired = lambda base, name: statistics.median(a / b for a, b in zip(times[base], times[name])) if base in times else float("nan")
+
+    def ratio(base: str, name: str) -> list[float]:
+        rounds = list(zip(times.get(base, []), times[name]))
+        return [statistics.median(a[i] / b[i] for a, b in rounds) if rounds else float("nan") for i in (0, 1)]
+
     rows = {}
     for name in options.sides:
         command = [sys.executable, "-m", "benchmarks.dpo_step", "--memory-of", name, "--folder", folder, "--dtype", dtype]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        memory = json.loads(next(line for line in output.splitlines() if line.startswith("MEMORY")).split(" ", 1)[1])
-        rows[name] = {"seconds": statistics.median(times[name]), "trl_ratio": paired("TRL", name), "torch_ratio": paired("torch", name),
-                      **memory, "all_seconds": times[name]}  # fmt: skip
+        memory = dict.fromkeys(("imported", "peak", "net"), float("nan"))
+        if not options.no_memory:
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            memory = json.loads(next(line for line in output.splitlines() if line.startswith("MEMORY")).split(" ", 1)[1])
+        seconds, cpu_seconds = (statistics.median(values) for values in zip(*times[name]))
+        rows[name] = {"seconds": seconds, "cpu_seconds": cpu_seconds, "TRL": ratio("TRL", name), "torch": ratio("torch", name),
+                      **memory, "rounds": times[name]}  # fmt: skip
     return rows
 
 

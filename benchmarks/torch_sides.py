@@ -35,7 +35,7 @@ def make_checkpoint(folder: Path, *, hidden: int, layers: int, heads: int, kv_he
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def run_trl(folder: Path, pairs: list[dict], dtype: str, steps: int, after_step: Callable[[float], None]) -> None:
+def run_trl(folder: Path, pairs: list[dict], dtype: str, steps: int, after_step: Callable[[float, float], None]) -> None:
     """Train with TRL's DPOTrainer for `steps` steps; the reference model is computed in the step.
 
     Its own loop runs; a callback times each step from `on_step_begin` to `on_step_end`: forward of policy and reference, backward,
@@ -43,7 +43,7 @@ def run_trl(folder: Path, pairs: list[dict], dtype: str, steps: int, after_step:
 
     Args:
         pairs: rows of strings with `prompt, chosen, rejected`; all of them are the batch of every step.
-        after_step: called with the seconds of each step; others may take their turn in it.
+        after_step: called with the seconds and CPU seconds of each step; others may take their turn in it.
     """
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -51,10 +51,10 @@ def run_trl(folder: Path, pairs: list[dict], dtype: str, steps: int, after_step:
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
-            self.start = time.perf_counter()
+            self.start = time.perf_counter(), time.process_time()
 
         def on_step_end(self, *args, **kwargs):
-            after_step(time.perf_counter() - self.start)
+            after_step(time.perf_counter() - self.start[0], time.process_time() - self.start[1])
 
     policy = AutoModelForCausalLM.from_pretrained(folder)
     assert all(p.dtype.itemsize == 4 for p in policy.parameters())  # float32 master weights also with bf16=True

@@ -181,7 +181,8 @@ def base() -> ConfigDict:
     config.model.param_dtype = "float32"  # dtype of the master parameters that train; frozen ones are kept in `dtype`
 
     config.reference = ConfigDict()
-    config.reference.kind = "precomputed"  # precomputed: log-probabilities once before training; copy: a frozen copy in memory
+    # precomputed: log-probabilities once before training; copy: a frozen copy in memory; base: the base with its adapters off
+    config.reference.kind = "precomputed"
     config.reference.model = ""  # another checkpoint as the reference; "" is the policy at step 0
     config.reference.cache = ""  # folder for precomputed columns; "" is WORKDIR/reference
 
@@ -213,6 +214,20 @@ def base() -> ConfigDict:
     config.optim.max_grad_norm = 1.0  # 0 turns clipping off
     config.optim.freeze = ()  # regexes on tree paths ("vision_tower/.*"): no gradient, no optimizer memory
     config.optim.groups = ()  # (regex, {"learning_rate": factor, "weight_decay": factor}) pairs; the first match wins
+
+    config.lora = ConfigDict()
+    config.lora.rank = 0  # 0: no adapters, the model itself trains; else only adapters of this rank (and modules_to_save) do
+    config.lora.alpha = 32.0  # the adapters' product is multiplied by alpha / rank, rslora: by alpha / sqrt(rank)
+    config.lora.dropout = 0.0  # of the adapters' inputs; draws differ with `train.accumulate`
+    config.lora.variant = "lora"  # lora, rslora, dora
+    config.lora.init = "kaiming"  # of lora_a: kaiming (as PEFT), gaussian; lora_b is zero
+    config.lora.targets = ()  # regexes on tree paths, such as (".*(q|v)_proj",); ("all-linear",); () is all of the decoder's layers
+    config.lora.layers_to_transform = ()  # indices of the layers that get adapters; () is all
+    config.lora.modules_to_save = ()  # regexes on tree paths: modules that train whole beside the adapters
+    config.lora.adapter = ""  # folder of a PEFT adapter to go on from: its rank, alpha and variant must be those above, its targets count
+
+    config.quant = ConfigDict()
+    config.quant.base = ""  # nf4 or int8: how the frozen kernels of the decoder's layers are held (QLoRA); "" keeps them in model.dtype
 
     config.train = ConfigDict()
     config.train.steps = placeholder(int)  # optimizer steps; wins over epochs

@@ -35,7 +35,7 @@ def test_trains_on_pairs(tmp_path):
             "data.train.path": file,
             "data.train.image_folder": SCIENCEQA / "images",
             "data.eval.path": "",
-            "data.max_length": 192,  # the longest do not fit
+            "data.max_length": 320,  # the longest do not fit
             "data.max_bad_fraction": 0.5,
             "data.batch_size": 8,
             "data.pad_to_multiple": 64,

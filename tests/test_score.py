@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
     model, disk = convert.open_model(folder / "lm", score_head=True)
     convert.save(model, convert.load_params(model, disk), folder / "rm")
     rows = [{**row, "prompt": row["prompt"] + " One" * (i % 3)} for i, row in enumerate(PAIRS)]
-    rows[2]["chosen"] = ""
+    rows[2]["chosen"] = None
     rows[5]["prompt"] = "long " * 300
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

@@ -38,4 +38,4 @@ def check_choice(key: str, value: object, choices: Iterable[str]) -> None:
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"config.{key} has no {value!r}{hint} (known: {', '.join(choices)})")
+        raise UserError(f"config.{key} {value!r} is not known{hint} (there is {', '.join(choices)})")

@@ -31,7 +31,7 @@ def distil(config: ConfigDict, model: Model, teacher: Model) -> Algorithm:
         raise UserError(f"config.algorithm.temperature is {c.temperature}; it must be above 0")
 
     def states(of: Model, params, batch: Batch, key=None, remat="none"):
-        output = of.apply(params, batch, features=of.encode(params, batch), key=key, remat=remat)
+        output = of.apply(params, batch, features=of.encode(params, batch, key, remat=remat), key=key, remat=remat)
         return jnp.take_along_axis(output.hidden, batch["score_from"][..., None], axis=1), output.aux
 
     def score(params, fixed, batch: Batch, key) -> Scores:

@@ -96,10 +96,8 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
 
         terms, count = {}, jnp.sum(mask)
         for name, weight in zip(names, weights):
-            if name == SFT:
+            if name == SFT:  # a mean over tokens; neither LD-DPO nor WPO touch it
                 total = -jnp.sum(sum_answers(scores.tokens["logp"], batch, 2)[..., CHOSEN])
-                if c.use_weighting:  # as TRL: the mean over tokens times the mean weight of the pairs
-                    total = total * jnp.sum(jnp.where(mask, likely, 0)) / jnp.maximum(count, 1)
                 terms[name] = Term(weight, total, jnp.sum(scores.lengths[..., CHOSEN]))
             else:
                 terms[name] = Term(weight, jnp.sum(jnp.where(mask, LOSSES[name](p, c) * likely, 0)), count)
@@ -109,7 +107,7 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
         score,
         objective,
         carry={"mean": jnp.zeros(()), "count": jnp.zeros(())} if "bco" in names else {},
-        whole_batch=bool({*SORTED, "bco"} & {*names}) or (SFT in names and c.use_weighting),
+        whole_batch=bool({*SORTED, "bco"} & {*names}),
         sync=(c.ref_model_mixup_alpha, c.ref_model_sync_steps) if c.sync_ref_model else None,
         **reference.options,
     )

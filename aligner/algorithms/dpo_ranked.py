@@ -7,7 +7,7 @@ from aligner.algorithms import pairs
 from aligner.algorithms.checks import check_positive
 from aligner.algorithms.reference import make_reference
 from aligner.likelihood import make_likelihood, sum_answers
-from aligner.losses import preference
+from aligner.losses import reward
 from aligner.types import Algorithm, Array, Batch, Bool, Float, Mean, Model, Scores, Term, UserError
 
 
@@ -31,7 +31,7 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
         present = scores.lengths > 0
         mask = present.sum(axis=-1) > 1  # a row without an example, or padding
         rewards = c.beta * (scores.logps - scores.reference_logps)
-        losses = preference.plackett_luce(rewards, present)
+        losses = reward.plackett_luce(rewards, present)
         terms = {"dpo": Term(1.0, jnp.sum(jnp.where(mask, losses, 0)), jnp.sum(mask))}
         return terms, metrics(scores, batch, mask, present, rewards), carry
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from aligner.lora import without_adapters
 from aligner.types import Array, Batch, Float
 
 COLUMN = "reference_logps"
@@ -31,8 +32,11 @@ def make_reference(config: ConfigDict, logps: Callable[..., Float[Array, "B G R"
         prepared_with: settings that `logps` depends on.
 
     Returns:
-        precomputed: a column computed once before training; copy: a frozen copy in memory, computed with every batch.
+        precomputed: a column computed once before training; copy: a frozen copy in memory, computed with every batch; base: the same
+        with the base, adapters off.
     """
+    if config.reference.kind == "base":
+        return Reference(lambda fixed, batch: logps(without_adapters(fixed), batch), {})
     if config.reference.kind == "copy":
         return Reference(lambda fixed, batch: logps(fixed["reference"], batch), {})
     prepare = lambda params, batch: {COLUMN: logps(params, batch)}

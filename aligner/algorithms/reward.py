@@ -35,6 +35,7 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
         groups = present.sum(axis=-1) > 1  # [B, G]: there is something to compare
         if c.loss_type == "mse":
             targets = batch["scores"].astype(values.dtype)
+            targets = jnp.pad(targets, ((0, 0), (0, 0), (0, answers - targets.shape[-1])))  # the dataset's longest list may be shorter
             main = over(present, reward.squared_error(values, targets))
             better = targets[..., :, None] > targets[..., None, :]
         else:

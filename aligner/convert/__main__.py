@@ -17,11 +17,12 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser("python -m aligner.convert", description=about)
     commands = top.add_subparsers(dest="command", required=True)
 
-    to_hf = commands.add_parser("to-hf", help="write a run's checkpoint as a Hugging Face folder")
+    to_hf = commands.add_parser("to-hf", help="write a run's checkpoint as a Hugging Face folder, adapters merged")
     to_hf.add_argument("--workdir", required=True, help="working directory of the run, such as runs/quickstart")
     to_hf.add_argument("--out", required=True, help="folder to write: new, empty, or a former export, which is replaced")
     to_hf.add_argument("--step", type=int, help="step of the checkpoint; the newest when left out")
     to_hf.add_argument("--dtype", choices=_DTYPES, help="dtype of the tensors; that of the model the run started from when left out")
+    to_hf.add_argument("--adapter", action="store_true", help="write the adapter alone, as PEFT reads it, in float32 unless --dtype says")
     to_hf.add_argument("--max-shard-size", default="5GB", help="most bytes of a file, such as 500MB (default: %(default)s)")
     to_hf.set_defaults(run=run_to_hf)
 
@@ -42,8 +43,18 @@ def parser() -> argparse.ArgumentParser:
 
 def run_to_hf(args: argparse.Namespace) -> int:
     from aligner.convert.hf import save
-    from aligner.workdir import restore_params
+    from aligner.workdir import read_config, restore_params, restore_trainable
 
+    if args.adapter:
+        from aligner.convert import peft
+
+        model, adapters, trainable, step = restore_trainable(args.workdir, args.step)
+        if adapters is None:
+            raise UserError(f"the run in {args.workdir} has no adapters (its config.lora.rank is 0); leave --adapter out.")
+        base = read_config(args.workdir)["model"]["path"]
+        peft.write(args.out, model, adapters, trainable, base, args.dtype or "float32")
+        print(f"adapter of step {step} of {args.workdir} written to {args.out} in {args.dtype or 'float32'}")
+        return 0
     model, params, step = restore_params(args.workdir, args.step)
     save(model, params, args.out, dtype=args.dtype, max_shard_size=args.max_shard_size)
     print(f"step {step} of {args.workdir} written to {args.out} in {args.dtype or model.source_dtype}")

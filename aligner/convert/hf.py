@@ -111,6 +111,9 @@ def model_from_folder(folder: str | Path, score_head: bool = False) -> Model:
         raise UserError(f"{path} describes weights quantised by {method}; use the unquantised checkpoint.")
     from transformers import AutoConfig
 
+    from aligner.models.families import register_configs
+
+    register_configs()
     try:
         normalised = AutoConfig.from_pretrained(assets.folder)
     except Exception as error:  # transformers raises whatever its validators do
@@ -144,6 +147,7 @@ def load_params(
     shardings: Any = None,
     progress: bool | None = None,
     only: Callable[[str], bool] | None = None,
+    finish: Callable[[str, jax.Array], Any] | None = None,
 ) -> Params:
     """Read parameters leaf by leaf straight into (sharded) device arrays.
 
@@ -157,6 +161,7 @@ def load_params(
         shardings: tree of `jax.sharding.Sharding`, or None for the default device.
         progress: show a bar; None only on a terminal.
         only: tree path -> whether to read that leaf; None reads all.
+        finish: (tree path, leaf) -> what takes its place in the tree, such as a quantised kernel, before the next leaf is read.
 
     Returns:
         The parameter tree, nested dicts.
@@ -184,6 +189,7 @@ def load_params(
         for entry in bar([entry for entry in entries if not is_fresh(entry)], "loading", progress):
             get = functools.partial(read_leaf, entry, read=read, dtype=dtypes[entry.path], map=pool.map)
             leaf = _place(entry.shape, places.get(entry.path), get)
+            leaf = finish(entry.path, leaf) if finish else leaf
             jax.block_until_ready(before)
             leaves[entry.path] = before = leaf
     for entry in filter(is_fresh, entries):  # the compiler drops what `init` makes besides

@@ -16,8 +16,11 @@ What the rule does not cover is a row of `Conversion.exceptions`, (Hugging Face 
     ("h.{i}.mlp.weight", "layers/mlp/kernel", "transpose")   also "conv": the kernel rule above
     ("h.{i}.qkv.weight", ("layers/q/kernel", "layers/k/kernel", "layers/v/kernel"), ("split", "transpose", 0))
 
-The last is one tensor on disk that holds several leaves, one after another along the given axis of the tensor on disk. Every row becomes an
-`Entry`, from which both directions follow.
+The last is one tensor on disk that holds several leaves, one after another along the given axis of the tensor on disk. A fourth item
+says that the axis is a row of so many blocks, such as heads, each of which holds its share of every leaf:
+("split", "transpose", 0, 12). Every row becomes an `Entry`, from which both directions follow.
+
+A stack's prefix without `{...}` just names a module otherwise: {"model/embed_tokens": "transformer.wte"}.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ class Entry:
         perm: the core is the Hugging Face tensor (or its part) transposed by this.
         full: shape of each Hugging Face tensor.
         part: (axis, start, stop) of the Hugging Face tensor that this leaf takes; None is all of it.
+        blocks: the axis of `part` is so many blocks, and the leaf takes its share of each; start and stop are of one block.
     """
 
     path: str
@@ -55,16 +59,29 @@ class Entry:
     perm: tuple[int, ...]
     full: tuple[int, ...]
     part: tuple[int, int, int] | None = None
+    blocks: int = 1
 
     def source(self, core: Slices) -> Slices:
-        """Where in the Hugging Face tensor the slices `core` of our core axes lie."""
+        """Where in the Hugging Face tensor the slices `core` of our core axes lie; the axis of several blocks is taken whole."""
         index = [slice(None)] * len(core)
         for ours, theirs in enumerate(self.perm):
             index[theirs] = slice(*core[ours].indices(self.shape[self.names.ndim + ours]))
         if self.part:
             axis, start, _ = self.part
-            index[axis] = slice(start + index[axis].start, start + index[axis].stop)
+            whole = slice(0, self.full[axis])
+            index[axis] = whole if self.blocks > 1 else slice(start + index[axis].start, start + index[axis].stop)
         return tuple(index)
+
+    def core(self, tensor: np.ndarray, core: Slices) -> np.ndarray:
+        """What was read from `source(core)` -> our core[core]."""
+        if self.blocks > 1:
+            axis, start, stop = self.part
+            shape = tensor.shape
+            blocks = tensor.reshape(*shape[:axis], self.blocks, -1, *shape[axis + 1 :])
+            tensor = blocks[(slice(None),) * (axis + 1) + (slice(start, stop),)].reshape(*shape[:axis], -1, *shape[axis + 1 :])
+            ours = self.perm.index(axis)
+            tensor = tensor[(slice(None),) * axis + (core[ours],)]
+        return tensor.transpose(self.perm)
 
     def tensors(self) -> Iterator[tuple[tuple[int, ...], str]]:
         """Pairs of (index on the stacked axes, Hugging Face name)."""
@@ -130,7 +147,7 @@ def read_leaf(entry: Entry, index: Slices, read: Callable[[str, Slices], np.ndar
     out = np.empty([s.stop - s.start for s in index], dtype)
 
     def fill(position):
-        out[position] = read(names[position], source).transpose(entry.perm)
+        out[position] = entry.core(read(names[position], source), core)
 
     for _ in map(fill, np.ndindex(names.shape)):
         pass
@@ -159,8 +176,12 @@ def write_tensor(parts: list[tuple[Entry, tuple[int, ...]]], leaf: Callable[[str
         The tensor in the leaves' dtype, as laid out on disk.
     """
     pieces = [leaf(entry.path, index).transpose(np.argsort(entry.perm)) for entry, index in parts]
-    axis = parts[0][0].part[0] if parts[0][0].part else 0
-    return np.asarray(pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis), order="C")
+    first = parts[0][0]
+    if len(pieces) == 1:
+        return np.asarray(pieces[0], order="C")
+    axis, shape = first.part[0], first.full
+    blocks = [piece.reshape(*shape[:axis], first.blocks, -1, *shape[axis + 1 :]) for piece in pieces]
+    return np.asarray(np.concatenate(blocks, axis + 1).reshape(shape), order="C")
 
 
 def kernel_perm(ndim: int) -> tuple[int, ...]:
@@ -180,14 +201,16 @@ def _exception(pattern: str, leaves: Mapping[str, tuple[int, ...]], operation: A
     if isinstance(operation, str):
         [(path, shape)] = leaves.items()
         return [_entry(pattern, path, shape, operation)]
-    kind, operation, axis = operation
+    kind, operation, axis, *blocks = operation
+    blocks = blocks[0] if blocks else 1
     if kind != "split":
         raise ValueError(f"{pattern}: unknown operation {kind!r}")
     whole = [_entry(pattern, path, shape, operation) for path, shape in leaves.items()]
     total, entries = sum(entry.full[axis] for entry in whole), []
-    for start, entry in zip(np.cumsum([0] + [entry.full[axis] for entry in whole]).tolist(), whole, strict=False):
+    sizes = [entry.full[axis] // blocks for entry in whole]
+    for start, size, entry in zip(np.cumsum([0] + sizes).tolist(), sizes, whole, strict=False):
         full = (*entry.full[:axis], total, *entry.full[axis + 1 :])
-        entries.append(dataclasses.replace(entry, full=full, part=(axis, start, start + entry.full[axis])))
+        entries.append(dataclasses.replace(entry, full=full, part=(axis, start, start + size), blocks=blocks))
     return entries
 
 
@@ -211,6 +234,6 @@ def _check_cover(entries) -> None:
     for name, claims in claimed.items():
         if len({entry.full for entry in claims}) > 1:
             raise ValueError(f"{name}: leaves disagree about its shape: {sorted((entry.path, entry.full) for entry in claims)}")
-        covered = sum((e.part[2] - e.part[1]) / e.full[e.part[0]] if e.part else 1 for e in claims)
+        covered = sum(e.blocks * (e.part[2] - e.part[1]) / e.full[e.part[0]] if e.part else 1 for e in claims)
         if not math.isclose(covered, 1):
             raise ValueError(f"{name}: its pieces are not each held by one leaf: {sorted(entry.path for entry in claims)}")

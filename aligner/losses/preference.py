@@ -1,4 +1,4 @@
-"""Losses on pairs and ranked lists of answers, from sequence log-probabilities. Each gives one value per pair.
+"""Losses on pairs of answers, from sequence log-probabilities. Each gives one value per pair.
 
 Throughout, for an answer y to a prompt x:
     log-ratio   h = log pi(y|x) - log pi_ref(y|x), summed over the answer's tokens
@@ -126,18 +126,6 @@ def discopop(chosen: Values, rejected: Values, beta: float, tau: float) -> Value
     """
     margin = beta * (chosen - rejected)
     return -log_sigmoid(margin) * jax.nn.sigmoid(-margin / tau) + jnp.exp(log_sigmoid(margin / tau) - margin)
-
-
-def plackett_luce(rewards: Float[Array, "... R"], present: Bool[Array, "... R"]) -> Values:
-    """DPO on a whole ranking (Plackett-Luce, arXiv 2305.18290, section A.3): -sum_k log softmax(rewards[k:])[k].
-
-    Args:
-        rewards: beta * log-ratio (or a reward model's score) of every answer, best first.
-        present: which answers there are, in any places; the order among them is the ranking.
-    """
-    held = jnp.where(present, rewards, jnp.finfo(rewards.dtype).min / 4)  # not -inf, whose gradient is no number
-    rest = jnp.flip(jax.lax.cumlogsumexp(jnp.flip(held, -1), axis=held.ndim - 1), -1)  # log-sum-exp over the answers from k on
-    return jnp.sum(jnp.where(present, rest - rewards, 0), axis=-1)
 
 
 def wpo_weight(logps: Values, log_sum_p2: Values, lengths: Values) -> Values:

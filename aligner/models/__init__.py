@@ -6,8 +6,8 @@ from typing import Any
 from aligner.types import Model, UserError
 
 SUPPORTED = (
-    *("gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite", "llama", "mistral"),
-    *("olmo2", "phi", "phi3", "qwen2", "qwen3", "smollm3"),
+    *("baichuan", "bloom", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neox", "granite", "llama", "mistral"),
+    *("mixtral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"),
     "llava",
 )
 

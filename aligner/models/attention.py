@@ -5,6 +5,9 @@ A spec says who sees whom by a few small arrays; only the reference backend turn
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -50,6 +53,13 @@ def dense(spec: Spec, window: int | None = None) -> Spec:
     return spec.replace(mask=visible[:, None])
 
 
+def alibi_slopes(heads: int) -> tuple[float, ...]:
+    """ALiBi's slope of every head (arXiv 2108.12409): a geometric sequence, filled up from the next one where `heads` is no power of 2."""
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    return tuple(slopes + [2 ** (-4 * (2 * i + 1) / power) for i in range(heads - power)])
+
+
 def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
@@ -57,10 +67,12 @@ def attention(
     spec: Spec | None,
     scale: float,
     softcap: float | None = None,
+    slopes: Sequence[float] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention with grouped heads (N a multiple of K), softmax in float32; `spec=None` lets everything see everything.
 
-    `softcap` c bends the logits to c * tanh(logits / c) before the mask (Gemma 2).
+    `softcap` c bends the logits to c * tanh(logits / c) before the mask (Gemma 2). `slopes` of the heads, times the distance in
+    positions, are taken off them (ALiBi).
     """
     with jax.named_scope("attention"):
         batch, length, heads, width = q.shape
@@ -72,6 +84,9 @@ def attention(
         logits = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=wide, precision=precision)
         if softcap is not None:
             logits = softcap * jnp.tanh(logits / softcap)
+        if slopes is not None:
+            distance = spec.positions[:, :, None] - spec.positions[:, None, :]
+            logits -= jnp.asarray(slopes, wide).reshape(-1, groups, 1, 1) * distance[:, None, None].astype(wide)
         if spec is not None:
             mask = (spec if spec.mask is not None else dense(spec)).mask
             logits = jnp.where(mask[:, :, None], logits, jnp.finfo(wide).min)

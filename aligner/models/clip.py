@@ -138,21 +138,21 @@ class VisionTransformer(nn.Module):
 
 
 def layers_run(config: VisionConfig, layers: tuple[int, ...]) -> int:
-    """How many layers must run to give the hidden states with these indices."""
-    return max(max(index % (config.num_hidden_layers + 1) for index in layers), 1)
+    """How many layers the hidden states with these indices pass through; gradients reach no others."""
+    return max(index % (config.num_hidden_layers + 1) for index in layers)
 
 
 def hidden_states(
-    config: VisionConfig, params: Params, pixels: Float[Array, "N H W C"], layers: tuple[int, ...], remat: str = "none"
+    config: VisionConfig, params: Params, pixels: Float[Array, "N H W C"], layers: tuple[int, ...], remat: str = "none", rngs=None
 ) -> list[Float[Array, "N P D"]]:
     """The hidden states with these indices (0 the embeddings, negative ones from the end, as in `transformers`).
 
     Layers above the highest one asked for are not run; their parameters get a zero gradient.
     """
     wanted = [index % (config.num_hidden_layers + 1) for index in layers]
-    depth = layers_run(config, layers)
+    depth = max(layers_run(config, layers), 1)  # a scan needs a layer; one that is not asked for is dropped by the compiler
     stacked = jax.tree.map(lambda leaf: leaf[:depth], params["encoder"]["layers"])
     params = {**params, "encoder": {"layers": stacked}}
     tower = VisionTransformer(dataclasses.replace(config, num_hidden_layers=depth), remat, collect=len(wanted) > 1)
-    embeddings, last, states = tower.apply({"params": params}, pixels)
+    embeddings, last, states = tower.apply({"params": params}, pixels, rngs=rngs)
     return [last if index == depth else embeddings if index == 0 else states[index - 1] for index in wanted]

@@ -13,9 +13,9 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from aligner.models import rope
-from aligner.models.attention import Spec, attention, dense, spec_of
-from aligner.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear, RMSNorm, stack
+from aligner.models import moe, rope
+from aligner.models.attention import Spec, alibi_slopes, attention, dense, spec_of
+from aligner.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear, RMSNorm, at_least_float32, rngs, stack
 from aligner.sharding import constrain
 from aligner.types import Batch, Conversion, Head, Model, Output, Params
 
@@ -38,6 +38,10 @@ class DecoderConfig:
     norm_eps: float
     rope: tuple[Mapping[str, Any] | None, ...]  # the kinds of rotary embedding among the layers; None rotates nothing
     rope_of_layer: tuple[int, ...] = ()  # which kind each layer has; () means all the first
+    learned_positions: int = 0  # rows of a table of positions that is added to the embeddings; 0 has none
+    position_offset: int = 0  # the row of the first position
+    positions_from_mask: bool = False  # padding does not count as a position where a tokenizer's output says none
+    alibi: bool = False  # attention falls off linearly with distance (arXiv 2108.12409)
     windows: tuple[int | None, ...] = (None,)  # the kinds of sliding window among the layers
     window_of_layer: tuple[int, ...] = ()
     rotary_fraction: float = 1.0  # of a head's width
@@ -54,16 +58,21 @@ class DecoderConfig:
     mlp_norm: str = "post_attention_layernorm"
     mlp_out_norm: str = ""
     parallel: bool = False  # attention and MLP read the same input and are added together
+    norm_sums: bool = False  # the norms after attention and MLP are of the sum with the residual
+    embedding_norm: str = ""
     qk_norm: str = ""  # "head": every head alone, "full": all heads together, both before the rotation
     query_scale: float | None = None  # of the attention logits; None is head_dim ** -0.5
     attention_softcap: float | None = None
     final_softcap: float | None = None
+    embedding_size: int | None = None  # where not hidden_size: projected to it, and back before the head
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logits_scale: float = 1.0
     tie_word_embeddings: bool = False
+    normalized_head: bool = False  # every token's row of the head has length 1
     initializer_range: float = 0.02
     o_name: str = "o_proj"
+    experts: moe.ExpertsConfig | None = None  # in place of every layer's MLP
     mlp_names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     qk_norm_names: tuple[str, str] = ("q_norm", "k_norm")
     final_norm: str = "norm"
@@ -80,7 +89,7 @@ class Attention(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], spec: Spec, cos: Array, sin: Array) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], spec: Spec, cos: Array | None, sin: Array | None) -> Float[Array, "B T D"]:
         c = self.config
 
         def project(name: str, heads: int, norm: str | None = None) -> Float[Array, "B T N H"]:
@@ -92,9 +101,11 @@ class Attention(nn.Module):
         names = c.qk_norm_names if c.qk_norm else (None, None)
         q, k = project("q_proj", c.num_attention_heads, names[0]), project("k_proj", c.num_key_value_heads, names[1])
         v = project("v_proj", c.num_key_value_heads)
-        q, k = (rope.rotate(y, cos, sin, c.rotary_interleaved) for y in (q, k))
+        if cos is not None:
+            q, k = (rope.rotate(y, cos, sin, c.rotary_interleaved) for y in (q, k))
         scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
-        out = attention(q, k, v, spec, scale=scale, softcap=c.attention_softcap)
+        slopes = alibi_slopes(c.num_attention_heads) if c.alibi else None
+        out = attention(q, k, v, spec, scale=scale, softcap=c.attention_softcap, slopes=slopes)
         out = checkpoint_name(out.reshape(*x.shape[:2], -1), "context")
         return Linear(c.hidden_size, c.o_bias, c.initializer_range, name=c.o_name)(out)
 
@@ -111,7 +122,25 @@ class MLP(nn.Module):
         return Linear(c.hidden_size, c.mlp_bias, c.initializer_range, name=out)(constrain(y, "batch", None, "mlp"))
 
 
+class SparseMLP(nn.Module):
+    """Routed experts, with or without one that sees every token; also how evenly the real tokens were routed."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], real: Array) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
+        c, e = self.config, self.config.experts
+        probabilities, weights, chosen = moe.route(e, Linear(e.num_experts, init_scale=c.initializer_range, name="gate")(x))
+        y = moe.Experts(e, c.hidden_act, c.initializer_range, name="experts")(x, weights, chosen)
+        if e.shared_intermediate_size:
+            shared = MLP(dataclasses.replace(c, intermediate_size=e.shared_intermediate_size), name="shared_expert")(x)
+            y = y + jax.nn.sigmoid(Linear(1, init_scale=c.initializer_range, name="shared_expert_gate")(x)) * shared
+        return y, moe.load(probabilities, chosen, real)
+
+
 class Layer(nn.Module):
+    """One layer; what it collects is a sparse MLP's load, None without."""
+
     config: DecoderConfig
 
     @nn.compact
@@ -121,14 +150,22 @@ class Layer(nn.Module):
         def normed(name: str, y: Array) -> Array:
             return make_norm(c, name)(y) if name else y
 
+        def add(x: Array, y: Array, norm: str) -> Array:
+            return normed(norm, x + y) if c.norm_sums else x + normed(norm, y) * c.residual_scale
+
         into = normed(c.attention_norm, x)
-        y = normed(c.attention_out_norm, Attention(c, name="self_attn")(into, pick(specs, window), *pick(tables, kind)))
+        cos, sin = pick(tables, kind) if tables else (None, None)
+        y = Attention(c, name="self_attn")(into, pick(specs, window), cos, sin)
         if c.parallel:
             x = x + y + MLP(c, name="mlp")(normed(c.mlp_norm, x) if c.mlp_norm else into)
             return constrain(x, "batch", None, None), None
-        x = x + y * c.residual_scale
-        y = normed(c.mlp_out_norm, MLP(c, name="mlp")(normed(c.mlp_norm, x)))
-        return constrain(x + y * c.residual_scale, "batch", None, None), None
+        x = add(x, y, c.attention_out_norm)
+        into, load = normed(c.mlp_norm, x), None
+        if c.experts:
+            y, load = SparseMLP(c, name="mlp")(into, specs[0].segment_ids > 0)
+        else:
+            y = MLP(c, name="mlp")(into)
+        return constrain(add(x, y, c.mlp_out_norm), "batch", None, None), load
 
 
 def pick(kinds: tuple, index: Array) -> Any:
@@ -145,21 +182,32 @@ class DecoderModel(nn.Module):
     @nn.compact
     def __call__(self, batch: Batch, features: Float[Array, "B F D"] | None) -> Float[Array, "B T D"]:
         c, positions = self.config, batch["positions"]
-        x = Embed(c.vocab_size, c.hidden_size, c.initializer_range, name="embed_tokens")(batch["tokens"])
+        x = Embed(c.vocab_size, c.embedding_size or c.hidden_size, c.initializer_range, name="embed_tokens")(batch["tokens"])
         if c.embedding_scale != 1.0:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         if "embedding_noise" in batch:  # [B,T,D], from an algorithm that trains with it
             x = x + batch["embedding_noise"].astype(x.dtype)
         if features is not None:
             x = merge(x, features, batch["media_index"])
+        if c.embedding_size:
+            x = Linear(c.hidden_size, init_scale=c.initializer_range, name="project_in")(x)
+        if c.learned_positions:
+            table = Embed(c.learned_positions, c.hidden_size, c.initializer_range, name="embed_positions")
+            x = x + table(positions + c.position_offset)  # beyond the table lies NaN, which no one overlooks
+        if c.embedding_norm:
+            x = make_norm(c, c.embedding_norm)(x)
         x = constrain(x, "batch", None, None)
         width = int(c.head_dim * c.rotary_fraction)
-        tables = tuple(rope.tables(kind, width, c.max_position_embeddings, positions, x.dtype) for kind in c.rope)
+        tables = tuple(rope.tables(kind, width, c.max_position_embeddings, positions, batch["segment_ids"], x.dtype) for kind in c.rope)
         specs = tuple(dense(spec_of(batch), window) for window in c.windows)
         numbers = [jnp.asarray(of or (0,) * c.num_hidden_layers, jnp.int32) for of in (c.window_of_layer, c.rope_of_layer)]
         layers = stack(Layer, c.num_hidden_layers, self.remat, in_axes=(nn.broadcast, nn.broadcast, 0, 0))
-        x, _ = layers(c, name="layers")(x, specs, tables, *numbers)
-        return make_norm(c, c.final_norm)(x)
+        x, load = layers(c, name="layers")(x, specs, tables, *numbers)
+        if load is not None:
+            for name, value in zip(("router_count", "router_probability"), load):
+                self.sow("aux", name, jnp.sum(value, axis=0))
+        x = make_norm(c, c.final_norm)(x) if c.final_norm else x
+        return Linear(c.embedding_size, init_scale=c.initializer_range, name="project_out")(x) if c.embedding_size else x
 
 
 class CausalLM(nn.Module):
@@ -188,19 +236,26 @@ def head(config: DecoderConfig, params: Params) -> Head:
     rest = dict(scale=config.logits_scale, softcap=config.final_softcap)
     if config.tie_word_embeddings:
         return Head(params["model"]["embed_tokens"]["embedding"], transposed=True, **rest)
-    return Head(params["lm_head"]["kernel"], bias=params["lm_head"].get("bias"), **rest)
+    kernel = params["lm_head"]["kernel"]
+    if config.normalized_head:
+        length = jnp.sqrt(jnp.sum(jnp.square(at_least_float32(kernel)), axis=0, keepdims=True))
+        kernel = (kernel / jnp.maximum(length, 1e-12)).astype(kernel.dtype)
+    return Head(kernel, bias=params["lm_head"].get("bias"), **rest)
 
 
-def text_batch(inputs: Mapping[str, Any]) -> dict[str, Array]:
+def text_batch(inputs: Mapping[str, Any], positions_from_mask: bool = False) -> dict[str, Array]:
     """`input_ids`, `attention_mask`, `position_ids` of a Hugging Face tokenizer -> the text part of a batch.
 
-    Without `position_ids`, positions count columns, padding included, as `transformers` does in a plain forward pass.
+    Without `position_ids`, positions count columns, padding included, as `transformers` does in a plain forward pass of most families;
+    `positions_from_mask` counts real tokens only.
     """
     tokens = np.asarray(inputs["input_ids"]).astype(np.int32)
     mask = np.asarray(inputs.get("attention_mask", np.ones_like(tokens))).astype(np.int32)
     positions = inputs.get("position_ids")
-    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape) if positions is None else np.asarray(positions)
-    arrays = dict(tokens=tokens, positions=positions.astype(np.int32), segment_ids=mask, role=np.zeros_like(tokens))
+    if positions is None:
+        counted = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+        positions = counted if positions_from_mask else np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    arrays = dict(tokens=tokens, positions=np.asarray(positions).astype(np.int32), segment_ids=mask, role=np.zeros_like(tokens))
     return {name: jnp.asarray(array) for name, array in arrays.items()}
 
 
@@ -213,27 +268,32 @@ SHARDING_RULES = (
     (r"(q_proj|k_proj|v_proj)/kernel$", ("embed", "heads")),
     (r"(q_proj|k_proj|v_proj)/bias$", ("heads",)),
     (r"(o_proj|out_proj|dense)/kernel$", ("heads", "embed")),
+    (r"experts/(gate_proj|up_proj)/kernel$", ("expert", None, "mlp")),
+    (r"experts/down_proj/kernel$", ("expert", "mlp", None)),
     (r"(gate_proj|up_proj|fc1)/kernel$", ("embed", "mlp")),
     (r"(gate_proj|up_proj|fc1)/bias$", ("mlp",)),
     (r"(down_proj|fc2)/kernel$", ("mlp", "embed")),
     (r"embed_tokens/embedding$", ("rows", None)),
+    (r"project_(in|out)/kernel$", (None, "embed")),
     (r"lm_head/kernel$", ("embed", "vocab")),
 )
+
 
 def make(config: DecoderConfig, family: str, conversion: Conversion) -> Model:
     """A text model: what families.py read from a Hugging Face config, as functions."""
 
     def apply(params, batch, *, features=None, cache=None, key=None, remat="none") -> Output:
-        return Output(CausalLM(config, remat).apply({"params": params}, batch, features), {}, cache)
+        hidden, variables = CausalLM(config, remat).apply({"params": params}, batch, features, rngs=rngs(key), mutable=["aux"])
+        return Output(hidden, {name: value for name, (value,) in variables.get("aux", {}).get("model", {}).items()}, cache)
 
     return Model(
         family=family,
         config=config,
         init=lambda key: CausalLM(config).init(key, dummy_batch())["params"],
-        encode=lambda params, batch: None,
+        encode=lambda params, batch, key=None, remat="none": None,
         apply=apply,
         head=lambda params: head(config, params),
-        inputs=text_batch,
+        inputs=lambda processed: text_batch(processed, config.positions_from_mask),
         conversion=conversion,
         sharding_rules=SHARDING_RULES,
     )

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from aligner.matmul import matmul
+from aligner import lora
+from aligner.quant import matmul
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -36,8 +37,13 @@ def leaf(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -
     return module.get_variable("params", name)
 
 
+def rngs(key: Array | None) -> dict[str, Array]:
+    """What a module's `apply` needs to draw from; nothing is dropped without a key."""
+    return {} if key is None else {"dropout": key}
+
+
 class Linear(nn.Module):
-    """`x @ kernel + bias`, kernel [in, out], in the dtype of x."""
+    """`x @ kernel + bias`, kernel [in, out], in the dtype of x; with the adapter that stands beside the kernel, if any."""
 
     features: int
     use_bias: bool = False
@@ -46,7 +52,10 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... K"]) -> Float[Array, "... N"]:
         kernel = leaf(self, "kernel", nn.initializers.normal(self.init_scale), (x.shape[-1], self.features))
-        y = matmul(x, kernel.astype(x.dtype))
+        y = matmul(x, kernel)
+        if self.has_variable("params", "lora_a"):
+            read = lambda name: self.get_variable("params", name)
+            y = lora.adapt(y, x, kernel, read, (lambda: self.make_rng("dropout")) if self.has_rng("dropout") else None)
         if self.use_bias:
             y = y + leaf(self, "bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         return checkpoint_name(y, "linear")
@@ -123,7 +132,7 @@ def stack(layer: type[nn.Module], length: int, remat: str, in_axes: tuple = ()) 
     return nn.scan(
         layer,
         variable_axes={"params": 0},
-        split_rngs={"params": True},
+        split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=length,
     )

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from aligner.models import clip, decoder, families
-from aligner.models.layers import ACTIVATIONS, Linear
+from aligner.models.layers import ACTIVATIONS, Linear, rngs
 from aligner.types import Batch, Media, Model, Output, UserError
 
 
@@ -63,7 +63,7 @@ class Projector(nn.Module):
         return Linear(width, c.multimodal_projector_bias, name="linear_2")(x)
 
 
-def encode(config: LlavaConfig, params, batch: Batch, remat: str = "none") -> Float[Array, "B F D"] | None:
+def encode(config: LlavaConfig, params, batch: Batch, key: Array | None = None, remat: str = "none") -> Float[Array, "B F D"] | None:
     """Features of all images of a row, one after the other: [B, I*P, D]. None when the batch holds no pixels."""
     if "pixel_values" not in batch:
         return None
@@ -73,10 +73,11 @@ def encode(config: LlavaConfig, params, batch: Batch, remat: str = "none") -> Fl
     with jax.named_scope("vision_tower"):
         flat = pixels.reshape(rows * images, *pixels.shape[2:]).astype(dtype)
         tower = params["vision_tower"]["vision_model"]
-        states = clip.hidden_states(config.vision_config, tower, flat, config.vision_feature_layer, remat)
+        states = clip.hidden_states(config.vision_config, tower, flat, config.vision_feature_layer, remat, rngs(key))
     if config.vision_feature_select_strategy == "default":
         states = [state[:, 1:] for state in states]
-    features = Projector(config).apply({"params": params["multi_modal_projector"]}, jnp.concatenate(states, axis=-1))
+    projector = {"params": params["multi_modal_projector"]}
+    features = Projector(config).apply(projector, jnp.concatenate(states, axis=-1), rngs=rngs(key))
     return features.reshape(rows, images * config.features, -1)
 
 
@@ -120,6 +121,14 @@ RENAMES = (
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )
 
+# The layout that we write, turned into the names of `transformers`' modules in memory.
+MODULES = (
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
+    (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
+)
+
 
 def make(hf: Any) -> Model:
     """A LLaVA-1.5 model from its Hugging Face config."""
@@ -137,7 +146,7 @@ def make(hf: Any) -> Model:
         }
 
     def apply(params, batch, *, features=None, cache=None, key=None, remat="none") -> Output:
-        hidden = decoder.CausalLM(text, remat).apply({"params": params["language_model"]}, batch, features)
+        hidden = decoder.CausalLM(text, remat).apply({"params": params["language_model"]}, batch, features, rngs=rngs(key))
         return Output(hidden, {}, cache)
 
     base = families.conversion(hf.text_config.model_type, text, "language_model/", "language_model.")
@@ -147,11 +156,11 @@ def make(hf: Any) -> Model:
         family=hf.model_type,
         config=config,
         init=init,
-        encode=lambda params, batch, remat="none": encode(config, params, batch, remat),
+        encode=lambda params, batch, key=None, remat="none": encode(config, params, batch, key, remat),
         apply=apply,
         head=lambda params: decoder.head(text, params["language_model"]),
         inputs=lambda processed: inputs(config, processed),
-        conversion=dataclasses.replace(base, stacks={**base.stacks, **tower}, renames=RENAMES, ignored=ignored),
+        conversion=dataclasses.replace(base, stacks={**base.stacks, **tower}, renames=RENAMES, modules=MODULES, ignored=ignored),
         sharding_rules=SHARDING_RULES,
         trained_layers={
             "vision_tower/vision_model/encoder/layers": clip.layers_run(vision, config.vision_feature_layer),

@@ -25,7 +25,7 @@ def check(parameters: Mapping[str, Any]) -> None:
 
 
 def frequencies(
-    parameters: Mapping[str, Any], dim: int, max_position_embeddings: int, positions: Int[Array, "B T"]
+    parameters: Mapping[str, Any], dim: int, max_position_embeddings: int, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
 ) -> tuple[Float[Array, "... half"], float]:
     """Inverse frequencies of the rotation and the factor on its cosine and sine.
 
@@ -33,10 +33,11 @@ def frequencies(
         parameters: `rope_type`, `rope_theta` and what the type needs.
         dim: rotated width of a head.
         max_position_embeddings: from the model's config.
-        positions: [B, T]; the types that go by the length of a row (dynamic, longrope) read it from here, each row for itself.
+        positions, segment_ids: [B, T]; the types that go by the length of a text (dynamic, longrope) read it from here, every segment
+            for itself: a packed row gives what its segments give alone.
 
     Returns:
-        [dim / 2], or [B, 1, dim / 2] where rows differ; and the attention factor.
+        [dim / 2], or [B, T, dim / 2] where segments differ; and the attention factor.
     """
     kind, base = parameters.get("rope_type", "default"), parameters["rope_theta"]
     exponents = np.arange(0, dim, 2, dtype=np.float32) / dim
@@ -49,7 +50,8 @@ def frequencies(
         return _llama3(parameters, inverse), 1.0
     if kind == "yarn":
         return _yarn(parameters, dim, max_position_embeddings)
-    length = jnp.max(positions, axis=1)[:, None, None] + 1  # [B, 1, 1]
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    length = jnp.max(jnp.where(same, positions[:, None, :], 0), axis=-1)[..., None] + 1  # [B, T, 1]
     if kind == "dynamic":  # the base grows with the row once it is longer than what the model was trained on
         factor, limit = parameters["factor"], max_position_embeddings
         length = jnp.maximum(length, limit).astype(jnp.float32)
@@ -99,7 +101,12 @@ def _yarn(parameters: Mapping[str, Any], dim: int, max_position_embeddings: int)
 
 
 def tables(
-    parameters: Mapping[str, Any] | None, width: int, max_position_embeddings: int, positions: Int[Array, "B T"], dtype
+    parameters: Mapping[str, Any] | None,
+    width: int,
+    max_position_embeddings: int,
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    dtype,
 ) -> tuple[Float[Array, "B T 1 W"], Float[Array, "B T 1 W"]]:
     """Cosine and sine for every position, computed in float32 and rounded to `dtype`, with an axis for the heads.
 
@@ -107,13 +114,13 @@ def tables(
         parameters: of one kind of rotary embedding; None rotates nothing.
         width: W, the rotated part of a head.
         max_position_embeddings: from the model's config.
-        positions: [B, T].
+        positions, segment_ids: [B, T].
         dtype: of the activations.
     """
     if parameters is None:
         ones = jnp.ones((*positions.shape, 1, width), dtype)
         return ones, jnp.zeros_like(ones)
-    inverse, scale = frequencies(parameters, width, max_position_embeddings, positions)
+    inverse, scale = frequencies(parameters, width, max_position_embeddings, positions, segment_ids)
     angles = positions[..., None].astype(jnp.float32) * inverse
     angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
     return (jnp.cos(angles) * scale).astype(dtype), (jnp.sin(angles) * scale).astype(dtype)

@@ -11,7 +11,7 @@ import jax
 
 from aligner.types import Head, Model, Params
 
-LM_HEAD = r"(^|\.)lm_head\."  # tensors that such a model has no use for
+LM_HEAD = r"(^|\.)(lm_head|embed_out)\."  # tensors that such a model has no use for
 
 
 def with_score_head(model: Model) -> Model:
@@ -19,7 +19,8 @@ def with_score_head(model: Model) -> Model:
     text = getattr(model.config, "text_config", model.config)
 
     def init(key: jax.Array) -> Params:
-        kernel = text.initializer_range * jax.random.normal(jax.random.fold_in(key, 1), (text.hidden_size, 1))
+        width = text.embedding_size or text.hidden_size
+        kernel = text.initializer_range * jax.random.normal(jax.random.fold_in(key, 1), (width, 1))
         return {**without_lm_head(model.init(key)), "score": {"kernel": kernel}}
 
     return dataclasses.replace(

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from aligner.data.layout import empty_row, lay_out, shape_of
 from aligner.data.templates import Encoded
 from aligner.likelihood import make_scorer
 from aligner.models import from_hf
+from aligner.run import check_answers
 from aligner.types import UserError
 from configs import common
 from tests.invariance.step import ZERO_GRADIENT, loss_and_gradients, one_device
@@ -139,6 +141,13 @@ def test_terms_and_metrics_by_hand():
     expected |= dict(accuracy_sign=((r < 0) == (safe > 0)).mean(), min_cost=r.min(), max_cost=r.max())
     found = baseline("llama", "cost").metrics
     assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_list_that_is_too_long_is_refused():
+    made = config(loss_type="plackett_luce", answers=3)
+    check_answers(made, SimpleNamespace(name="data.train", answers=3))
+    with pytest.raises(UserError, match=r"data\.train has rows of 4 answers, but config\.algorithm\.answers is 3; set it to 4"):
+        check_answers(made, SimpleNamespace(name="data.train", answers=4))
 
 
 def test_bad_settings_are_refused_in_a_sentence():

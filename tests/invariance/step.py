@@ -54,11 +54,14 @@ def put(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, dtype: str = "flo
     return jax.device_put(tiny.as_arrays(batch, dtype), sharding.batch_sharding(mesh))
 
 
-def loss_and_gradients(f: tiny.Family, batch: dict[str, np.ndarray], config: Any, mesh: jax.sharding.Mesh) -> Result:
-    """One step on one batch."""
+def loss_and_gradients(
+    f: tiny.Family, batch: dict[str, np.ndarray], config: Any, mesh: jax.sharding.Mesh, dtype: str = "float32"
+) -> Result:
+    """One step on one batch, its floating columns in `dtype`."""
     with jax.set_mesh(mesh):
         step, train_state, fixed = build(f, config, keep_gradient(), mesh)
-        after, found = step(train_state, fixed, put(batch, mesh))
+        arguments = train_state, fixed, put(batch, mesh, dtype)
+        after, found = step.lower(*arguments).compile(compiler_options=tiny.QUICK)(*arguments)
     ids = np.asarray(found.pop("example_ids").value)
     gradients = {path: np.asarray(leaf) for path, leaf in sharding.tree_paths(after.opt_state).items()}
     return Result(metrics.values(found), gradients, ids)

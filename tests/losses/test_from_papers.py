@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aligner.losses import preference, reference_free, unpaired
+from aligner.losses import preference, reference_free, reward, unpaired
 
 BAR = 1e-10
 N = 9
@@ -112,14 +112,14 @@ CASES = {
     ),
     "alpha_divergence at 1": (lambda c, r: preference.f_score(c - r, "alpha_divergence", 1.0), lambda c, r: c - r),
     "plackett_luce of 2": (
-        lambda c, r: preference.plackett_luce(jnp.stack([c, r], -1), np.ones((N, 2), bool)), lambda c, r: -ls(c - r),
+        lambda c, r: reward.plackett_luce(jnp.stack([c, r], -1), np.ones((N, 2), bool)), lambda c, r: -ls(c - r),
     ),
     "plackett_luce of 4": (
-        lambda c, r: preference.plackett_luce(jnp.stack([c, r, -c, r / 2], -1), np.ones((N, 4), bool)),
+        lambda c, r: reward.plackett_luce(jnp.stack([c, r, -c, r / 2], -1), np.ones((N, 4), bool)),
         lambda c, r: paper_plackett_luce(c, r, -c, r / 2),
     ),
     "plackett_luce, one absent": (
-        lambda c, r: preference.plackett_luce(jnp.stack([c, 9 * c, r, -c], -1), np.array([[True, False, True, True]] * N)),
+        lambda c, r: reward.plackett_luce(jnp.stack([c, 9 * c, r, -c], -1), np.array([[True, False, True, True]] * N)),
         lambda c, r: paper_plackett_luce(c, r, -c),
     ),
     "kto": (both(lambda h, label: unpaired.kto(h, label, 0.2, BETA)), kto_pairs),

@@ -1,0 +1,216 @@
+"""Run the real TRL on given log-probabilities and store what its losses, gradients and metrics are.
+
+    python scripts/make_trl_vectors.py --out tests/golden/vectors
+
+Needs torch and trl (the `test` extra on Python 3.11), which only this script and tests import. No model and no tokenizer take part: a stub
+stands in for the model and returns the log-probabilities, everything after that is TRL's own code. tests/golden/test_trl_losses.py
+compares with the files, without torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+# name -> what differs from TRL's defaults
+DPO = {name: {"loss_type": [name]} for name in (
+    "sigmoid", "hinge", "ipo", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop",
+    "sft", "sigmoid_norm")}  # fmt: skip
+DPO |= {f"{name}, smoothed": {"loss_type": [name], "label_smoothing": 0.1} for name in ("exo_pair", "robust", "aot", "aot_unpaired")}
+DPO |= {f"{name}, {kind}": {"loss_type": [name], "f_divergence_type": kind} for name, kind in (
+    ("sigmoid", "forward_kl"), ("hinge", "js_divergence"), ("sigmoid", "js_divergence"), ("ipo", "js_divergence"),
+    ("sigmoid", "alpha_divergence"), ("sigmoid_norm", "alpha_divergence"))}  # fmt: skip
+DPO |= {f"{name}, long answers": {"loss_type": [name], "ld_alpha": 0.4} for name in ("sigmoid", "ipo", "aot", "sft")}
+# TRL 1.16 fails on `sft` and `hinge` here
+DPO |= {f"{name}, weighted": {"loss_type": [name], "use_weighting": True} for name in ("sigmoid", "apo_zero")}
+DPO |= {"mixed": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.5], "beta": 0.3}}
+DPO |= {"weighted, long answers": {"loss_type": ["sigmoid", "robust"], "loss_weights": [0.5, 2.0], "use_weighting": True, "ld_alpha": 0.5}}
+KTO = {
+    "kto": {}, "kto, weights": {"desirable_weight": 1.3, "undesirable_weight": 0.6, "beta": 0.4},
+    "apo_zero_unpaired": {"loss_type": "apo_zero_unpaired"},
+    "apo_zero_unpaired, weights": {"loss_type": "apo_zero_unpaired", "desirable_weight": 0.7},
+}  # fmt: skip
+CPO = {
+    "sigmoid": {}, "sigmoid, smoothed": {"label_smoothing": 0.2, "cpo_alpha": 0.5}, "hinge": {"loss_type": "hinge"},
+    "ipo": {"loss_type": "ipo"}, "simpo": {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 1.0},
+    "simpo, smoothed": {"loss_type": "simpo", "label_smoothing": 0.1},
+    "alphapo": {"loss_type": "simpo", "cpo_alpha": 0.0, "alpha": 0.1}, "alphapo, below 0": {"loss_type": "simpo", "alpha": -0.2},
+}  # fmt: skip
+ORPO = {"orpo": {}, "orpo, strong": {"beta": 1.0}}
+
+
+def make_batches() -> dict[str, dict[str, np.ndarray]]:
+    """name -> arrays of two answers to each of n prompts, all float64 [2n, T], first answers in the first half:
+    mask, logps and reference (0 where there is no token), log_sum_sq_probs, entropy, mean_logits, is_top1; and label [n]."""
+    rng = np.random.default_rng(0)
+
+    def finish(lengths, logps, reference, label):
+        mask = np.arange(logps.shape[1]) < np.asarray(lengths)[:, None]
+        rest = {"log_sum_sq_probs": -rng.gamma(2, 0.5, mask.shape), "entropy": rng.gamma(2, 0.5, mask.shape)}
+        rest |= {"mean_logits": rng.normal(0, 2, mask.shape), "is_top1": (rng.random(mask.shape) < 0.5).astype(float)}
+        arrays = {"logps": logps, "reference": reference, **rest}
+        return {name: np.where(mask, array, 0) for name, array in arrays.items()} | {"mask": mask.astype(float), "label": np.array(label)}
+
+    ragged = -rng.gamma(1.5, 1.0, (10, 7))
+    ties = -rng.gamma(1.5, 1.0, (8, 4))
+    ties[4] = ties[0]  # a pair of equal answers
+    ties[[2, 6]] = ties[[1, 5]]  # two equal pairs
+    ties_reference = ties + rng.normal(0, 0.4, ties.shape)
+    ties_reference[4], ties_reference[[2, 6]] = ties_reference[0], ties_reference[[1, 5]]
+    ties_reference[[3, 7]] = ties[[3, 7]]  # a policy that is the reference
+    extreme, extreme_reference = -rng.uniform(0, 30, (8, 6)), -rng.uniform(0, 30, (8, 6))
+    extreme[0], extreme[4] = -1e-3, -40.0
+    extreme_reference[1], extreme_reference[5] = -1e-3, -40.0
+    return {
+        "ragged": finish([7, 1, 4, 2, 5, 3, 6, 4, 7, 1], ragged, ragged + rng.normal(0, 0.7, ragged.shape), [1, 0, 0, 1, 1]),
+        "ties": finish([3, 4, 4, 2, 3, 1, 1, 4], ties, ties_reference, [0, 0, 1, 0]),
+        "extreme": finish([6, 2, 4, 1, 6, 5, 3, 2], extreme, extreme_reference, [1, 0, 1, 0]),
+    }
+
+
+def bare(trainer: type, **attributes: Any) -> Any:
+    """A trainer without its constructor, which wants a model and a dataset: only what its loss reads."""
+    made = object.__new__(trainer)
+    whole = lambda x: x
+    made.accelerator = SimpleNamespace(device="cpu", gather=whole, gather_for_metrics=whole)
+    made.aux_loss_enabled = False
+    made._metrics, made._total_train_tokens, made._tp_size = {"train": defaultdict(list)}, 0, 1
+    for name, value in attributes.items():
+        setattr(made, name, value)
+    return made
+
+
+def stub(outputs: dict[int, Any]) -> Any:
+    """A model that answers `input_ids` whose first token is k with outputs[k]."""
+    import torch
+
+    class Stub(torch.nn.Module):
+        is_gradient_checkpointing = False
+
+        def forward(self, input_ids, **_):
+            return outputs[int(input_ids[0, 0])]
+
+    return Stub().train()
+
+
+def as_inputs(arrays: dict[str, np.ndarray], rows: slice, first: int = 0) -> dict[str, Any]:
+    """Input ids, attention mask and completion mask: one prompt token, then the answers."""
+    import torch
+
+    mask = torch.tensor(arrays["mask"][rows])
+    completion = torch.cat([torch.zeros(len(mask), 1), mask], 1).long()
+    return {"input_ids": torch.full(completion.shape, first), "attention_mask": torch.ones_like(completion), "completion_mask": completion}
+
+
+def outputs_of(arrays: dict[str, np.ndarray], rows: slice, logps: Any) -> Any:
+    import torch
+
+    others = {name: torch.tensor(arrays[name][rows]) for name in ("entropy", "mean_logits", "log_sum_sq_probs")}
+    return SimpleNamespace(log_probs=logps, is_top1=torch.tensor(arrays["is_top1"][rows]).bool(), **others)
+
+
+def dpo(arrays: dict[str, np.ndarray], changes: dict[str, Any]) -> tuple[Any, Any, dict[str, float]]:
+    import torch
+    from trl import DPOTrainer
+
+    c = {"beta": 0.1, "loss_type": ["sigmoid"], "loss_weights": None, "label_smoothing": 0.0, "f_divergence_type": "reverse_kl",
+         "f_alpha_divergence_coef": 0.5, "ld_alpha": None, "use_weighting": False} | changes  # fmt: skip
+    everything = slice(None)
+    # TRL knows no float64 in its alpha divergence
+    dtype = torch.float32 if c["f_divergence_type"] == "alpha_divergence" else torch.float64
+    logps = torch.tensor(arrays["logps"], dtype=dtype, requires_grad=True)
+    model = stub({0: outputs_of(arrays, everything, logps)})
+    trainer = bare(
+        DPOTrainer, model=model, ref_model=stub({0: SimpleNamespace(log_probs=torch.tensor(arrays["reference"], dtype=dtype))}),
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None, discopop_tau=0.05), precompute_ref_logps=False,
+        loss_types=c["loss_type"], loss_weights=c["loss_weights"] or [1.0] * len(c["loss_type"]),
+        **{name: value for name, value in c.items() if not name.startswith("loss_")},
+    )  # fmt: skip
+    loss = trainer._compute_loss(model, as_inputs(arrays, everything), return_outputs=False)
+    return loss, logps, {name: values[-1] for name, values in trainer._metrics["train"].items()}
+
+
+def kto(arrays: dict[str, np.ndarray], changes: dict[str, Any]) -> tuple[Any, Any, dict[str, float]]:
+    import torch
+    from trl import KTOTrainer
+
+    c = {"beta": 0.1, "loss_type": "kto", "desirable_weight": 1.0, "undesirable_weight": 1.0} | changes
+    n = len(arrays["label"])
+    own, other = slice(None, n), slice(n, None)  # the second answer is the mismatched one
+    logps = torch.tensor(arrays["logps"], requires_grad=True)
+    reference = torch.tensor(arrays["reference"])
+    model = stub({0: outputs_of(arrays, own, logps[own]), 1: SimpleNamespace(log_probs=logps[other])})
+    frozen = stub({0: SimpleNamespace(log_probs=reference[own]), 1: SimpleNamespace(log_probs=reference[other])})
+    inputs = as_inputs(arrays, own) | {f"KL_{name}": value for name, value in as_inputs(arrays, other, first=1).items()}
+    trainer = bare(
+        KTOTrainer, model=model, ref_model=frozen, args=SimpleNamespace(gradient_checkpointing_kwargs=None), precompute_ref_logps=False,
+        calculate_KL=c["loss_type"] == "kto", **c,
+    )  # fmt: skip
+    loss = trainer._compute_loss(model, inputs | {"label": torch.tensor(arrays["label"])}, return_outputs=False)
+    return loss, logps, {name: values[-1] for name, values in trainer._metrics["train"].items()}
+
+
+def reference_free(trainer: Any, arrays: dict[str, np.ndarray], average: bool) -> tuple[Any, Any, dict[str, float]]:
+    """CPO and ORPO: what their forward pass would return is made from the same tokens."""
+    import torch
+
+    logps = torch.tensor(arrays["logps"], requires_grad=True)
+    lengths = torch.tensor(arrays["mask"]).sum(1)
+    n = len(lengths) // 2
+    summed = logps.sum(1)
+    values = summed / lengths if average else summed
+    nll = -summed[:n].sum() / lengths[:n].sum()
+    trainer.concatenated_forward = lambda model, batch: (values[:n], values[n:], torch.zeros(1), torch.zeros(1), nll)
+    loss, metrics = trainer.get_batch_loss_metrics(None, {})
+    return loss, logps, {name: float(value) for name, value in metrics.items() if not name.startswith("logits/")}
+
+
+def cpo(arrays: dict[str, np.ndarray], changes: dict[str, Any]) -> tuple[Any, Any, dict[str, float]]:
+    from trl.experimental.cpo import CPOTrainer
+
+    c = {"beta": 0.1, "loss_type": "sigmoid", "label_smoothing": 0.0, "cpo_alpha": 1.0, "simpo_gamma": 0.5, "alpha": 0.0} | changes
+    return reference_free(bare(CPOTrainer, **c), arrays, average=c["loss_type"] in ("ipo", "simpo"))
+
+
+def orpo(arrays: dict[str, np.ndarray], changes: dict[str, Any]) -> tuple[Any, Any, dict[str, float]]:
+    from trl.experimental.orpo import ORPOTrainer
+
+    return reference_free(bare(ORPOTrainer, **({"beta": 0.1} | changes)), arrays, average=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("tests/golden/vectors"))
+    out = parser.parse_args().out
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    import torch
+    import trl
+
+    torch.set_num_threads(1)
+    out.mkdir(parents=True, exist_ok=True)
+    batches = make_batches()
+    flat = {f"{name}/{key}": value for name, arrays in batches.items() for key, value in arrays.items()}
+    np.savez_compressed(out / "trl_batches.npz", **flat)
+    for name, (run, cases) in {"dpo": (dpo, DPO), "kto": (kto, KTO), "cpo": (cpo, CPO), "orpo": (orpo, ORPO)}.items():
+        found = []
+        for case, changes in cases.items():
+            for batch, arrays in batches.items():
+                loss, logps, metrics = run(arrays, changes)
+                loss.backward()
+                record = {"case": case, "batch": batch, "settings": changes, "loss": loss.item(), "metrics": metrics}
+                digits = np.vectorize(lambda x: float(f"{x:.10g}"))  # the bar is 1e-6
+                found.append(record | {"gradient": digits(logps.grad.numpy()).tolist()})
+        path = out / f"trl_losses_{name}.json"
+        path.write_text(json.dumps({"trl": trl.__version__, "cases": found}) + "\n")
+        print(f"{path}: {len(found)} cases of TRL {trl.__version__}, {path.stat().st_size / 1024:.0f} KiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Losses, gradients and metrics against numbers that the real TRL computed from the same log-probabilities (scripts/make_trl_vectors.py).
+
+Runs without torch. The gradient is that by every token's log-probability.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aligner.algorithms import cpo, dpo, kto, orpo
+from aligner.likelihood import answer_lengths, sum_answers
+from aligner.metrics import values
+from aligner.types import Scores
+from configs import common
+
+FOLDER = Path(__file__).parent / "vectors"
+BAR = 1e-6  # max|a - b| / max|b|
+ALGORITHMS = {"dpo": dpo, "kto": kto, "cpo": cpo, "orpo": orpo}
+SKIPPED = {"num_tokens"}  # the training step counts those
+
+
+def load() -> dict[str, list[dict]]:
+    return {name: json.loads((FOLDER / f"trl_losses_{name}.json").read_text())["cases"] for name in ALGORITHMS}
+
+
+VECTORS = load()
+with np.load(FOLDER / "trl_batches.npz") as stored:
+    BATCHES: dict[str, dict[str, np.ndarray]] = {}
+    for key in stored:
+        BATCHES.setdefault(key.split("/")[0], {})[key.split("/")[1]] = stored[key]
+
+
+def as_rows(x: np.ndarray, answers: int) -> np.ndarray:
+    """[2n, T], all first answers and then all second ones -> [n, answers * T]: the answers to a prompt in one row."""
+    return np.concatenate(np.split(x, 2)[:answers], axis=1)
+
+
+def make_batch(arrays: dict[str, np.ndarray], answers: int) -> dict[str, jax.Array]:
+    mask = as_rows(arrays["mask"], answers).astype(np.int32)
+    role = 1 + np.arange(mask.shape[1]) // (mask.shape[1] // answers)
+    batch = {"score_segment": mask, "score_role": mask * role, "example_id": np.arange(len(mask))[:, None]}
+    return {name: jnp.asarray(x) for name, x in batch.items()} | {"label": jnp.asarray(arrays["label"], float)[:, None]}
+
+
+def make_scores(arrays: dict[str, np.ndarray], batch: dict, logps: jax.Array, answers: int, ld_alpha: float | None) -> Scores:
+    """What a likelihood would say: the model's part is played by the stored tokens."""
+    row = lambda name: jnp.asarray(as_rows(arrays[name], answers))
+    tokens = {"logp": logps, "entropy": row("entropy"), "correct": row("is_top1"), "mean_logit": row("mean_logits")}
+    tokens |= {"sum_p2": jnp.exp(row("log_sum_sq_probs"))}
+    lengths = answer_lengths(batch, answers).astype(logps.dtype)
+
+    def summed(values):
+        plain = sum_answers(values, batch, answers)
+        return plain if ld_alpha is None else dpo.ld_logps(Scores(plain, lengths, {"logp": values}, {}), batch, ld_alpha)
+
+    return Scores(summed(logps), lengths, tokens, {}, reference_logps=summed(row("reference")))
+
+
+def setting(name: str, changes: dict):
+    """TRL's arguments as our config: the same names."""
+    config = common.base()
+    config.algorithm = {"dpo": common.dpo, "kto": common.kto, "cpo": common.cpo, "orpo": common.orpo}[name]()
+    for key, value in changes.items():
+        config.algorithm[key] = tuple(value) if isinstance(value, list) else value
+    if name == "orpo":
+        config.algorithm.nll_over = "completion"  # the stored log-probabilities have no prompts
+    return config
+
+
+CASES = [pytest.param(name, r, id=f"{name}: {r['case']}: {r['batch']}") for name, records in VECTORS.items() for r in records]
+
+
+@pytest.mark.parametrize(("name", "record"), CASES)
+def test_equals_trl(name, record):
+    arrays, config = BATCHES[record["batch"]], setting(name, record["settings"])
+    answers = 1 if config.algorithm.get("loss_type") == "apo_zero_unpaired" else 2
+    with jax.enable_x64(True):
+        algorithm = ALGORITHMS[name].make(config, None)  # a model is needed to score only
+        batch = make_batch(arrays, answers)
+
+        def loss_of(logps):
+            scores = make_scores(arrays, batch, logps, answers, config.algorithm.get("ld_alpha"))
+            terms, metrics, _ = algorithm.objective(scores, batch, algorithm.carry)
+            return sum(term.weight * term.sum / term.count for term in terms.values()), metrics
+
+        logps = jnp.asarray(as_rows(arrays["logps"], answers))
+        (loss, metrics), gradient = jax.value_and_grad(loss_of, has_aux=True)(logps)
+    single = "alpha_divergence" in record["case"] or name == "orpo"  # TRL computes these in float32: a difference of metrics is less exact
+    assert loss.dtype == np.float64
+    assert loss == pytest.approx(record["loss"], rel=BAR)
+    expected = as_rows(np.array(record["gradient"]), answers)
+    where = as_rows(arrays["mask"], answers) > 0  # TRL's gradient also stands at padding, where no parameter feels it
+    assert np.abs(np.asarray(gradient) - expected)[where].max() <= BAR * np.abs(expected[where]).max()
+    found = values(metrics) | ({"kl": 0.0} if answers == 1 else {})
+    wanted = {key: value for key, value in record["metrics"].items() if key not in SKIPPED}
+    scale = max(map(abs, wanted.values())) if single else 1e-3
+    for metric, value in wanted.items():
+        assert found[metric] == pytest.approx(value, rel=BAR, abs=BAR * scale), metric
+
+
+def test_every_loss_of_trl_is_there():
+    assert {r["settings"].get("loss_type", ["sigmoid"])[0] for r in VECTORS["dpo"]} == {*dpo.LOSSES, dpo.SFT} - {"ipo_sum", "bco"}

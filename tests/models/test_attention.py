@@ -1,0 +1,64 @@
+"""Who sees whom, and what comes out, against loops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aligner.models.attention import attention, dense, spec_of
+from tests.models import tiny
+
+
+def visible(batch, row, query, key):
+    """The rule, in words: same segment, not later in the row, and the key in the prompt or in the query's own answer."""
+    segment, role = batch["segment_ids"][row], batch["role"][row]
+    if segment[query] != segment[key] or key > query:
+        return False
+    return role[key] == 0 or role[key] == role[query]
+
+
+@pytest.mark.parametrize("options", [{}, dict(shared=False), dict(per_row=2, empty_rows=1), dict(per_row=4, more=(3, 0, 0))], ids=str)
+def test_mask(llava, options):
+    batch = tiny.make_batch(llava, **options)
+    mask = np.asarray(dense(spec_of(batch)).mask)[:, 0]
+    rows, length = batch["tokens"].shape
+    expected = [[[visible(batch, r, q, k) for k in range(length)] for q in range(length)] for r in range(rows)]
+    np.testing.assert_array_equal(mask, expected)
+    assert mask.any(axis=-1).all()  # padding too sees something: no softmax over nothing
+
+
+def test_an_answer_never_sees_the_other(llama):
+    batch = tiny.make_batch(llama)
+    mask = np.asarray(dense(spec_of(batch)).mask)[:, 0]
+    role = batch["role"]
+    assert not (mask & (role[:, :, None] == 2) & (role[:, None, :] == 1)).any()
+    assert (mask & (role[:, :, None] == 2) & (role[:, None, :] == 0) & (batch["segment_ids"][:, None] > 0)).any()
+
+
+@pytest.mark.parametrize("with_spec", [True, False])
+@pytest.mark.parametrize("heads,groups", [(4, 1), (4, 2), (4, 4)])
+def test_values(llama, with_spec, heads, groups):
+    """Grouped heads: query head n reads key head n // (N / K)."""
+    batch = tiny.make_batch(llama, per_row=2)
+    rows, length = batch["tokens"].shape
+    rng = np.random.default_rng(0)
+    draw = lambda n: rng.standard_normal((rows, length, n, 6)).astype(np.float32)
+    q, k, v = draw(heads), draw(groups), draw(groups)
+    spec = spec_of(batch) if with_spec else None
+    found = np.asarray(attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), spec, scale=0.3))
+    mask = np.asarray(dense(spec_of(batch)).mask)[:, 0] if with_spec else np.ones((rows, length, length), bool)
+    for n in range(heads):
+        shared = n // (heads // groups)
+        logits = np.where(mask, 0.3 * np.einsum("bth,bsh->bts", q[:, :, n], k[:, :, shared]), -np.inf)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        np.testing.assert_allclose(found[:, :, n], np.einsum("bts,bsh->bth", weights, v[:, :, shared]), atol=1e-5)
+
+
+def test_bfloat16_softmax_is_in_float32(llama):
+    """A thousand equal keys: each weight is 2^-10 to the bit, which a bfloat16 sum of a thousand ones would miss."""
+    q = jnp.zeros((1, 1024, 1, 2), jnp.bfloat16)
+    v = jnp.ones((1, 1024, 1, 2), jnp.bfloat16)
+    out = jax.jit(attention, static_argnames="scale")(q, q, v, None, scale=1.0)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(out.astype(jnp.float32), 1.0)

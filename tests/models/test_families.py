@@ -1,0 +1,264 @@
+"""Models as functions: what they read from configs, how inputs become batches, what they refuse. Numbers against PyTorch are in tests/golden."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aligner.likelihood import make_likelihood
+from aligner.models import SUPPORTED, clip, decoder, from_hf, llava
+from aligner.models.layers import ACTIVATIONS, REMAT, LayerNorm, Linear, RMSNorm
+from aligner.sharding import tree_paths
+from aligner.types import UserError
+from tests.models import tiny
+
+
+def shapes(model):
+    return {path: leaf.shape for path, leaf in tree_paths(jax.eval_shape(model.init, jax.random.key(0))).items()}
+
+
+def test_the_tree_is_hugging_faces(family):
+    found = shapes(family.model)
+    prefix = "language_model/" if family.model.media else ""
+    expected = {
+        "model/embed_tokens/embedding": (62, 16), "model/layers/self_attn/q_proj/kernel": (2, 16, 24),
+        "model/layers/self_attn/k_proj/bias": (2, 12), "model/layers/self_attn/o_proj/kernel": (2, 24, 16),
+        "model/layers/mlp/down_proj/kernel": (2, 24, 16), "model/layers/input_layernorm/scale": (2, 16), "model/norm/scale": (16,),
+        "lm_head/kernel": (16, 62),
+    }  # fmt: skip
+    assert {path: found.get(prefix + path) for path in expected} == expected
+    if family.model.media:
+        assert found["vision_tower/vision_model/embeddings/patch_embedding/kernel"] == (4, 4, 3, 12)
+        assert found["vision_tower/vision_model/encoder/layers/layer_norm1/scale"] == (3, 12)
+        assert found["multi_modal_projector/linear_1/kernel"] == (12, 16)
+
+
+def test_tied_heads_read_the_embedding():
+    model = from_hf(tiny.llama_config(tie_word_embeddings=True))
+    assert not any("lm_head" in path for path in shapes(model))
+    params = tiny.perturbed(model)
+    head = model.head(params)
+    assert head.transposed and head.weight is params["model"]["embed_tokens"]["embedding"]
+    assert model.conversion.tied == (("lm_head.weight", "model.embed_tokens.weight"),)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda: tiny.llama_config(hidden_act="tanh"), "hidden_act 'tanh' of the llama config is not supported"),
+        (lambda: tiny.llava_config(vision=dict(hidden_act="tanh")), "hidden_act 'tanh' of the vision config"),
+        (lambda: unknown_rope(), "rope_type 'mystery' is not supported"),
+        (lambda: other_family(), "model_type 'lama' is not supported; nearest: 'llama'"),
+        (lambda: other_tower(), "llava checkpoint with a 'siglip_vision_model' part is not supported"),
+    ],
+)
+def test_what_is_not_supported_is_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        from_hf(change())
+
+
+def unknown_rope():
+    config = tiny.llama_config()
+    config.rope_parameters = {"rope_type": "mystery", "rope_theta": 1.0}
+    return config
+
+
+def other_family():
+    config = tiny.llama_config()
+    config.model_type = "lama"
+    return config
+
+
+def other_tower():
+    from transformers import SiglipVisionConfig
+
+    config = tiny.llava_config()
+    config.vision_config = SiglipVisionConfig(**tiny.VISION)
+    return config
+
+
+def test_supported_names_are_those_that_are_made():
+    assert SUPPORTED == ("llama", "llava")
+    assert {name: tiny.family(name).model.family for name in SUPPORTED} == {name: name for name in SUPPORTED}
+
+
+# ---- inputs
+
+
+def test_text_inputs():
+    ids = [[0, 5, 6], [7, 8, 9]]
+    batch = decoder.text_batch({"input_ids": ids, "attention_mask": [[0, 1, 1], [1, 1, 1]]})
+    np.testing.assert_array_equal(batch["segment_ids"], [[0, 1, 1], [1, 1, 1]])
+    np.testing.assert_array_equal(batch["positions"], [[0, 1, 2]] * 2)
+    assert all(leaf.dtype == jnp.int32 for leaf in jax.tree.leaves(batch))
+    given = decoder.text_batch({"input_ids": ids, "position_ids": [[0, 0, 1], [0, 1, 2]]})
+    np.testing.assert_array_equal(given["positions"], [[0, 0, 1], [0, 1, 2]])
+    np.testing.assert_array_equal(given["segment_ids"], 1)
+
+
+def test_images_are_dealt_to_the_rows_that_hold_their_placeholders():
+    P = 2
+    tokens = np.array([[9, 9, 1, 9, 9], [1, 2, 3, 4, 5], [1, 9, 9, 2, 3]])
+    pixels = np.arange(3.0)[:, None, None, None] * np.ones((3, 4, 4, 3))
+    found = llava.deal_images(tokens, pixels, placeholder=9, features=P)
+    np.testing.assert_array_equal(found["image_mask"], [[True, True], [False, False], [True, False]])
+    np.testing.assert_array_equal(found["pixel_values"][:, :, 0, 0, 0], [[0, 1], [0, 0], [2, 0]])
+    np.testing.assert_array_equal(found["media_index"], [[0, 1, -1, 2, 3], [-1] * 5, [-1, 0, 1, -1, -1]])
+
+
+@pytest.mark.parametrize("tokens,images", [([[9, 9, 9]], 2), ([[9, 9, 1, 1]], 2), ([[9, 9, 9, 9]], 1), ([[9, 1, 9, 9]], 1)])
+def test_images_that_do_not_fit_their_placeholders(tokens, images):
+    with pytest.raises(UserError, match=f"{images} images of 2 features each do not fit placeholder counts"):
+        llava.deal_images(np.array(tokens), np.zeros((images, 4, 4, 3)), placeholder=9, features=2)
+
+
+def test_llava_inputs_take_channels_first(llava):
+    ids = np.full((1, 6), 5)
+    ids[0, 1:5] = tiny.IMAGE
+    pixels = np.random.default_rng(0).standard_normal((1, 3, 8, 8))
+    batch = llava.model.inputs({"input_ids": ids, "attention_mask": np.ones_like(ids), "pixel_values": pixels})
+    np.testing.assert_allclose(batch["pixel_values"][0, 0], pixels[0].transpose(1, 2, 0), rtol=1e-6)
+    assert "pixel_values" not in llava.model.inputs({"input_ids": ids})
+    logits = llava.model.logits(tiny.as_arrays(llava.params), {"input_ids": ids, "pixel_values": pixels})
+    assert logits.shape == (1, 6, 62) and np.isfinite(logits).all()
+
+
+# ---- media
+
+
+def test_merge_puts_features_where_the_index_says():
+    x, features = jnp.zeros((2, 4, 3)), jnp.arange(1.0, 13).reshape(2, 2, 3)
+    index = jnp.array([[-1, 0, 1, -1], [1, -1, -1, 0]])
+    expected = np.zeros((2, 4, 3))
+    expected[0, 1], expected[0, 2], expected[1, 0], expected[1, 3] = features[0, 0], features[0, 1], features[1, 1], features[1, 0]
+    np.testing.assert_array_equal(decoder.merge(x, features, index), expected)
+
+
+def test_what_stands_in_an_empty_image_slot_does_not_matter(llava):
+    batch = tiny.make_batch(llava, columns=False)
+    noisy = dict(batch, pixel_values=np.where(batch["image_mask"][..., None, None, None], batch["pixel_values"], 7.0))
+    assert (noisy["pixel_values"] != batch["pixel_values"]).any()
+
+    def hidden(batch):
+        model, params = llava.model, llava.params
+        return model.apply(params, batch, features=model.encode(params, batch)).hidden
+
+    run = jax.jit(hidden, compiler_options=tiny.QUICK)
+    np.testing.assert_array_equal(run(tiny.as_arrays(batch)), run(tiny.as_arrays(noisy)))
+
+
+def tower():
+    config = clip.config_from_hf(tiny.llava_config().vision_config)
+    params = tiny.family("llava").params["vision_tower"]["vision_model"]
+    pixels = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 8, 3)), jnp.float32)
+    return config, params, pixels
+
+
+@pytest.mark.parametrize("layers", [(-1,), (-2,), (0,), (1,), (-2, 1), (0, -1)], ids=str)
+def test_tower_layers(layers):
+    """Index 0 is the embeddings after their norm, i the output of layer i - 1, negative ones count from the end."""
+    config, params, pixels = tower()
+    x, last, states = clip.VisionTransformer(config, collect=True).apply({"params": params}, pixels)
+    every = [x, *states]
+    np.testing.assert_array_equal(last, every[-1])
+    for found, index in zip(clip.hidden_states(config, params, pixels, layers), layers):
+        np.testing.assert_allclose(found, every[index], atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [-1, -2, 0, 1, [-2, 1]], ids=str)
+def test_trained_layers_are_those_that_a_gradient_reaches(layers):
+    model = from_hf(tiny.llava_config(vision_feature_layer=layers))
+    params = tiny.perturbed(model)
+    pixels = jnp.asarray(np.random.default_rng(0).standard_normal((1, 1, 8, 8, 3)), jnp.float32)
+    loss = lambda params: jnp.sum(model.encode(params, {"pixel_values": pixels}) ** 2)
+    grads = jax.jit(jax.grad(loss), compiler_options=tiny.QUICK)(params)["vision_tower"]["vision_model"]
+    reached = [bool(np.asarray(row).any()) for row in grads["encoder"]["layers"]["mlp"]["fc1"]["kernel"]]
+    said = model.trained_layers["vision_tower/vision_model/encoder/layers"]
+    assert reached == [i < said for i in range(3)]
+    assert not any(leaf.any() for leaf in jax.tree.leaves(grads["post_layernorm"]))
+
+
+def test_select_strategy():
+    params, pixels = tiny.family("llava").params, {"pixel_values": tower()[2][:, None]}
+    default, full = (from_hf(tiny.llava_config(vision_feature_select_strategy=how)) for how in ("default", "full"))
+    assert (default.media.features, full.media.features) == (4, 5)
+    ours, theirs = default.encode(params, pixels), full.encode(params, pixels)
+    np.testing.assert_allclose(ours, theirs[:, 1:], atol=1e-6)
+
+
+# ---- layers
+
+
+def test_rms_norm_rounds_before_the_weight():
+    """As Llama does: in float32, rounded to bfloat16, then multiplied."""
+    rng = np.random.default_rng(0)
+    x, scale = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((5, 8), (8,)))
+    wide = x.astype(jnp.float32)
+    rounded = (wide / jnp.sqrt(jnp.mean(wide**2, -1, keepdims=True) + 1e-5)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(RMSNorm(1e-5).apply({"params": {"scale": scale}}, x), rounded * scale)
+
+
+def test_layer_norm():
+    rng = np.random.default_rng(0)
+    x, scale, bias = rng.standard_normal((5, 8)), rng.standard_normal(8), rng.standard_normal(8)
+    found = LayerNorm(1e-3).apply({"params": {"scale": jnp.float32(scale), "bias": jnp.float32(bias)}}, jnp.float32(x))
+    expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-3) * scale + bias
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_linear_reads_whatever_stands_in_the_tree():
+    """Only `init` fixes shapes: a leaf of another one is not refused."""
+    x = jnp.ones((2, 4), jnp.bfloat16)
+    y = Linear(7, True).apply({"params": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}, x)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y.astype(jnp.float32), 5.0)
+
+
+def test_activations():
+    from math import erf
+
+    x = np.linspace(-3, 3, 13)
+    gelu_tanh = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    expected = {
+        "silu": x / (1 + np.exp(-x)), "swish": x / (1 + np.exp(-x)), "gelu": x * 0.5 * (1 + np.array([erf(v / 2**0.5) for v in x])),
+        "gelu_pytorch_tanh": gelu_tanh, "gelu_new": gelu_tanh, "quick_gelu": x / (1 + np.exp(-1.702 * x)), "relu": np.maximum(x, 0),
+    }  # fmt: skip
+    assert ACTIVATIONS.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(ACTIVATIONS[name](jnp.float32(x)), value, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("part", ["tower", "decoder"])
+def test_remat_keeps_less(llava, part):
+    """What the backward pass is handed grows from full over context to dots to none."""
+    model, batch = llava.model, tiny.as_arrays(tiny.make_batch(llava, columns=False))
+
+    def kept(remat):
+        encode = lambda params: model.encode(params, batch, remat=remat)
+        decode = lambda params: model.apply(params, batch, remat=remat).hidden
+        run = {"tower": encode, "decoder": decode}[part]
+        residuals = jax.eval_shape(lambda params: jax.vjp(run, params)[1], llava.params)
+        return sum(leaf.size for leaf in jax.tree.leaves(residuals))
+
+    sizes = [kept(remat) for remat in ("full", "context", "dots", "none")]
+    assert sizes == sorted(sizes) and len(set(sizes)) == 4 and set(REMAT) == {"full", "context", "dots", "none"}
+
+
+def test_the_likelihood_passes_remat_on_to_both_parts(llava):
+    """Compiled scratch would tell at full size; here the rematerialised calls are counted in the program."""
+    batch = tiny.as_arrays(tiny.make_batch(llava))
+
+    def calls(remat):
+        likelihood = make_likelihood(llava.model, answers=2, remat=remat)
+        program = jax.make_jaxpr(jax.grad(lambda params: likelihood(params, batch).logps.sum()))(llava.params)
+        return str(program).count("checkpoint[") + str(program).count("remat2[")
+
+    assert calls("none") == 0 and calls("full") >= 2
+
+
+def test_configs_keep_only_what_changes_the_computation():
+    config = tiny.family("llava").model.config
+    assert config.features == 4 and dataclasses.is_dataclass(config.text_config)
+    assert config.text_config.head_dim == 6 and config.vision_feature_layer == (-2,)

@@ -1,0 +1,56 @@
+"""The matmul primitive against jnp, value and gradients, plain and inside a scan."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aligner.matmul import matmul, weight_gradient
+
+BAR = {"float64": 1e-14, "float32": 2e-6, "bfloat16": 2**-8}  # one rounding to bfloat16 is at most 2^-9, relative
+
+
+def draw(dtype, *shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def close(found, expected, dtype):
+    assert found.dtype == dtype
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    np.testing.assert_allclose(found, expected, atol=BAR[dtype] * np.abs(expected).max(), rtol=0)
+
+
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3)], ids=str)
+@pytest.mark.parametrize("dtype", BAR)
+def test_value_and_gradients(dtype, leading):
+    with jax.enable_x64(True):
+        x, w, g = draw(dtype, *leading, 7), draw(dtype, 7, 4, seed=1), draw(dtype, *leading, 4, seed=2)
+        y, pull = jax.vjp(jax.jit(matmul), x, w)
+        wide, pull_wide = jax.vjp(lambda x, w: jnp.matmul(x, w, precision="highest"), *(a.astype(jnp.float64) for a in (x, w)))
+        close(y, wide, dtype)
+        for found, expected in zip(pull(g), pull_wide(g.astype(jnp.float64))):
+            close(found, expected, dtype)
+
+
+def test_bfloat16_is_accumulated_in_float32():
+    """1 + 255 times 2^-8 is 1.99609375; a bfloat16 running sum would stay at 1."""
+    x = jnp.full((1, 256), 2.0**-8, jnp.bfloat16).at[0, 0].set(1)
+    ones = jnp.ones((256, 1), jnp.bfloat16)
+    assert matmul(x, ones)[0, 0] == jnp.bfloat16(1 + 255 * 2**-8)
+    assert weight_gradient(x.T, ones)[0, 0] == np.float32(1 + 255 * 2**-8)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_inside_a_scan_over_stacked_kernels(dtype):
+    x, w = draw(dtype, 6, 5), draw(dtype, 3, 5, 5, seed=1)
+
+    def loss(multiply, x, w):
+        y, _ = jax.lax.scan(lambda h, kernel: (jnp.tanh(multiply(h, kernel)), None), x, w)
+        return jnp.sum(y.astype(jnp.float32) ** 2)
+
+    plain = lambda a, b: jnp.matmul(a, b, precision="highest")
+    expected = jax.grad(lambda x, w: loss(plain, x, w), argnums=(0, 1))(x.astype(jnp.float32), w.astype(jnp.float32))
+    found = jax.jit(jax.grad(lambda x, w: loss(matmul, x, w), argnums=(0, 1)))(x, w)
+    for a, b in zip(found, expected):
+        assert a.dtype == dtype
+        assert np.abs(np.asarray(a, np.float32) - b).max() <= (1e-5 if dtype == "float32" else 0.05) * np.abs(b).max()

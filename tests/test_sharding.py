@@ -1,0 +1,133 @@
+"""Meshes, and where parameters, optimizer state and activations lie on them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from aligner import optim, sharding, state
+from aligner.types import UserError
+from tests.models import tiny
+
+CUBE = dict(data=2, fsdp=2, tensor=2)
+
+
+@pytest.fixture(scope="module")
+def cube():
+    return sharding.make_mesh(CUBE)
+
+
+def specs(model, mesh, params):
+    return {path: s.spec for path, s in sharding.tree_paths(sharding.param_shardings(params, model.sharding_rules, mesh)).items()}
+
+
+DECODER = {
+    "model/embed_tokens/embedding": P("tensor", "fsdp"),
+    "model/layers/self_attn/q_proj/kernel": P(None, "fsdp", "tensor"),
+    "model/layers/self_attn/k_proj/kernel": P(None, "fsdp", "tensor"),
+    "model/layers/self_attn/v_proj/bias": P(None, "tensor"),
+    "model/layers/self_attn/o_proj/kernel": P(None, "tensor", "fsdp"),
+    "model/layers/mlp/gate_proj/kernel": P(None, "fsdp", "tensor"),
+    "model/layers/mlp/up_proj/bias": P(None, "tensor"),
+    "model/layers/mlp/down_proj/kernel": P(None, "tensor", "fsdp"),
+    "lm_head/kernel": P("fsdp", "tensor"),
+}
+TOWER = {
+    "encoder/layers/self_attn/q_proj/kernel": P(None, "fsdp", "tensor"),
+    "encoder/layers/self_attn/out_proj/kernel": P(None, "tensor", "fsdp"),
+    "encoder/layers/mlp/fc1/kernel": P(None, "fsdp", "tensor"),
+    "encoder/layers/mlp/fc1/bias": P(None, "tensor"),
+    "encoder/layers/mlp/fc2/kernel": P(None, "tensor", "fsdp"),
+}
+
+
+def test_rules(family, cube):
+    found = specs(family.model, cube, family.params)
+    expected = {f"language_model/{path}" if family.model.media else path: spec for path, spec in DECODER.items()}
+    if family.model.media:
+        expected |= {f"vision_tower/vision_model/{path}": spec for path, spec in TOWER.items()}
+        expected["multi_modal_projector/linear_1/kernel"] = P("fsdp", "tensor")
+        expected["multi_modal_projector/linear_1/bias"] = P("tensor")
+        expected["multi_modal_projector/linear_2/kernel"] = P("tensor", "fsdp")
+    for path, spec in expected.items():
+        assert found[path] == spec, path
+    norms = [spec for path, spec in found.items() if path.endswith("scale")]
+    assert norms and not any(axis for spec in norms for axis in spec)
+
+
+def test_every_kernel_is_laid_out(family, cube):
+    """A matrix that no rule names would be held whole by every device."""
+    for path, spec in specs(family.model, cube, family.params).items():
+        if path.endswith(("kernel", "/embedding")) and "position" not in path and "patch" not in path:
+            assert "fsdp" in spec and "tensor" in spec, path
+
+
+def test_a_dimension_that_does_not_divide_stays_whole(cube):
+    assert sharding.spec_for(("embed", "heads"), (16, 7), cube) == P("fsdp", None)
+    assert sharding.spec_for(("vocab", "embed"), (63, 15), cube) == P(None, None)
+    assert sharding.spec_for(("batch",), (8,), cube) == P(("data", "fsdp"))
+    assert sharding.spec_for(("batch",), (6,), cube) == P(None)
+    lying = sharding.make_mesh(dict(data=8))
+    assert sharding.spec_for(("embed", "heads"), (16, 8), lying) == P(None, None)  # an axis of one device is no axis
+
+
+def test_one_rule_serves_stacked_and_single_leaves(cube):
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+    tree = {"layers": {"w": {"kernel": shape(3, 4, 6)}}, "w": {"kernel": shape(4, 6), "other": shape(4, 6)}}
+    found = sharding.param_shardings(tree, ((r"w/kernel$", ("embed", "mlp")),), cube)
+    assert found["layers"]["w"]["kernel"].spec == P(None, "fsdp", "tensor")
+    assert found["w"]["kernel"].spec == P("fsdp", "tensor") and not any(found["w"]["other"].spec)
+
+
+@pytest.mark.parametrize("sizes", [dict(), dict(data=-1), dict(data=-1, fsdp=2, tensor=2), dict(data=2, fsdp=-1), dict(data=1, fsdp=8)], ids=str)
+def test_make_mesh(sizes):
+    if not sizes:
+        sizes = dict(data=8)
+    mesh = sharding.make_mesh(sizes)
+    assert mesh.axis_names == ("data", "fsdp", "tensor") and mesh.size == 8
+    assert all(mesh.shape[axis] == size for axis, size in sizes.items() if size > 0)
+    assert sharding.batch_parts(mesh) == mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+@pytest.mark.parametrize(
+    "sizes,message",
+    [
+        (dict(data=3), "does not divide 8 devices"),
+        (dict(data=2), "does not divide 8 devices"),
+        (dict(data=-1, fsdp=3), "does not divide 8 devices"),
+        (dict(data=-1, fsdp=-1), "at most one may be -1"),
+        (dict(data=0), "each must be positive"),
+        (dict(data=-2), "each must be positive"),
+    ],
+    ids=str,
+)
+def test_a_mesh_that_does_not_fit(sizes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        sharding.make_mesh(sizes)
+    assert "config.mesh" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_optimizer_state_is_laid_out_like_the_parameters(family, cube):
+    config = tiny.config(optim__weight_decay=0.1, optim__groups=((".*", {"learning_rate": 0.5}),)).optim
+    optimizer = optim.make_optimizer(config, optim.make_schedule(config, 10), family.model.trained_layers)
+    shardings = sharding.param_shardings(family.params, family.model.sharding_rules, cube)
+    params = jax.device_put(tiny.as_arrays(family.params), shardings)
+    made = state.create(params, optimizer, {}, 0, cube)
+    layout = {path: leaf.sharding for path, leaf in sharding.tree_paths(params).items()}
+    [adam] = [part for part in jax.tree.leaves(made.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(x := part, "mu")]
+    for moments in (adam.mu, adam.nu):
+        for path, leaf in sharding.tree_paths(moments).items():
+            assert leaf.sharding.is_equivalent_to(layout[path], leaf.ndim), path
+    assert adam.count.sharding.is_fully_replicated and made.step.sharding.is_fully_replicated
+    again = state.abstract(made)
+    assert jax.tree.map(lambda leaf: leaf.sharding, again) == jax.tree.map(lambda leaf: leaf.sharding, made)
+
+
+def test_constrain(cube):
+    x = jnp.ones((8, 3, 6))
+    assert sharding.constrain(x, "batch", None, "heads") is x  # without a mesh nothing is asked
+    with jax.set_mesh(cube):
+        y = jax.jit(lambda x: sharding.constrain(x, "batch", None, "heads"))(x)
+    assert y.sharding.is_equivalent_to(jax.NamedSharding(cube, P(("data", "fsdp"), None, "tensor")), 3)
+    np.testing.assert_array_equal(x, y)
