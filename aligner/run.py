@@ -61,6 +61,11 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     look = lambda split: loader.load_dataset(config, split, model, algorithm.needs, cache_dir=Path(directory) / "data")
     train, evaluations = look("train"), {name: look(split) for name, split in eval_splits(config).items()}
     for dataset in (train, *evaluations.values()):
+        if dataset.answers > config.algorithm.get("answers", dataset.answers):
+            raise UserError(
+                f"config.{dataset.name} has a row with {dataset.answers} answers, but config.algorithm.answers is "
+                f"{config.algorithm.answers}; set it to at least that"
+            )
         say(*dataset.report)
         check_answers(config, dataset)
     steps = config.train.steps if config.train.steps is not None else max(1, int(config.train.epochs * train.size / config.data.batch_size))
