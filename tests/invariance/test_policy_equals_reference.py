@@ -23,7 +23,10 @@ def dataset(f: tiny.Family, shared: bool) -> loader.Dataset:
     rows = tiny.make_batch(f, shared=shared, columns=False)
     ids = rows["example_id"][:, 0].tolist()
     shape = (rows["tokens"].shape[1], rows["score_token"].shape[1], rows["image_mask"].shape[1] if f.model.media else 0)
-    example = lambda row: {name: array[ids.index(row)] for name, array in rows.items()} if row >= 0 else layout.empty_row(*shape, f.model.media)
+
+    def example(row):
+        return {name: array[ids.index(row)] for name, array in rows.items()} if row >= 0 else layout.empty_row(*shape, f.model.media)
+
     return loader.Dataset(
         name="data.train", size=len(ids), row_ids=np.asarray(ids), rows_total=40, dropped={}, report=(), fingerprint=f"shared {shared}",
         shape=shape, example=example, workers=1,
@@ -67,8 +70,11 @@ def test_loss_is_log_2(name, kind, shared, tmp_path, monkeypatch):
     assert_log_2(loss_at_step_0(name, kind, shared, tmp_path, monkeypatch))
 
 
+OTHERWISE = [dict(mesh=CUBE), dict(train__accumulate=4), dict(train__remat="full"), dict(train__remat="dots")]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["precomputed", "copy"])
-@pytest.mark.parametrize("changes", [dict(mesh=CUBE), dict(train__accumulate=4), dict(train__remat="full"), dict(train__remat="dots")], ids=str)
+@pytest.mark.parametrize("changes", OTHERWISE, ids=str)
 def test_also_laid_out_otherwise(kind, changes, tmp_path, monkeypatch):
     assert_log_2(loss_at_step_0("llava", kind, True, tmp_path, monkeypatch, **changes))
