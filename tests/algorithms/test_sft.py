@@ -91,39 +91,41 @@ def test_packing_changes_neither_loss_nor_gradients(family, kind):
     assert_same(packed, plain)
 
 
-def by_hand(family: tiny.Family, examples: list[Encoded]) -> np.ndarray:
-    """log p of the scored tokens, from the logits of rows with one example each."""
+def by_hand(family: tiny.Family, examples: list[Encoded]) -> tuple[np.ndarray, np.ndarray]:
+    """log p and log-sum-exp of the logits at the scored tokens, from rows with one example each."""
     tokens = [np.concatenate([example.prompt, *example.answers]) for example in examples]
     padded = np.zeros((len(tokens), max(map(len, tokens))), np.int32)
     for row, ids in zip(padded, tokens):
         row[: len(ids)] = ids
-    logits = jax.jit(lambda params: family.model.logits(params, {"input_ids": padded}), compiler_options=QUICK)(tiny.as_arrays(family.params))
-    logps = np.asarray(jax.nn.log_softmax(logits))
-    scored = [len(example.prompt) + np.flatnonzero(example.scored[0]) for example in examples]
-    return np.concatenate([logp[at - 1, ids[at]] for logp, at, ids in zip(logps, scored, tokens)])
+    look = jax.jit(lambda params: family.model.logits(params, {"input_ids": padded}), compiler_options=QUICK)
+    logits = np.asarray(look(tiny.as_arrays(family.params)))
+    lse = np.asarray(jax.nn.logsumexp(logits, axis=-1))
+    found = [
+        (logits[row, at - 1, ids[at]] - lse[row, at - 1], lse[row, at - 1])
+        for row, (ids, example) in enumerate(zip(tokens, examples))
+        for at in [len(example.prompt) + np.flatnonzero(example.scored[0])]
+    ]
+    return tuple(np.concatenate(parts) for parts in zip(*found))
 
 
-@pytest.mark.parametrize("loss_type", ["nll", "dft"])
-def test_values(llama, loss_type):
+@pytest.mark.parametrize("settings", [dict(z_loss=0.5), dict(loss_type="dft")], ids=["nll", "dft"])
+def test_values(llama, settings):
     examples = conversations(llama)
-    logps = by_hand(llama, examples)
-    expected = np.mean(-logps if loss_type == "nll" else -np.exp(logps) * logps)
+    logp, lse = by_hand(llama, examples)
     batch = batch_of(llama, examples, GROUPS["packed"])
-    found = compute(llama, config(loss_type=loss_type), batch)
-    assert found.metrics["loss"] == pytest.approx(expected, rel=1e-5)
-    assert found.metrics.keys() == {"loss", loss_type, "entropy", "mean_token_accuracy"}
-    assert (batch["score_segment"] > 0).sum() == len(logps)
+    assert (batch["score_segment"] > 0).sum() == len(logp)
+    found = compute(llama, config(**settings), batch).metrics
+    if "z_loss" in settings:
+        assert found["z_loss"] == pytest.approx(np.mean(lse**2), rel=1e-5)
+        assert found["loss"] == pytest.approx(np.mean(-logp) + 0.5 * np.mean(lse**2), rel=1e-5)
+    else:
+        assert found["loss"] == pytest.approx(np.mean(-np.exp(logp) * logp), rel=1e-5)
+        assert found.keys() == {"loss", "dft", "entropy", "mean_token_accuracy"}
 
 
-def test_z_loss_is_off_by_default(llama):
-    batch = batch_of(llama, conversations(llama), GROUPS["plain"])
-    assert sft.make(config(), llama.model).needs == "supervised" and sft.make(config("cpt"), llama.model).needs == "text"
-    algorithm = sft.make(config(z_loss=0.5), llama.model)
-    scores = algorithm.score(tiny.as_arrays(llama.params), {}, tiny.as_arrays(batch), None)
-    terms, *_ = algorithm.objective(scores, batch, {})
-    scored = batch["score_segment"] > 0
-    assert terms["z_loss"].weight == 0.5 and float(terms["z_loss"].count) == scored.sum()
-    assert float(terms["z_loss"].sum) == pytest.approx(float(np.square(np.asarray(scores.tokens["lse"]))[scored].sum()), rel=1e-5)
+def test_what_rows_become(llama):
+    assert sft.make(config(), llama.model).needs == "supervised"
+    assert sft.make(config("cpt"), llama.model).needs == "text"
 
 
 def test_noise_only_while_training(llama):
