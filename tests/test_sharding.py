@@ -23,7 +23,7 @@ def specs(model, mesh, params):
 
 
 DECODER = {
-    "model/embed_tokens/embedding": P("tensor", "fsdp"),
+    "model/embed_tokens/embedding": P("tensor", None),  # 62 rows: over tensor (2), not over tensor x fsdp (4)
     "model/layers/self_attn/q_proj/kernel": P(None, "fsdp", "tensor"),
     "model/layers/self_attn/k_proj/kernel": P(None, "fsdp", "tensor"),
     "model/layers/self_attn/v_proj/bias": P(None, "tensor"),
@@ -60,14 +60,14 @@ def test_every_kernel_is_laid_out(family, cube):
     """A matrix that no rule names would be held whole by every device."""
     for path, spec in specs(family.model, cube, family.params).items():
         if path.endswith(("kernel", "/embedding")) and "position" not in path and "patch" not in path:
-            assert "fsdp" in spec and "tensor" in spec, path
+            assert "tensor" in spec and ("fsdp" in spec or "embedding" in path), path
 
 
 def test_a_dimension_that_does_not_divide_stays_whole(cube):
     assert sharding.spec_for(("embed", "heads"), (16, 7), cube) == P("fsdp", None)
     assert sharding.spec_for(("vocab", "embed"), (63, 15), cube) == P(None, None)
     assert sharding.spec_for(("batch",), (8,), cube) == P(("data", "fsdp"))
-    assert sharding.spec_for(("batch",), (6,), cube) == P(None)
+    assert sharding.spec_for(("batch",), (6,), cube) == P("data")  # over as many axes as divide it
     lying = sharding.make_mesh(dict(data=8))
     assert sharding.spec_for(("embed", "heads"), (16, 8), lying) == P(None, None)  # an axis of one device is no axis
 

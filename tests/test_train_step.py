@@ -210,7 +210,7 @@ def test_counts_are_known_before_the_model_runs(family):
         return {name: term.count for name, term in terms.items()}, global_counts(algorithm, score, params, batch, None, {})
 
     real, known = tiny.quick(both)(family.params, batch)
-    assert real == known == {"dpo": len(family.pairs)}
+    assert real == known == {"sigmoid": len(family.pairs)}
     program = str(jax.make_jaxpr(lambda params, batch: global_counts(algorithm, score, params, batch, None, {}))(family.params, batch))
     assert "scan" not in program and "custom_vjp" not in program  # nothing of the model is in it
 

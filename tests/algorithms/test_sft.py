@@ -152,7 +152,7 @@ def test_how_strong_the_noise_is(llama):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(loss_type="ntl"), r"loss_type has no 'ntl'; did you mean 'nll'\? \(known: nll, dft\)"),
+        (dict(loss_type="ntl"), r"loss_type 'ntl' is not known; did you mean 'nll'\?"),
         (dict(neftune_noise_alpha=-1.0), "neftune_noise_alpha is -1.0, but sft needs neftune_noise_alpha >= 0"),
         (dict(z_loss=-0.1), "z_loss is -0.1"),
     ],
