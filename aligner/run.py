@@ -364,7 +364,7 @@ def prepare_columns(
     folder = Path(config.reference.cache or Path(directory) / "reference") / f"{dataset.name.split('.')[-1]}-{key}"
 
     def columns_of(reference, batch):
-        return {"example_id": batch["example_id"]} | dict(algorithm.prepare(reference, batch))
+        return {"example_id": batch["example_id"]} | dict(algorithm.prepare(cast(reference, config.model.dtype), batch))
 
     prepare = jit(columns_of, out_shardings=sharding.replicated(mesh))
     one = lambda batch: prepare(reference, put(batch, {}, mesh))

@@ -56,12 +56,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def spec_for(logical: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """The mesh axes for a leaf with these logical axes; a dimension that its mesh axis does not divide stays whole."""
+    """The mesh axes for a leaf with these logical axes; a dimension is laid over as many of its axes as divide it, else it stays whole."""
     axes = []
     for name, size in zip(logical, shape):
         axis = LOGICAL[name] if name else None
-        parts = int(np.prod([mesh.shape[a] for a in (axis if isinstance(axis, tuple) else (axis,))])) if axis else 1
-        axes.append(axis if parts > 1 and size % parts == 0 else None)
+        over = [a for a in (axis if isinstance(axis, tuple) else (axis,)) if a and mesh.shape[a] > 1]
+        while over and size % int(np.prod([mesh.shape[a] for a in over])):
+            over.pop()
+        axes.append(tuple(over) if len(over) > 1 else over[0] if over else None)
     return PartitionSpec(*axes)
 
 

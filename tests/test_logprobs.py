@@ -11,7 +11,7 @@ import pytest
 from aligner import logprobs
 from aligner.logprobs import DIFFERENTIABLE, NAMES, token_stats
 from aligner.types import Head
-from tests.models.tiny import QUICK
+from tests.models.tiny import quick
 
 B, S, D, V = 2, 7, 5, 37  # nothing divides anything
 HEADS = {
@@ -37,7 +37,8 @@ def make(name, dtype):
 def dense(hidden, head, targets):
     """All statistics from [B,S,V] logits, by autodiff."""
     weight = head.weight.T if head.transposed else head.weight
-    logits = jnp.einsum("bsd,dv->bsv", hidden, weight, precision="highest", preferred_element_type=jnp.promote_types(hidden.dtype, "float32"))
+    wide = jnp.promote_types(hidden.dtype, "float32")
+    logits = jnp.einsum("bsd,dv->bsv", hidden, weight, precision="highest", preferred_element_type=wide)
     logits = logits if head.bias is None else logits + head.bias
     logits = logits * head.scale
     logits = logits if head.softcap is None else head.softcap * jnp.tanh(logits / head.softcap)
@@ -63,14 +64,14 @@ def weighted(stats, names=DIFFERENTIABLE):
 def evaluate(function, hidden, head):
     """`function(hidden, head)`, compiled."""
     of = lambda hidden, weight, bias: function(hidden, head._replace(weight=weight, bias=bias))
-    return jax.jit(of, compiler_options=QUICK)(hidden, head.weight, head.bias)
+    return quick(of)(hidden, head.weight, head.bias)
 
 
 def gradients(function, hidden, head):
     """Those of a scalar function by hidden, weight and bias."""
     of = lambda hidden, weight, bias: function(hidden, head._replace(weight=weight, bias=bias))
     argnums = (0, 1) if head.bias is None else (0, 1, 2)
-    found = jax.jit(jax.grad(of, argnums=argnums), compiler_options=QUICK)(hidden, head.weight, head.bias)
+    found = quick(jax.grad(of, argnums=argnums))(hidden, head.weight, head.bias)
     return dict(zip(("hidden", "weight", "bias"), found))
 
 
@@ -157,7 +158,7 @@ def test_a_frozen_head_has_no_gradient_matmul():
 def test_only_the_bias_trains():
     hidden, head, targets = make("bias", "float32")
     loss = lambda stats: lambda bias: weighted(stats(hidden, head._replace(bias=bias), targets))
-    by_bias = lambda stats: jax.jit(jax.grad(loss(stats)), compiler_options=QUICK)(head.bias)
+    by_bias = lambda stats: quick(jax.grad(loss(stats)))(head.bias)
     found = by_bias(functools.partial(token_stats, names=DIFFERENTIABLE, chunk=3))
     assert_close({"bias": found}, {"bias": by_bias(dense)}, 1e-5)
 

@@ -12,7 +12,13 @@ from absl import flags
 from PIL import Image
 
 from aligner import main, run
-from tests.resume.runs import ROOT, arguments, demo
+from tests.resume import runs
+from tests.resume.runs import ROOT, demo
+
+
+def arguments(workdir, settings=None):
+    """A command line that is right, also for the eight devices of this process."""
+    return runs.arguments(workdir, {"data.batch_size": 8} | (settings or {}))
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +99,7 @@ def test_command_line(tmp_path, argv, phrases):
 @pytest.mark.parametrize(
     ("key", "value", "phrases"),
     [
-        ("data.batch_size", 6, ["config.data.batch_size 6 cannot be divided", "config.train.accumulate=4", "a multiple of 4"]),
+        ("data.batch_size", 6, ["config.data.batch_size 6 cannot be divided", "config.train.accumulate=4", "a multiple of 32"]),
         ("data.batch_size", 0, ["config.data.batch_size is 0; it must be at least 1"]),
         ("data.max_bad_fraction", 5.0, ["config.data.max_bad_fraction is 5.0", "from 0 to 1"]),
         ("seed", -1, ["config.seed is -1"]),
@@ -197,7 +203,7 @@ def test_workdir_of_another_run(tmp_path, monkeypatch):
     main.parse(sys.argv)
     config = workdir.resolve(main.CONFIG.value, tmp_path / "run")
     workdir.record(config, tmp_path / "run")
-    said = refused(tmp_path, "belongs to a run with another config", "config.optim.learning_rate was 0.001 and is 0.5",
+    said = refused(tmp_path, "belongs to a run with another config", "config.optim.learning_rate was 0.0005 and is 0.5",
                    "Use another --workdir", optim__learning_rate=0.5, checkpoint__every=7)  # fmt: skip
     assert "checkpoint.every" not in said
     config.checkpoint.every, config.train.steps = 7, 99

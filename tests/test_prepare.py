@@ -33,7 +33,7 @@ class Source:
         if len(self.computed) == self.fail_at:
             raise KeyboardInterrupt
         ids = batch["example_id"].astype(jnp.float32)
-        return {"reference_logps": jnp.stack([-ids, ids + 0.5], axis=-1)}
+        return {"example_id": batch["example_id"], "reference_logps": jnp.stack([-ids, ids + 0.5], axis=-1)}
 
     def run(self, folder, check_stop=lambda: None):
         return prepare.compute_columns(self.column, self.batches, len(self.ids), ROWS, folder, "reference", check_stop)["reference_logps"]

@@ -23,7 +23,7 @@ def specs(model, mesh, params):
 
 
 DECODER = {
-    "model/embed_tokens/embedding": P("tensor", "fsdp"),
+    "model/embed_tokens/embedding": P("tensor", None),  # 62 rows: over tensor (2), not over tensor x fsdp (4)
     "model/layers/self_attn/q_proj/kernel": P(None, "fsdp", "tensor"),
     "model/layers/self_attn/k_proj/kernel": P(None, "fsdp", "tensor"),
     "model/layers/self_attn/v_proj/bias": P(None, "tensor"),
@@ -60,14 +60,14 @@ def test_every_kernel_is_laid_out(family, cube):
     """A matrix that no rule names would be held whole by every device."""
     for path, spec in specs(family.model, cube, family.params).items():
         if path.endswith(("kernel", "/embedding")) and "position" not in path and "patch" not in path:
-            assert "fsdp" in spec and "tensor" in spec, path
+            assert "tensor" in spec and ("fsdp" in spec or "embedding" in path), path
 
 
 def test_a_dimension_that_does_not_divide_stays_whole(cube):
     assert sharding.spec_for(("embed", "heads"), (16, 7), cube) == P("fsdp", None)
     assert sharding.spec_for(("vocab", "embed"), (63, 15), cube) == P(None, None)
     assert sharding.spec_for(("batch",), (8,), cube) == P(("data", "fsdp"))
-    assert sharding.spec_for(("batch",), (6,), cube) == P(None)
+    assert sharding.spec_for(("batch",), (6,), cube) == P("data")  # over as many axes as divide it
     lying = sharding.make_mesh(dict(data=8))
     assert sharding.spec_for(("embed", "heads"), (16, 8), lying) == P(None, None)  # an axis of one device is no axis
 
@@ -80,10 +80,11 @@ def test_one_rule_serves_stacked_and_single_leaves(cube):
     assert found["w"]["kernel"].spec == P("fsdp", "tensor") and not any(found["w"]["other"].spec)
 
 
-@pytest.mark.parametrize("sizes", [dict(), dict(data=-1), dict(data=-1, fsdp=2, tensor=2), dict(data=2, fsdp=-1), dict(data=1, fsdp=8)], ids=str)
+FITTING = [dict(data=8), dict(data=-1), dict(data=-1, fsdp=2, tensor=2), dict(data=2, fsdp=-1, tensor=1), dict(data=1, fsdp=8)]
+
+
+@pytest.mark.parametrize("sizes", FITTING, ids=str)
 def test_make_mesh(sizes):
-    if not sizes:
-        sizes = dict(data=8)
     mesh = sharding.make_mesh(sizes)
     assert mesh.axis_names == ("data", "fsdp", "tensor") and mesh.size == 8
     assert all(mesh.shape[axis] == size for axis, size in sizes.items() if size > 0)
@@ -115,7 +116,7 @@ def test_optimizer_state_is_laid_out_like_the_parameters(family, cube):
     params = jax.device_put(tiny.as_arrays(family.params), shardings)
     made = state.create(params, optimizer, {}, 0, cube)
     layout = {path: leaf.sharding for path, leaf in sharding.tree_paths(params).items()}
-    [adam] = [part for part in jax.tree.leaves(made.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(x := part, "mu")]
+    [adam] = [part for part in made.opt_state if hasattr(part, "mu")]
     for moments in (adam.mu, adam.nu):
         for path, leaf in sharding.tree_paths(moments).items():
             assert leaf.sharding.is_equivalent_to(layout[path], leaf.ndim), path

@@ -138,6 +138,7 @@ def _folder(path: Path, split: str, name: str, sample_by: str) -> Rows:
             data = data[split]
         return _datasets(data, path, f"{path} ({split})")
     files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+    files = [file for file in files if file.suffix != ".txt"] or files  # beside rows a text is a licence or a note
     # Files that are named after splits are not mixed: a held-out file must not slip into training.
     named = {file: found[0] for file in files if (found := re.findall(rf"^({'|'.join(_SPLITS)})(?![a-z])", file.stem))}
     if named:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ DEFAULT_TEMPLATE = (
     "{% else %}{{ ('USER: ' if message['role'] == 'user' else '') + message['content'] + ' ' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+_RENDERING = threading.Lock()
 NO_IMAGES = "the model takes no images"  # not the row's fault: the census stops at it
 
 
@@ -142,7 +144,9 @@ def render(conversation: list[dict], assets: Any, **options: Any) -> Any:
         messages.append({**message, "content": content})
     try:
         # The tokenizer renders for processors as well: all that a template needs is the messages and the special tokens.
-        return assets.tokenizer.apply_chat_template(messages, chat_template=chat_template(assets), **{"tokenize": False} | options)
+        # One at a time: what notes where {% generation %} stands belongs to the compiled template, which threads share.
+        with _RENDERING:
+            return assets.tokenizer.apply_chat_template(messages, chat_template=chat_template(assets), **{"tokenize": False} | options)
     except (TemplateError, TypeError) as error:
         raise Bad("chat template", f"the chat template refuses the conversation: {error}") from error
 

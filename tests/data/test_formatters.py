@@ -3,7 +3,8 @@
 import pytest
 
 from aligner.data.formatters import find_formatter, place_images, question, split_prompt
-from aligner.data.samples import Bad, Preference, Ranked, as_preference
+from aligner.data.kinds import ENCODERS
+from aligner.data.samples import Bad, Document, Preference, Ranked, Supervised, Unpaired, as_preference, as_ranked, as_supervised, unpair
 from aligner.types import UserError
 
 
@@ -156,3 +157,89 @@ def test_a_function_of_ones_own():
     assert find_formatter(f"{__name__}:by_hand", ["a"], "data.train")[1]({"a": "q", "b": "x", "c": "y"}) == Preference("q", "x", "y")
     with pytest.raises(UserError, match="cannot be imported"):
         find_formatter(f"{__name__}:nothing", ["a"], "data.train")
+
+
+def sample(row, needs):
+    """(name of the formatter, sample) for an algorithm that needs samples of a kind."""
+    name, to_sample = find_formatter("auto", list(row), "data.train", ENCODERS[needs].takes)
+    return name, to_sample(row)
+
+
+TURNS = [user("q"), assistant("a"), user("r"), assistant("b")]
+SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}, {"from": "human", "value": "r"}, {"from": "gpt", "value": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "expected"),
+    [
+        ({"messages": TURNS}, "messages", Supervised(TURNS)),
+        ({"conversations": SHAREGPT, "system": "s"}, "conversations", Supervised([{"role": "system", "content": "s"}, *TURNS])),
+        ({"prompt": "p", "completion": " c"}, "prompt_completion", Supervised(" c", "p")),
+        ({"prompt": TURNS[:1], "completion": TURNS[1:2]}, "prompt_completion", Supervised(TURNS[1:2], TURNS[:1])),
+        ({"prompt": "q", "response": "a"}, "prompt_response", Supervised([assistant("a")], [user("q")])),
+        ({"question": "q", "answer": "a"}, "question_answer", Supervised([assistant("a")], [user("q")])),
+        ({"instruction": "q", "input": "", "output": "a", "text": "t"}, "alpaca", Supervised([assistant("a")], [user("q")])),
+        ({"instruction": "q", "input": "i", "output": "a"}, "alpaca", Supervised([assistant("a")], [user("q\ni")])),
+        ({"text": "words"}, "text", Document("words")),
+        ({"prompt": "q", "response": "bad", "refinement": "good"}, "language_feedback",
+         Preference([user("q")], [assistant("good")], [assistant("bad")])),
+        ({"prompt": "p", "chosen": "c", "rejected": "r", "messages": TURNS}, "trl", Preference("p", "c", "r")),
+    ],
+)  # fmt: skip
+def test_what_is_imitated(row, name, expected):
+    assert sample(row, "supervised") == (name, expected)
+
+
+def test_images_of_what_is_imitated():
+    row = {"prompt": "q", "completion": "a", "images": ["1.png"]}
+    assert sample(row, "supervised")[1] == Supervised([assistant("a")], [user([image("1.png"), text("q")])])
+    llava = {"image": "1.png", "conversations": [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}]}
+    assert sample(llava, "supervised")[1] == Supervised([user([image("1.png"), text("q")]), assistant([text("a")])])
+
+
+def test_corrections_as_aligner_learns_them():
+    name, found = sample({"question": "q", "answer": "a", "correction": "c"}, "supervised")
+    assert name == "aligner" and found.conversation == [assistant("c")]
+    assert found.prompt[0]["content"].endswith(": q | a")
+
+
+def test_self_play_and_feedback_pairs():
+    row = {"real": [user("q"), assistant("a")], "generated": [user("q"), assistant("b")]}
+    assert sample(row, "preference") == ("spin", Preference([user("q")], [assistant("a")], [assistant("b")]))
+    row = {"prompt": "q", "response": "b", "refinement": "a"}
+    assert sample(row, "preference")[1] == Preference([user("q")], [assistant("a")], [assistant("b")])
+
+
+def test_margin_and_safety():
+    assert sample({"prompt": "p", "chosen": "c", "rejected": "r", "margin": 2}, "preference")[1].margin == 2.0
+    row = {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 1}
+    row |= {"is_response_0_safe": True, "is_response_1_safe": False}
+    assert sample(row, "preference")[1] == Preference([user("q")], [assistant("b")], [assistant("a")], safe=(-1, 1))
+    with pytest.raises(Bad, match="neither 0 nor 1"):
+        sample(row | {"better_response_id": 2}, "preference")
+
+
+def test_judged_answers():
+    assert sample({"prompt": "p", "completion": "c", "label": True}, "unpaired") == ("unpaired", Unpaired("p", "c", True))
+    assert sample({"messages": TURNS, "label": False}, "unpaired")[1] == Unpaired(TURNS[:3], TURNS[3:], False)
+    assert sample({"conversations": SHAREGPT, "label": 1}, "unpaired")[1] == Unpaired(TURNS[:3], TURNS[3:], 1)
+    with pytest.raises(Bad, match="does not end with the assistant"):
+        sample({"messages": TURNS[:3], "label": False}, "unpaired")
+    pair = Preference("p", "c", "r")
+    assert unpair(pair, 0) == Unpaired("p", "c", True) and unpair(pair, 1) == Unpaired("p", "r", False)
+
+
+def test_samples_from_others():
+    ranking = Ranked("p", ("a", "b", "c"))
+    assert as_supervised(ranking) == Supervised("a", "p") and as_ranked(Preference("p", "a", "b")) == Ranked("p", ("a", "b"))
+    for answers, reason in ((("a",), "at least two"), (("a", " "), "answer 2 is empty"), (("a", "b", "a"), "the same")):
+        with pytest.raises(Bad, match=reason):
+            as_ranked(Ranked("p", answers))
+    for other in (Unpaired("p", "c", True), None):
+        with pytest.raises(Bad, match="nothing to imitate"):
+            as_supervised(other)
+
+
+def test_a_formatter_of_another_kind():
+    with pytest.raises(UserError, match=r"'alpaca' makes samples of type Supervised, but config.algorithm takes Preference or Ranked"):
+        find_formatter("alpaca", ["instruction", "output"], "data.train")

@@ -128,6 +128,15 @@ def test_rows_without_anything_to_imitate(tmp_path):
         load(tmp_path / "rows.jsonl", "supervised", silent)
 
 
+def test_templates_with_marks_in_many_threads(tmp_path):
+    """What notes the marks while a template renders is shared by threads: one at a time may render."""
+    answer = "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}</s>{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}"
+    model = tiny.text_model("{% for m in messages %}[" + answer + "]{% endfor %}")
+    path = write(tmp_path / "rows.jsonl", talks(60))
+    one, many = (load(path, "supervised", model, workers=workers) for workers in (1, 16))
+    assert one.dropped == many.dropped == {} and one.fingerprint == many.fingerprint
+
+
 # --- text ------------------------------------------------------------------------------------------------------------------------
 
 

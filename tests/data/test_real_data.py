@@ -37,6 +37,38 @@ def test_text_pairs(name, size, formatter):
     assert (batch["score_segment"] > 0).any(axis=1).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "needs", "options", "formatter", "fill"),
+    [
+        ("alpaca_en_demo.json", "supervised", dict(size=300, max_length=1024), "alpaca", 0.93),
+        ("gsm8k.jsonl", "supervised", dict(size=300, max_length=1024), "question_answer", 0.9),
+        ("autoalign_dummy_sft.json", "supervised", {}, "conversations", None),
+        ("kto_en_demo.json", "unpaired", dict(size=100), "labelled_messages", None),
+        ("dpo_en_demo.json", "unpaired", dict(size=50), "sharegpt", None),
+        ("hh_rlhf_harmless.jsonl", "preference", dict(size=200, max_length=2048), "trl", 0.9),
+        ("wiki_demo.txt", "text", dict(sample_by="line", max_length=2048), "text", 0.99),
+        ("pku_saferlhf_32.json", "preference_last", {}, "safe_rlhf", None),
+    ],
+)
+def test_other_kinds(name, needs, options, formatter, fill):
+    """They load and lay out, packed where a fill rate is asked for."""
+    model = tiny.text_model()
+    options = {"max_length": 1 << 20, "packing": bool(fill)} | options
+    dataset = load_dataset(tiny.config(SHARED / "text" / name, **options), "train", model, needs, progress=False)
+    assert f"formatter {formatter}:" in dataset.report[0]
+    assert set(dataset.dropped) <= {"too long", "answers are equal", "empty answer"}
+    assert fill is None or dataset.fill > fill
+    batch = next(batches(dataset, 2, seed=0, shuffle=True))
+    assert (batch["score_segment"] > 0).any(axis=1).all()
+
+
+def test_pictures_in_later_turns(tmp_path):
+    """Multimodal chats with two turns, each with a picture."""
+    path = SHARED / "image" / "mllm_demo.json"
+    dataset = load_dataset(tiny.config(path), "train", tiny.image_model(), "supervised", progress=False)
+    assert dataset.size == 6 and dataset.shape[2] == 2 and dataset.dropped == {}
+
+
 def test_other_kinds_of_rows_are_refused_with_what_they_lack():
     with pytest.raises(UserError, match=r"columns question, answer;.*needs"):
         load(SHARED / "text" / "gsm8k.jsonl")

@@ -101,3 +101,22 @@ def test_a_hub_dataset_that_cannot_be_loaded(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(UserError, match=r"someone/pairs is no file or folder here.*cannot be loaded: no someone/pairs/None/train$"):
         open_rows(source("someone/pairs"))
+
+
+def test_text_files_are_documents(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n\n\nthree\n")
+    (tmp_path / "b.txt").write_text("vier é\n", encoding="utf-8")
+
+    def read(path, **options):
+        rows = open_rows(source(path, **options))
+        return [rows[i]["text"] for i in range(len(rows))]
+
+    assert read(tmp_path / "a.txt") == ["one\ntwo", "three"]
+    assert read(tmp_path / "a.txt", sample_by="line") == ["one", "two", "three"]
+    assert read(tmp_path / "a.txt", sample_by="document") == ["one\ntwo\n\n\nthree"]
+    assert read(tmp_path) == ["one\ntwo", "three", "vier é"]
+    (tmp_path / "rows.jsonl").write_text('{"text": "row"}\n')
+    assert read(tmp_path) == ["row"], "beside rows a text file is a note"
+    (tmp_path / "c.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"c.txt: not UTF-8 text"):
+        open_rows(source(tmp_path / "c.txt"))

@@ -1,6 +1,5 @@
 """Who sees whom, and what comes out, against loops."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,10 +16,15 @@ def visible(batch, row, query, key):
     return role[key] == 0 or role[key] == role[query]
 
 
+def mask_of(batch):
+    """[B, T, T], queries along the second axis."""
+    return np.asarray(tiny.quick(lambda batch: dense(spec_of(batch)).mask)(batch))[:, 0]
+
+
 @pytest.mark.parametrize("options", [{}, dict(shared=False), dict(per_row=2, empty_rows=1), dict(per_row=4, more=(3, 0, 0))], ids=str)
 def test_mask(llava, options):
     batch = tiny.make_batch(llava, **options)
-    mask = np.asarray(dense(spec_of(batch)).mask)[:, 0]
+    mask = mask_of(batch)
     rows, length = batch["tokens"].shape
     expected = [[[visible(batch, r, q, k) for k in range(length)] for q in range(length)] for r in range(rows)]
     np.testing.assert_array_equal(mask, expected)
@@ -29,7 +33,7 @@ def test_mask(llava, options):
 
 def test_an_answer_never_sees_the_other(llama):
     batch = tiny.make_batch(llama)
-    mask = np.asarray(dense(spec_of(batch)).mask)[:, 0]
+    mask = mask_of(batch)
     role = batch["role"]
     assert not (mask & (role[:, :, None] == 2) & (role[:, None, :] == 1)).any()
     assert (mask & (role[:, :, None] == 2) & (role[:, None, :] == 0) & (batch["segment_ids"][:, None] > 0)).any()
@@ -45,8 +49,8 @@ def test_values(llama, with_spec, heads, groups):
     draw = lambda n: rng.standard_normal((rows, length, n, 6)).astype(np.float32)
     q, k, v = draw(heads), draw(groups), draw(groups)
     spec = spec_of(batch) if with_spec else None
-    found = np.asarray(attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), spec, scale=0.3))
-    mask = np.asarray(dense(spec_of(batch)).mask)[:, 0] if with_spec else np.ones((rows, length, length), bool)
+    found = np.asarray(tiny.quick(lambda q, k, v, spec: attention(q, k, v, spec, scale=0.3))(q, k, v, spec))
+    mask = mask_of(batch) if with_spec else np.ones((rows, length, length), bool)
     for n in range(heads):
         shared = n // (heads // groups)
         logits = np.where(mask, 0.3 * np.einsum("bth,bsh->bts", q[:, :, n], k[:, :, shared]), -np.inf)
@@ -59,6 +63,6 @@ def test_bfloat16_softmax_is_in_float32(llama):
     """A thousand equal keys: each weight is 2^-10 to the bit, which a bfloat16 sum of a thousand ones would miss."""
     q = jnp.zeros((1, 1024, 1, 2), jnp.bfloat16)
     v = jnp.ones((1, 1024, 1, 2), jnp.bfloat16)
-    out = jax.jit(attention, static_argnames="scale")(q, q, v, None, scale=1.0)
+    out = tiny.quick(lambda q, v: attention(q, q, v, None, scale=1.0))(q, v)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_array_equal(out.astype(jnp.float32), 1.0)

@@ -15,7 +15,7 @@ POSITIONS = jnp.arange(10)[None]
 
 
 def found(positions=POSITIONS, limit=LIMIT, **parameters):
-    inverse, scale = rope.frequencies({"rope_theta": BASE, **parameters}, DIM, limit, positions)
+    inverse, scale = rope.frequencies({"rope_theta": BASE, **parameters}, DIM, limit, positions, jnp.ones_like(positions))
     return np.asarray(inverse, np.float64), scale
 
 
@@ -58,14 +58,14 @@ def test_dynamic(length):
     inverse, scale = found(jnp.arange(length)[None], rope_type="dynamic", factor=2.0)
     longest = max(length, LIMIT)
     base = BASE * (2.0 * longest / LIMIT - 1.0) ** (DIM / (DIM - 2))
-    np.testing.assert_allclose(inverse.reshape(-1), plain(base), rtol=1e-5)
+    np.testing.assert_allclose(inverse[0], np.broadcast_to(plain(base), inverse[0].shape), rtol=1e-5)
     assert scale == 1
 
 
 def test_dynamic_goes_row_by_row():
     positions = jnp.stack([jnp.arange(100), jnp.minimum(jnp.arange(100), 20)])
     inverse, _ = found(positions, rope_type="dynamic", factor=2.0)
-    assert inverse.shape == (2, 1, DIM // 2)
+    assert inverse.shape == (2, 100, DIM // 2)
     np.testing.assert_allclose(inverse[1, 0], plain(), rtol=1e-5)
     assert (inverse[0, 0][1:] < inverse[1, 0][1:]).all()
 
@@ -118,8 +118,9 @@ def test_rotation():
     """The pair (x[i], x[i + H/2]) turns by position * frequency; scores then depend on the distance alone."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 10, 2, DIM)).astype(np.float32)
-    inverse, scale = found()
-    cos, sin = rope.table(inverse, 1.25, POSITIONS, jnp.float32)
+    inverse, _ = found()
+    ones, yarn = jnp.ones_like(POSITIONS), {"rope_type": "yarn", "rope_theta": BASE, "factor": 1.0, "attention_factor": 1.25}
+    cos, sin = rope.tables({**yarn, "original_max_position_embeddings": LIMIT}, DIM, LIMIT, POSITIONS, ones, jnp.float32)
     y = np.asarray(rope.rotate(jnp.asarray(x), cos, sin))
     for position in range(10):
         for i in range(DIM // 2):
@@ -127,7 +128,7 @@ def test_rotation():
             np.testing.assert_allclose(y[0, position, :, i], turned.real, atol=1e-5)
             np.testing.assert_allclose(y[0, position, :, i + DIM // 2], turned.imag, atol=1e-5)
     same = jnp.broadcast_to(jnp.asarray(x[:, :1]), x.shape)
-    cos, sin = rope.table(inverse, scale, POSITIONS, jnp.float32)
+    cos, sin = rope.tables({"rope_theta": BASE}, DIM, LIMIT, POSITIONS, ones, jnp.float32)
     turned = rope.rotate(same, cos, sin)[0, :, 0]
     scores = turned @ turned.T
     np.testing.assert_allclose(scores[2, 5], scores[6, 9], atol=1e-4)
@@ -135,6 +136,7 @@ def test_rotation():
 
 def test_the_table_is_float32_until_the_end():
     """Positions beyond 256 would collapse in bfloat16."""
-    cos, _ = rope.table(np.float32([1.0]), 1.0, jnp.array([[1000, 1001]]), jnp.bfloat16)
+    positions = jnp.array([[1000, 1001]])
+    cos, _ = rope.tables({"rope_theta": BASE}, 2, LIMIT, positions, jnp.ones_like(positions), jnp.bfloat16)
     np.testing.assert_allclose(cos.astype(jnp.float32)[0, :, 0, 0], np.cos([1000.0, 1001.0]), atol=4e-3)
     assert cos.dtype == jnp.bfloat16 and jax.tree.leaves(cos)[0].shape == (1, 2, 1, 2)
