@@ -65,10 +65,12 @@ def restore(checkpoints: ocp.training.Checkpointer, abstract: TrainState) -> tup
     for step in found:
         try:
             metadata = checkpoints.metadata(step).custom_metadata
+            if not metadata:
+                raise ValueError("its metadata is missing")
             parts = checkpoints.load_checkpointables(step, _parts(abstract))
             state = abstract.replace(**parts["rest"] | {"trainable": parts["trainable"]})
             # Orbax lays a typed key out by the rank of its data, which jit refuses on another mesh than it was saved on.
-            return state.replace(rng=jax.device_put(state.rng, abstract.rng.sharding)), dict(metadata or {})
+            return state.replace(rng=jax.device_put(state.rng, abstract.rng.sharding)), dict(metadata)
         except Exception as error:  # Orbax raises what the file system, tensorstore or JSON raise
             folder = Path(str(checkpoints.directory))
             aside = folder.parent / f"torn-checkpoint-{step}"

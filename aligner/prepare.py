@@ -36,7 +36,7 @@ def compute_columns(
     """Run `prepare` over all batches, skipping the parts that `folder` already holds.
 
     Args:
-        prepare: batch -> {column: [B, G, ...]}, replicated over devices.
+        prepare: batch -> {"example_id": [B, G], column: [B, G, ...]}, replicated over devices.
         batches: gives all batches, always the same ones in the same order: results are then the same, killed or not.
         count: number of batches.
         rows: rows of the dataset, kept or not.
@@ -74,7 +74,8 @@ def compute_columns(
         for _ in range(start, stop):
             check_stop()
             batch = next(stream)
-            results.append({"example_id": batch["example_id"], **prepare(batch)})
+            results.append(prepare(batch))
+            jax.block_until_ready(results[-2:-1])  # the batch before: no more than two are on the devices
             progress.update()
         taken = stop
         part = _gather(results)

@@ -61,6 +61,11 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     look = lambda split: loader.load_dataset(config, split, model, algorithm.needs, cache_dir=Path(directory) / "data")
     train, evaluations = look("train"), {name: look(split) for name, split in eval_splits(config).items()}
     for dataset in (train, *evaluations.values()):
+        if dataset.answers > config.algorithm.get("answers", dataset.answers):
+            raise UserError(
+                f"config.{dataset.name} has a row with {dataset.answers} answers, but config.algorithm.answers is "
+                f"{config.algorithm.answers}; set it to at least that"
+            )
         say(*dataset.report)
         check_answers(config, dataset)
     steps = config.train.steps if config.train.steps is not None else max(1, int(config.train.epochs * train.size / config.data.batch_size))
@@ -125,6 +130,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                 check_stop()
                 placed = put(batch, columns[evaluation.name], mesh)
                 found = eval_step(train_state.trainable, train_state.carry, fixed, placed, train_state.reference)
+                jax.block_until_ready(total)  # the batch before: no more than two are on the devices
                 total = found if total is None else metrics.merge(total, found)
             values = metrics.values(total)
             values["loss"] = sum(values.pop(name) for name in [*values] if name.startswith("loss/"))
@@ -356,13 +362,12 @@ def prepare_columns(
                       shape=dataset.shape, shared_prompt=config.data.shared_prompt, settings=algorithm.prepared_with,
                       quantised=config.quant.base, adapter=peft.fingerprint(config.lora.adapter))  # fmt: skip
     folder = Path(config.reference.cache or Path(directory) / "reference") / f"{dataset.name.split('.')[-1]}-{key}"
-    prepare = jit(algorithm.prepare, out_shardings=sharding.replicated(mesh))
-    replicate = jit(lambda x: x, out_shardings=sharding.replicated(mesh))
 
-    def one(batch):
-        placed = put(batch, {}, mesh)
-        return {"example_id": replicate(placed["example_id"])} | dict(prepare(reference, placed))
+    def columns_of(reference, batch):
+        return {"example_id": batch["example_id"]} | dict(algorithm.prepare(reference, batch))
 
+    prepare = jit(columns_of, out_shardings=sharding.replicated(mesh))
+    one = lambda batch: prepare(reference, put(batch, {}, mesh))
     rows = local_rows(mesh, size)
     batches = lambda: loader.eval_batches(dataset, size, rows=rows)
     return compute_columns(one, batches, -(-dataset.size // size), dataset.rows_total, folder, f"reference, {dataset.name}", check_stop)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from aligner import algorithms, metrics, sharding, state
+from aligner import algorithms, metrics, state
 from aligner.train_step import global_counts, make_eval_step, make_train_step, split_rows
 from aligner.types import Algorithm, Max, Mean, Scores, Term
 from tests.models import tiny
@@ -217,8 +217,8 @@ def test_counts_are_known_before_the_model_runs(family):
 
 def test_nan_in_a_column_is_skipped_by_the_real_step(llama):
     """A reference that is missing (NaN) must not reach the weights."""
-    from tests.invariance.step import keep_gradient, one_device, put
     from tests.invariance.step import build as build_step
+    from tests.invariance.step import keep_gradient, one_device, put
 
     mesh = one_device()
     batch = tiny.make_batch(llama)

@@ -1,15 +1,14 @@
 """Supervised fine-tuning, and continued pre-training, which is the same on running text."""
 
-import difflib
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from aligner.algorithms.checks import check_choice, check_not_negative
 from aligner.likelihood import make_likelihood
 from aligner.losses.supervised import LOSSES
-from aligner.types import Algorithm, Batch, Head, Mean, Model, Params, Scores, Term, UserError
+from aligner.types import Algorithm, Batch, Head, Mean, Model, Params, Scores, Term
 
 
 def make(config: ConfigDict, model: Model) -> Algorithm:
@@ -18,13 +17,8 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
     Metrics are TRL's: `entropy` and `mean_token_accuracy`, means over scored tokens.
     """
     c = config.algorithm
-    if c.loss_type not in LOSSES:
-        near = difflib.get_close_matches(str(c.loss_type), LOSSES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"config.algorithm.loss_type {c.loss_type!r} is not a loss of {c.name}{hint} (known: {', '.join(LOSSES)})")
-    for key in ("neftune_noise_alpha", "z_loss"):
-        if not c[key] >= 0:
-            raise UserError(f"config.algorithm.{key} is {c[key]}, but it must not be negative; 0 turns it off")
+    check_choice("algorithm.loss_type", c.loss_type, LOSSES)
+    check_not_negative(c, "neftune_noise_alpha", "z_loss")
     stats = ("logp", "entropy", "correct", *(("lse",) if c.z_loss else ()))
     likelihood = make_likelihood(model, answers=1, stats=stats, remat=config.train.remat)
 

@@ -13,7 +13,12 @@ from tests.resume.runs import ROOT, TIMEOUT, WITHOUT_TORCH
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "common"))
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+EVERYDAY = ("dpo_llava",)
+
+
+@pytest.mark.parametrize(
+    "config", [pytest.param(path, id=path.stem, marks=[] if path.stem in EVERYDAY else pytest.mark.slow) for path in CONFIGS]
+)
 def test_two_steps(config: Path, tmp_path: Path):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     sizes = ["--config.train.steps=2", "--config.data.train.size=32", "--config.data.eval.size=32", "--config.data.batch_size=8"]

@@ -260,7 +260,7 @@ def test_one_score_an_answer_at_its_last_token(tmp_path, options):
     dataset = load(path, "preference_last", **options)
     found = all_of(dataset)
     G = dataset.examples
-    assert dataset.shape[1] == 2 * G and found["margin"].shape[1:] == (G,) and found["safe"].shape[1:] == (G, 2)
+    assert dataset.shape[1] == 2 * G and found["margin"].shape[1:] == (G,)
     full, last = scored_tokens(all_of(load(path, "preference"))), scored_tokens(found)
     assert full.keys() == last.keys()
     for key, ((token, position, target),) in last.items():
@@ -273,6 +273,6 @@ def test_safety_of_answers(tmp_path):
     row = {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 1, "safer_response_id": 0}
     row |= {"is_response_0_safe": True, "is_response_1_safe": False}
     path = write(tmp_path / "rows.jsonl", [row])
-    helpful, safe = load(path, "preference_last"), load(path, "preference_last", formatter="safe_rlhf_cost")
-    assert all_of(helpful)["safe"][0, 0].tolist() == [-1, 1] and all_of(safe)["safe"][0, 0].tolist() == [1, -1]
-    assert any("formatter safe_rlhf:" in line for line in helpful.report)
+    safe = load(path, "cost_last", formatter="safe_rlhf_cost")
+    assert all_of(safe)["safe"][0, 0].tolist() == [1, -1]
+    assert any("formatter safe_rlhf:" in line for line in load(path, "preference_last").report)
