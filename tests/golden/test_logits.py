@@ -136,13 +136,6 @@ def test_llama_left_padding_with_position_ids(folders):
     check(folders["gqa"], rows, "float32")
 
 
-def test_dynamic_rope_goes_by_the_row(folders):
-    """transformers takes the longest row of the batch for all of them; ours is what each row gives alone."""
-    rows = text_rows("right")
-    for row, length in enumerate(rows["attention_mask"].sum(axis=1)):
-        check(folders["dynamic"], {name: value[row : row + 1, :length] for name, value in rows.items()}, "float32")
-
-
 @pytest.mark.parametrize("name", LLAVA)
 def test_llava(folders, name):
     folder = folders[f"llava_{name}"]
