@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from aligner.models import moe, rope
 from aligner.models.attention import Spec, alibi_slopes, attention, dense, spec_of
-from aligner.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear, RMSNorm, at_least_float32, rngs, stack
+from aligner.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear, RMSNorm, at_least_float32, pick, rngs, stack
 from aligner.sharding import constrain
 from aligner.types import Batch, Conversion, Head, Model, Output, Params
 
@@ -76,6 +76,8 @@ class DecoderConfig:
     mlp_names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     qk_norm_names: tuple[str, str] = ("q_norm", "k_norm")
     final_norm: str = "norm"
+    both_ways: str = ""  # what is not seen backwards only: "prompt", or "pictures", each within itself
+    picture_tokens: int = 1  # of a picture, where those see each other
 
 
 def make_norm(config: DecoderConfig, name: str) -> nn.Module:
@@ -168,13 +170,6 @@ class Layer(nn.Module):
         return constrain(add(x, y, c.mlp_out_norm), "batch", None, None), load
 
 
-def pick(kinds: tuple, index: Array) -> Any:
-    """The one of a few alike trees that a layer's number says; layers differ, their program does not."""
-    if len(kinds) == 1:
-        return kinds[0]
-    return jax.tree.map(lambda *leaves: jax.lax.select_n(index, *leaves), *kinds)
-
-
 class DecoderModel(nn.Module):
     config: DecoderConfig
     remat: str = "none"
@@ -197,9 +192,10 @@ class DecoderModel(nn.Module):
         if c.embedding_norm:
             x = make_norm(c, c.embedding_norm)(x)
         x = constrain(x, "batch", None, None)
-        width = int(c.head_dim * c.rotary_fraction)
-        tables = tuple(rope.tables(kind, width, c.max_position_embeddings, positions, batch["segment_ids"], x.dtype) for kind in c.rope)
-        specs = tuple(dense(spec_of(batch), window) for window in c.windows)
+        width, turning = int(c.head_dim * c.rotary_fraction), batch.get("rope_positions", positions)
+        tables = tuple(rope.tables(kind, width, c.max_position_embeddings, turning, batch["segment_ids"], x.dtype) for kind in c.rope)
+        spec = spec_of(batch).replace(blocks=both_ways(c, batch))
+        specs = tuple(dense(spec, window) for window in c.windows)
         numbers = [jnp.asarray(of or (0,) * c.num_hidden_layers, jnp.int32) for of in (c.window_of_layer, c.rope_of_layer)]
         layers = stack(Layer, c.num_hidden_layers, self.remat, in_axes=(nn.broadcast, nn.broadcast, 0, 0))
         x, load = layers(c, name="layers")(x, specs, tables, *numbers)
@@ -223,6 +219,15 @@ class CausalLM(nn.Module):
         if self.is_initializing() and not c.tie_word_embeddings:
             Linear(c.vocab_size, c.head_bias, c.initializer_range, name="lm_head")(x)
         return x
+
+
+def both_ways(config: DecoderConfig, batch: Batch) -> Array | None:
+    """Which tokens see each other both ways, by a number above 0 [B,T]; None where all see backwards only."""
+    if config.both_ways == "prompt":
+        return (batch["role"] == 0).astype(jnp.int32)
+    if config.both_ways and "media_index" in batch:
+        return batch["media_index"] // config.picture_tokens + 1
+    return None
 
 
 def merge(x: Float[Array, "B T D"], features: Float[Array, "B F D"], media_index) -> Float[Array, "B T D"]:
@@ -259,6 +264,11 @@ def text_batch(inputs: Mapping[str, Any], positions_from_mask: bool = False) -> 
     return {name: jnp.asarray(array) for name, array in arrays.items()}
 
 
+def aux_of(variables: Mapping[str, Any]) -> dict[str, Array]:
+    """What the layers noted beside the hidden states, by name."""
+    return {name: value for name, (value,) in variables.get("aux", {}).get("model", {}).items()}
+
+
 def dummy_batch() -> Batch:
     """The smallest batch, for `init`."""
     return text_batch({"input_ids": np.zeros((1, 1), np.int32)})
@@ -284,7 +294,7 @@ def make(config: DecoderConfig, family: str, conversion: Conversion) -> Model:
 
     def apply(params, batch, *, features=None, cache=None, key=None, remat="none") -> Output:
         hidden, variables = CausalLM(config, remat).apply({"params": params}, batch, features, rngs=rngs(key), mutable=["aux"])
-        return Output(hidden, {name: value for name, (value,) in variables.get("aux", {}).get("model", {}).items()}, cache)
+        return Output(hidden, aux_of(variables), cache)
 
     return Model(
         family=family,

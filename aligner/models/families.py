@@ -434,25 +434,25 @@ _RENAMES = {
 }
 
 
-def conversion(family: str, config: DecoderConfig, tree: str = "", names: str = "") -> Conversion:
+def conversion(family: str, config: DecoderConfig, tree: str = "", names: Callable[[str], str] = str) -> Conversion:
     """How the decoder's tree maps to Hugging Face names.
 
     Args:
         family: `model_type`.
         config: what `FAMILIES[family]` read.
         tree: prefix of the decoder in a larger tree, such as "language_model/".
-        names: the same of its tensors' names, such as "language_model.".
+        names: what a tensor's name in a model of text alone is in the larger one.
     """
-    stacks = {"model/layers": "model.layers.{i}", **_NAMES.get(family, {})}
+    stacks = {"model": "model", "model/layers": "model.layers.{i}", "lm_head": "lm_head", **_NAMES.get(family, {})}
     exceptions = []
     for name, what, modules, operation in _fused(family, config.num_attention_heads):
         leaf = "kernel" if what == "weight" else what
         paths = [f"{tree}model/layers/{module}/{leaf}" for module in ((modules,) if isinstance(modules, str) else modules)]
-        exceptions.append((f"{names}{stacks['model/layers']}.{name}.{what}", tuple(paths), operation))
-    embedding = f"{names}{stacks.get('model/embed_tokens', stacks.get('model', 'model') + '.embed_tokens')}.weight"
-    head = f"{names}{stacks.get('lm_head', 'lm_head')}.weight"
+        exceptions.append((names(f"{stacks['model/layers']}.{name}.{what}"), tuple(paths), operation))
+    embedding = names(stacks.get("model/embed_tokens", stacks["model"] + ".embed_tokens") + ".weight")
+    head = names(stacks["lm_head"] + ".weight")
     return Conversion(
-        stacks={tree + prefix: names + stored for prefix, stored in stacks.items()},
+        stacks={tree + prefix: names(stored) for prefix, stored in stacks.items()},
         exceptions=tuple(exceptions),
         renames=_RENAMES.get(family, ()),
         ignored=IGNORED,
