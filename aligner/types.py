@@ -138,9 +138,11 @@ class Media:
         lead: features of a row that come before those of the slots, such as what ends a line of patches.
         slot: array name -> (shape, dtype) of what a slot holds besides, or instead of, `pixel_values` [height, width, 3].
         per_token: array name -> (shape, dtype) of what `arrange` says of every token.
-        show: ((width, height), image processor) -> Shown; None where every picture fills one slot and takes P placeholders.
+        show: ((width, height), assets, number of pictures in the row) -> Shown; None where every picture fills one slot and takes P
+            placeholders.
         pictures: what the image processor returns -> a Picture for each; None where that is `pixel_values` [n,3,height,width].
         arrange: (row, its Pictures) -> arrays of the row by name; None where there are none.
+        together: the image processor is told which pictures are of one row, since it treats several otherwise than one.
         folder: where paths of pictures are looked up; the data side sets it to ask for their sizes.
     """
 
@@ -154,6 +156,7 @@ class Media:
     show: Callable[..., Any] | None = dataclasses.field(default=None, compare=False)
     pictures: Callable[..., Any] | None = dataclasses.field(default=None, compare=False)
     arrange: Callable[..., Any] | None = dataclasses.field(default=None, compare=False)
+    together: bool = False
     folder: Any = dataclasses.field(default=None, compare=False)
 
     @property

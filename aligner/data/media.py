@@ -84,13 +84,13 @@ def shown(images: Sequence[Any], assets: Any, media: Media | None) -> list[pictu
     if media is None:
         return []
     if media.show is None:
-        return [pictures.show(media)] * len(images)
-    return [media.show(image_size(image, media.folder), assets.processor.image_processor) for image in images]
+        return [pictures.Shown(1, (media.features,))] * len(images)
+    return [media.show(image_size(image, media.folder), assets, len(images)) for image in images]
 
 
 def read_pictures(images: list[Image.Image], media: Media, image_processor: Any) -> list[pictures.Picture]:
     """What the checkpoint's own image processor makes of the images, as the model takes them."""
-    return pictures.read(media, image_processor(images, return_tensors="np"))
+    return pictures.read(media, image_processor([images] if media.together else images, return_tensors="np"))
 
 
 def _opened(reference: Any, folder: str | Path, name: str = "") -> Image.Image:

@@ -7,7 +7,11 @@ from typing import Any
 from aligner.types import Model, UserError
 
 # model_type -> the file of this package that makes it
-VISION_LANGUAGE = {"llava": "llava"}
+VISION_LANGUAGE = {
+    **{"llava": "llava", "llava_next": "llava_next", "llava_next_video": "llava_next", "llava_onevision": "llava_next"},
+    **{"qwen2_vl": "qwen_vl", "qwen2_5_vl": "qwen_vl", "qwen3_vl": "qwen_vl", "paligemma": "gemma_vl", "gemma3": "gemma_vl"},
+    **{"idefics3": "idefics", "smolvlm": "idefics", "internvl": "internvl"},
+}
 SUPPORTED = (
     *("baichuan", "bloom", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neox", "granite", "llama", "mistral"),
     *("mixtral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"),

@@ -24,7 +24,7 @@ class Spec:
     Attributes:
         segment_ids, role, positions: [B, T] as in a batch.
         mask: the same thing dense, [B, 1, T, T]; made once per forward pass by `dense` for the reference backend.
-        blocks: [B, T]; tokens of a segment with the same number above 0 see each other both ways, also beyond a window.
+        blocks: [B, T]; tokens of a segment with the same number above 0 see each other both ways; a window limits how far back.
         causal: False lets everything in a segment see everything; there are no roles then.
     """
 
@@ -48,16 +48,17 @@ def dense(spec: Spec, window: int | None = None) -> Spec:
     """
     segment, role = spec.segment_ids, spec.role
     column = jnp.arange(segment.shape[1])
-    same = visible = segment[:, :, None] == segment[:, None, :]
+    visible = segment[:, :, None] == segment[:, None, :]
     if not spec.causal:
         return spec.replace(mask=visible[:, None])
-    visible &= column[:, None] >= column[None, :]
+    backwards = column[:, None] >= column[None, :]
+    if spec.blocks is not None:
+        backwards |= (spec.blocks[:, :, None] == spec.blocks[:, None, :]) & (spec.blocks > 0)[:, None, :]
+    visible &= backwards
     visible &= (role[:, None, :] == 0) | (role[:, :, None] == role[:, None, :])
     if window is not None:
         visible &= spec.positions[:, :, None] - spec.positions[:, None, :] < window
         visible |= jnp.eye(segment.shape[1], dtype=bool)  # padding's positions do not count up
-    if spec.blocks is not None:
-        visible |= same & (spec.blocks[:, :, None] == spec.blocks[:, None, :]) & (spec.blocks > 0)[:, None, :]
     return spec.replace(mask=visible[:, None])
 
 

@@ -78,6 +78,7 @@ class DecoderConfig:
     final_norm: str = "norm"
     both_ways: str = ""  # what is not seen backwards only: "prompt", or "pictures", each within itself
     picture_tokens: int = 1  # of a picture, where those see each other
+    deepstack: int = 0  # so many first layers are each followed by features of their own, which come beside those that are merged in
 
 
 def make_norm(config: DecoderConfig, name: str) -> nn.Module:
@@ -146,7 +147,9 @@ class Layer(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], specs: tuple[Spec, ...], tables: tuple[tuple[Array, Array], ...], window, kind):
+    def __call__(
+        self, x: Float[Array, "B T D"], specs: tuple[Spec, ...], tables: tuple[tuple[Array, Array], ...], deep, window, kind, number
+    ):
         c = self.config
 
         def normed(name: str, y: Array) -> Array:
@@ -167,7 +170,10 @@ class Layer(nn.Module):
             y, load = SparseMLP(c, name="mlp")(into, specs[0].segment_ids > 0)
         else:
             y = MLP(c, name="mlp")(into)
-        return constrain(add(x, y, c.mlp_out_norm), "batch", None, None), load
+        x = add(x, y, c.mlp_out_norm)
+        if deep is not None:
+            x = x + pick((*deep, jnp.zeros_like(deep[0])), jnp.minimum(number, len(deep)))
+        return constrain(x, "batch", None, None), load
 
 
 class DecoderModel(nn.Module):
@@ -182,8 +188,11 @@ class DecoderModel(nn.Module):
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         if "embedding_noise" in batch:  # [B,T,D], from an algorithm that trains with it
             x = x + batch["embedding_noise"].astype(x.dtype)
+        deep = None
         if features is not None:
+            features, *deep = jnp.split(features, 1 + c.deepstack, axis=-1)
             x = merge(x, features, batch["media_index"])
+            deep = tuple(merge(jnp.zeros_like(x), more, batch["media_index"]) for more in deep) or None
         if c.embedding_size:
             x = Linear(c.hidden_size, init_scale=c.initializer_range, name="project_in")(x)
         if c.learned_positions:
@@ -197,8 +206,8 @@ class DecoderModel(nn.Module):
         spec = spec_of(batch).replace(blocks=both_ways(c, batch))
         specs = tuple(dense(spec, window) for window in c.windows)
         numbers = [jnp.asarray(of or (0,) * c.num_hidden_layers, jnp.int32) for of in (c.window_of_layer, c.rope_of_layer)]
-        layers = stack(Layer, c.num_hidden_layers, self.remat, in_axes=(nn.broadcast, nn.broadcast, 0, 0))
-        x, load = layers(c, name="layers")(x, specs, tables, *numbers)
+        layers = stack(Layer, c.num_hidden_layers, self.remat, in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0, 0))
+        x, load = layers(c, name="layers")(x, specs, tables, deep, *numbers, jnp.arange(c.num_hidden_layers))
         if load is not None:
             for name, value in zip(("router_count", "router_probability"), load):
                 self.sow("aux", name, jnp.sum(value, axis=0))

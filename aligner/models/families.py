@@ -29,7 +29,7 @@ def common(hf: Any, **flags: Any) -> DecoderConfig:
         max_position_embeddings=getattr(hf, "max_position_embeddings", None),
         norm_eps=getattr(hf, "rms_norm_eps", None) or getattr(hf, "layer_norm_eps", None),
         hidden_act=getattr(hf, "hidden_act", None) or getattr(hf, "hidden_activation", None),
-        tie_word_embeddings=bool(hf.tie_word_embeddings),
+        tie_word_embeddings=bool(getattr(hf, "tie_word_embeddings", False)),
         initializer_range=getattr(hf, "initializer_range", None),
         qkv_bias=bool(getattr(hf, "attention_bias", False)),
         o_bias=bool(getattr(hf, "attention_bias", False)),

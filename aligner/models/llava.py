@@ -136,8 +136,8 @@ def mixed_media(hf: Any, config: LlavaConfig) -> Media:
     """An image is written as rows of image tokens, each ended by a break, the last by an end."""
     patch = config.vision_config.patch_size
 
-    def show(size: tuple[int, int], processor: Any) -> Shown:
-        rows, columns = (pixels // patch for pixels in resized(size, processor))
+    def show(size: tuple[int, int], assets: Any, count: int) -> Shown:
+        rows, columns = (pixels // patch for pixels in resized(size, assets.processor.image_processor))
         line = "[IMG]"
         return Shown(rows * columns, (columns,) * rows, "[IMG_BREAK]".join([line] * rows) + "[IMG_END]")
 

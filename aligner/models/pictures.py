@@ -37,16 +37,13 @@ class Picture(NamedTuple):
         arrays: name -> [slots, ...], what the model reads.
         index: [placeholders] the feature that stands at each: slot * P + p within the picture, or -1 - n for the n-th leading one.
         grid: its rows and columns of placeholders, where positions go by them.
+        taps: (features around each placeholder [placeholders, X], their weights), where one is a mixture of several.
     """
 
     arrays: Mapping[str, np.ndarray]
     index: np.ndarray
     grid: tuple[int, int] | None = None
-
-
-def show(media: Media, size: tuple[int, int] | None = None, processor: Any = None) -> Shown:
-    """How a picture of `size` (width, height) stands in the text; where all are alike the size is not needed."""
-    return media.show(size, processor) if media.show else Shown(1, (media.features,))
+    taps: tuple[np.ndarray, np.ndarray] | None = None
 
 
 def whole(processed: Mapping[str, Any], features: int) -> list[Picture]:
@@ -76,8 +73,7 @@ def fill(row: Row, pictures: Sequence[Picture], media: Media) -> None:
         pictures: of the row, in order.
         media: the model's.
     """
-    if media.arrange is not None:
-        row |= media.arrange(row, pictures)
+    more = media.arrange(row, pictures) if media.arrange is not None else {}
     start, order = 0, []
     for number, picture in enumerate(pictures, start=1):
         end = start + len(picture.arrays["pixel_values"])
@@ -92,6 +88,7 @@ def fill(row: Row, pictures: Sequence[Picture], media: Media) -> None:
         features = np.concatenate(order).astype(np.int32)
         index = row["media_index"]
         row["media_index"] = np.where(index >= 0, features[np.maximum(index, 0)], -1).astype(np.int32)
+    row |= {name: array.astype(np.int32) if array.dtype.kind == "i" else array for name, array in more.items()}
 
 
 def deal(batch: Mapping[str, Any], processed: Mapping[str, Any], media: Media) -> Row:

@@ -7,6 +7,7 @@ It takes whole square images, or patches one after another in a row with arrays 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -61,6 +62,7 @@ class VisionConfig:
     layer_scale: bool = False
     groups_of_layer: tuple[int, ...] = ()  # which of `Patches.groups` each layer attends within; () means all the first
     mask_token: bool = False  # a leaf that only pre-training reads
+    places_by_fraction: bool = False  # which row of the table a patch has goes by fractions of the image's sides (NaViT)
 
     @property
     def num_patches(self) -> int:
@@ -107,7 +109,7 @@ class Embeddings(nn.Module):
             rows = c.num_positions or c.num_patches + bool(c.class_token)
             table = Embed(rows, c.hidden_size, c.initializer_range, name=c.positions)
             if whole:
-                table = table(jnp.arange(c.num_patches + bool(c.class_token)))
+                table = table(jnp.arange(rows) if not c.places_by_fraction else by_fraction(c, *pixels.shape[1:3]))
             else:
                 table = jnp.sum(table(pixels.places) * pixels.weights[..., None].astype(x.dtype), axis=2).astype(x.dtype)
         elif c.positions:
@@ -124,6 +126,22 @@ class Embeddings(nn.Module):
             tokens = jnp.broadcast_to(tokens, (len(x), c.registers, c.hidden_size))
             x = jnp.concatenate([x[:, :1], tokens, x[:, 1:]], axis=1)
         return x
+
+
+def by_fraction(config: VisionConfig, height: int, width: int) -> np.ndarray:
+    """Rows of the table of positions for the patches of an image of (height, width) pixels: where each falls on the table's own grid.
+
+    The arithmetic is float32's, in which a patch may fall short of its place, as the checkpoints were trained.
+    """
+    side = config.image_size // config.patch_size
+    borders = (1 / side + np.arange(side) * (1 / side))[: math.ceil((1 - 1 / side) / (1 / side))].astype(np.float32)
+
+    def places(count: int) -> np.ndarray:
+        share = np.arange(count, dtype=np.float32) * (np.float32(1) / np.float32(count))
+        return np.searchsorted(borders, np.minimum(share, np.float32(1 - 1e-6)), side="right")
+
+    rows, columns = (places(pixels // config.patch_size) for pixels in (height, width))
+    return (rows[:, None] * side + columns[None, :]).reshape(-1)
 
 
 def cut(pixels: Float[Array, "N H W C"], patch: int) -> Float[Array, "N P K"]:
@@ -333,12 +351,61 @@ def pixtral(hf: Any) -> VisionConfig:
     )  # fmt: skip
 
 
+def internvl(hf: Any) -> VisionConfig:
+    if not hf.use_absolute_position_embeddings or hf.use_mask_token:
+        raise UserError("an internvl vision config without absolute positions, or with a mask token, is not implemented")
+    return common(
+        hf,
+        class_token="cls_token",
+        positions="position_embeddings",
+        patch_bias=True,
+        norm=hf.norm_type.removesuffix("_norm"),
+        pre_norm=False,
+        post_norm=not hf.use_mean_pooling,
+        qkv_bias=hf.attention_bias,
+        qk_norm=hf.use_qk_norm,
+        layer_scale=True,
+    )
+
+
+def idefics(hf: Any) -> VisionConfig:
+    return common(hf, class_token="", patch_bias=True, pre_norm=False, places_by_fraction=True)
+
+
+def qwen(hf: Any, **flags: Any) -> VisionConfig:
+    """What the Qwen-VL towers share: patches that span two frames, turned by row and column."""
+    said = dict(
+        num_hidden_layers=hf.depth, num_attention_heads=hf.num_heads, num_channels=hf.in_channels, image_size=hf.patch_size,
+        layer_norm_eps=1e-6, frames=hf.temporal_patch_size, class_token="", positions="", rope="halves",
+        rope_theta=hf.rope_parameters["rope_theta"], pre_norm=False, post_norm=False,
+    )  # fmt: skip
+    return common(hf, **said | flags)
+
+
+def qwen2(hf: Any) -> VisionConfig:
+    return qwen(hf, hidden_size=hf.embed_dim, intermediate_size=int(hf.embed_dim * hf.mlp_ratio))
+
+
+def qwen2_5(hf: Any) -> VisionConfig:
+    return qwen(hf, norm="rms", gated_mlp=True, groups_of_layer=tuple(int(i not in hf.fullatt_block_indexes) for i in range(hf.depth)))
+
+
+def qwen3(hf: Any) -> VisionConfig:
+    return qwen(hf, patch_bias=True, positions="position_embedding", num_positions=hf.num_position_embeddings)
+
+
 READERS: dict[str, Callable[[Any], VisionConfig]] = {
     "clip_vision_model": clip,
     "siglip_vision_model": siglip,
     "dinov2": dinov2,
     "dinov2_with_registers": dinov2,
     "pixtral": pixtral,
+    "idefics3_vision": idefics,
+    "smolvlm_vision": idefics,
+    "internvl_vision": internvl,
+    "qwen2_vl_vision": qwen2,
+    "qwen2_5_vl_vision": qwen2_5,
+    "qwen3_vl_vision": qwen3,
 }
 
 _LAYERS = {"encoder/layers": "encoder.layers.{i}"}
@@ -354,12 +421,38 @@ _DINO = {
     "encoder/layers/mlp/down_proj": "encoder.layer.{i}.mlp.weights_out",
     "post_layernorm": "layernorm",
 }
+_QWEN = {
+    "embeddings/patch_embedding": "patch_embed.proj",
+    "encoder/layers": "blocks.{i}",
+    "encoder/layers/layer_norm1": "blocks.{i}.norm1",
+    "encoder/layers/layer_norm2": "blocks.{i}.norm2",
+    "encoder/layers/self_attn/out_proj": "blocks.{i}.attn.proj",
+}
 # Where our tree's names are not the checkpoint's: tree prefix -> prefix on disk.
 NAMES: dict[str, Mapping[str, str]] = {
     "clip_vision_model": _LAYERS,
     "siglip_vision_model": _LAYERS,
     "dinov2": _DINO,
     "dinov2_with_registers": _DINO,
+    "idefics3_vision": _LAYERS,
+    "smolvlm_vision": _LAYERS,
+    "internvl_vision": {
+        "embeddings/patch_embedding": "embeddings.patch_embeddings.projection",
+        "encoder/layers": "encoder.layer.{i}",
+        "encoder/layers/layer_norm1": "encoder.layer.{i}.layernorm_before",
+        "encoder/layers/layer_norm2": "encoder.layer.{i}.layernorm_after",
+        "encoder/layers/self_attn": "encoder.layer.{i}.attention",
+        "encoder/layers/self_attn/out_proj": "encoder.layer.{i}.attention.projection_layer",
+        "post_layernorm": "layernorm",
+    },
+    "qwen2_vl_vision": _QWEN,
+    "qwen2_5_vl_vision": _QWEN,
+    "qwen3_vl_vision": {
+        **_QWEN,
+        "embeddings/position_embedding": "pos_embed",
+        "encoder/layers/mlp/fc1": "blocks.{i}.mlp.linear_fc1",
+        "encoder/layers/mlp/fc2": "blocks.{i}.mlp.linear_fc2",
+    },
     "pixtral": {
         "embeddings/patch_embedding": "patch_conv",
         "pre_layrnorm": "ln_pre",
@@ -374,12 +467,24 @@ NAMES: dict[str, Mapping[str, str]] = {
 _QKV = tuple(f"encoder/layers/self_attn/{name}_proj" for name in "qkv")
 _GATED = ("encoder/layers/mlp/gate_proj", "encoder/layers/mlp/up_proj")
 _ROWS = ("split", "copy", 0)
-# Fused projections: (name and leaf on disk, our modules, operation).
+_COLUMNS = ("split", "transpose", 0)
+_DINO_FUSED = (
+    ("encoder.layer.{i}.mlp.weights_in", "weight", _GATED, _COLUMNS),
+    ("encoder.layer.{i}.mlp.weights_in", "bias", _GATED, _ROWS),
+)
+_QWEN_FUSED = (("blocks.{i}.attn.qkv", "weight", _QKV, _COLUMNS), ("blocks.{i}.attn.qkv", "bias", _QKV, _ROWS))
+# Projections that the checkpoint holds as one tensor, and leaves under other names: (name, what of it, our modules, operation).
 FUSED: dict[str, tuple] = {
-    name: (("encoder.layer.{i}.mlp.weights_in", "weight", _GATED, ("split", "transpose", 0)),
-           ("encoder.layer.{i}.mlp.weights_in", "bias", _GATED, _ROWS))
-    for name in ("dinov2", "dinov2_with_registers")
-}  # fmt: skip
+    "dinov2": _DINO_FUSED,
+    "dinov2_with_registers": _DINO_FUSED,
+    "qwen2_vl_vision": _QWEN_FUSED,
+    "qwen2_5_vl_vision": _QWEN_FUSED,
+    "qwen3_vl_vision": _QWEN_FUSED,
+    "internvl_vision": (
+        ("encoder.layer.{i}", "lambda_1", ("encoder/layers/layer_scale1/lambda1",), "copy"),
+        ("encoder.layer.{i}", "lambda_2", ("encoder/layers/layer_scale2/lambda1",), "copy"),
+    ),
+}
 IGNORED = (r"embeddings\.position_ids$", r"^(.*\.)?vision_(tower|model)\.(vision_model\.)?head\.")  # SigLIP's pooling head is not used
 
 
@@ -391,8 +496,9 @@ def read(hf: Any) -> VisionConfig:
 def names(tower: str, tree: str, disk: str) -> tuple[dict[str, str], tuple]:
     """(stacks, exceptions) of a Conversion for a tower that stands at `tree` (such as "vision_tower/") and at `disk` in names."""
     stacks = {tree.rstrip("/"): disk.rstrip("."), **{tree + ours: disk + theirs for ours, theirs in NAMES[tower].items()}}
+    leaf_of = lambda module, what: module if what.startswith("lambda") else f"{module}/{'kernel' if what == 'weight' else what}"
     exceptions = tuple(
-        (f"{disk}{name}.{what}", tuple(f"{tree}{module}/{'kernel' if what == 'weight' else what}" for module in modules), operation)
+        (f"{disk}{name}.{what}", tuple(tree + leaf_of(module, what) for module in modules), operation)
         for name, what, modules, operation in FUSED.get(tower, ())
     )
     return stacks, exceptions

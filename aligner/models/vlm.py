@@ -34,7 +34,9 @@ def read_text(hf: Any, reader: Callable[[Any], decoder.DecoderConfig] | None = N
         )
     config = families.read(reader, text) if reader else families.FAMILIES[text.model_type](text)
     tied = bool(getattr(hf, "tie_word_embeddings", False) or config.tie_word_embeddings)
-    return dataclasses.replace(config, tie_word_embeddings=tied, **flags)
+    # `transformers` puts a plain head on the inner model: what its text family does to logits (Gemma 2, Granite, Phi) it leaves out
+    plain = dict(final_softcap=None, logits_scale=1.0, head_bias=False)
+    return dataclasses.replace(config, tie_word_embeddings=tied, **plain, **flags)
 
 
 def read_tower(hf: Any, towers: Sequence[str]) -> vision.VisionConfig:
