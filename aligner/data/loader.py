@@ -265,14 +265,17 @@ def check_assets(model: Model) -> None:
         return
     if assets.processor is None or getattr(assets.processor, "image_processor", None) is None:
         raise UserError(f"the {model.family} model takes images but has no image processor; preprocessor_config.json is missing.")
-    token = image_token(assets)
-    found = assets.tokenizer.convert_tokens_to_ids(token)
-    if found != model.media.placeholder:
-        raise UserError(f"the tokenizer gives {token} the id {found}, the model's config (image_token_index) {model.media.placeholder}.")
     from PIL import Image
 
     probe = Image.new("RGB", (2 * model.media.width, model.media.height))  # wide, to see that it is made square
-    [picture] = media.read_pictures([probe], model.media, assets.processor.image_processor)
+    token, [shown] = image_token(assets), media.shown([probe], assets, model.media)
+    written = assets.tokenizer(shown.text or token, add_special_tokens=False)["input_ids"]
+    if written.count(model.media.placeholder) != len(shown.runs):
+        raise UserError(
+            f"the tokenizer gives {token} the id {assets.tokenizer.convert_tokens_to_ids(token)}, the model's config (image_token_index) "
+            f"{model.media.placeholder}."
+        )
+    picture = media.read_pictures([probe], model.media, assets.processor.image_processor)[0]
     found, wanted = picture.arrays["pixel_values"].shape[1:], blank(model.media, 1, 1)["pixel_values"].shape[1:]
     if found != wanted:
         raise UserError(

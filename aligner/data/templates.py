@@ -124,8 +124,8 @@ def chat_template(assets: Any) -> str:
 
 
 def image_token(assets: Any) -> str:
-    """The text that stands for an image in a rendered conversation."""
-    return getattr(assets.processor, "image_token", None) or "<image>"
+    """The text that stands for an image in a rendered conversation; with some families what begins an image (Gemma 3)."""
+    return getattr(assets.processor, "boi_token", None) or getattr(assets.processor, "image_token", None) or "<image>"
 
 
 def ends_with_eos(encoded: Encoded, tokenizer: Any) -> bool:
