@@ -9,13 +9,13 @@ import pytest
 import aligner
 from aligner import metrics, run
 from aligner.convert.tables import flatten
-from aligner.models import VISION_LANGUAGE
 from tests.models import tiny, vision_folders
+from tests.models.vision_configs import CASES
 
 EVERY_DAY = "qwen2_5_vl"
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f == EVERY_DAY else pytest.mark.slow) for f in [*VISION_LANGUAGE, "pixtral"]])
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f == EVERY_DAY else pytest.mark.slow) for f in [*CASES, "pixtral"]])
 def test_dpo_runs(family, tmp_path, monkeypatch):
     quick = tiny.QUICK | {"xla_allow_excess_precision": False}
     monkeypatch.setattr(run, "jit", lambda function, **options: jax.jit(function, compiler_options=quick, **options))

@@ -19,7 +19,8 @@ from aligner.data.census import Census, check_census, describe, source_code, tak
 from aligner.data.kinds import ANSWERS, ENCODERS, Kind
 from aligner.data.samples import Bad, Preference, Ranked
 from aligner.data.templates import Encoded, image_token
-from aligner.models.pictures import blank, fill
+from aligner.models.pictures import blank
+from aligner.models.pictures import fill as fill_slots
 from aligner.types import Model, UserError
 
 
@@ -131,7 +132,7 @@ def load_dataset(
             where = f"row {ids[0]}" if len(ids) == 1 else f"one of the rows {', '.join(map(str, ids))}"
             raise UserError(f"{name}, {where} of {rows.description} could be read when the run started, now not: {error}.") from error
         if pictures:
-            fill(made, media.read_pictures(pictures, model.media, model.assets.processor.image_processor), model.media)
+            fill_slots(made, media.read_pictures(pictures, model.media, model.assets.processor.image_processor), model.media)
         return made | _values(examples, kind, G, answers)
 
     fill = float(_columns(sizes, data).sum() / (T * len(plan)))

@@ -10,7 +10,7 @@ from aligner.types import Model, UserError
 VISION_LANGUAGE = {
     **{"llava": "llava", "llava_next": "llava_next", "llava_next_video": "llava_next", "llava_onevision": "llava_next"},
     **{"qwen2_vl": "qwen_vl", "qwen2_5_vl": "qwen_vl", "qwen3_vl": "qwen_vl", "paligemma": "gemma_vl", "gemma3": "gemma_vl"},
-    **{"idefics3": "idefics", "smolvlm": "idefics", "internvl": "internvl"},
+    **{"idefics2": "idefics2", "idefics3": "idefics", "smolvlm": "idefics", "internvl": "internvl", "vision_llm": "vision_llm"},
 }
 SUPPORTED = (
     *("baichuan", "bloom", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neox", "granite", "llama", "mistral"),
@@ -43,4 +43,6 @@ def from_hf(hf_config: Any, score_head: bool = False) -> Model:
         near = difflib.get_close_matches(str(family), SUPPORTED, n=1)
         hint = f"; nearest: {near[0]!r}" if near else ""
         raise UserError(f"model_type {family!r} is not supported{hint}; supported are {', '.join(SUPPORTED)}")
-    return importlib.import_module(f"aligner.models.{VISION_LANGUAGE[family]}").make(hf_config)
+    from aligner.models.vlm import UNREAD
+
+    return families.read(importlib.import_module(f"aligner.models.{VISION_LANGUAGE[family]}").make, hf_config, UNREAD)

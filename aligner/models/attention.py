@@ -25,6 +25,8 @@ class Spec:
         segment_ids, role, positions: [B, T] as in a batch.
         mask: the same thing dense, [B, 1, T, T]; made once per forward pass by `dense` for the reference backend.
         blocks: [B, T]; tokens of a segment with the same number above 0 see each other both ways; a window limits how far back.
+        media: [B, T] bool; keys that are media and keys that are text are read by a softmax each, the two results added, and media reads
+            media alone; None reads all by one.
         causal: False lets everything in a segment see everything; there are no roles then.
     """
 
@@ -33,6 +35,7 @@ class Spec:
     positions: Int[Array, "B T"] | None = None
     mask: Bool[Array, "B 1 T T"] | None = None
     blocks: Int[Array, "B T"] | None = None
+    media: Bool[Array, "B T"] | None = None
     causal: bool = struct.field(pytree_node=False, default=True)
 
 
@@ -69,6 +72,18 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
     return tuple(slopes + [2 ** (-4 * (2 * i + 1) / power) for i in range(heads - power)])
 
 
+def split_softmax(logits: Float[Array, "B K G T S"], spec: Spec) -> Float[Array, "B K G T S"]:
+    """The sum of two softmaxes, over keys that are text and over keys that are media. Where a query sees none of a kind, that softmax is zero;
+    over nothing but masked logits it would be even over all of them. Media does not read text."""
+    mask = (spec if spec.mask is not None else dense(spec)).mask[:, :, None]
+    media = spec.media[:, None, None]  # [B,1,1,T]
+    total = jnp.zeros_like(at_least_float32(logits))
+    for seen in (mask & ~media[..., None, :] & ~media[..., :, None], mask & media[..., None, :]):
+        one = jax.nn.softmax(jnp.where(seen, at_least_float32(logits), jnp.finfo(logits.dtype).min), axis=-1)
+        total += jnp.where(seen, one, 0)
+    return total
+
+
 def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
@@ -96,9 +111,12 @@ def attention(
         if slopes is not None:
             distance = spec.positions[:, :, None] - spec.positions[:, None, :]
             logits -= jnp.asarray(slopes, wide).reshape(-1, groups, 1, 1) * distance[:, None, None].astype(wide)
-        if spec is not None:
-            mask = (spec if spec.mask is not None else dense(spec)).mask
-            logits = jnp.where(mask[:, :, None], logits, jnp.finfo(wide).min)
-        weights = jax.nn.softmax(at_least_float32(logits), axis=-1).astype(v.dtype)
+        if spec is not None and spec.media is not None:
+            weights = split_softmax(logits, spec).astype(v.dtype)
+        else:
+            if spec is not None:
+                mask = (spec if spec.mask is not None else dense(spec)).mask
+                logits = jnp.where(mask[:, :, None], logits, jnp.finfo(wide).min)
+            weights = jax.nn.softmax(at_least_float32(logits), axis=-1).astype(v.dtype)
         out = jnp.einsum("bkgts,bskh->btkgh", weights, v, preferred_element_type=wide, precision=precision)
         return out.astype(q.dtype).reshape(batch, length, heads, width)

@@ -78,6 +78,7 @@ class DecoderConfig:
     final_norm: str = "norm"
     both_ways: str = ""  # what is not seen backwards only: "prompt", or "pictures", each within itself
     picture_tokens: int = 1  # of a picture, where those see each other
+    split_media: bool = False  # text reads text and pictures by two softmaxes, pictures read pictures alone (MMCA, arXiv 2309.14327)
     deepstack: int = 0  # so many first layers are each followed by features of their own, which come beside those that are merged in
 
 
@@ -203,7 +204,8 @@ class DecoderModel(nn.Module):
         x = constrain(x, "batch", None, None)
         width, turning = int(c.head_dim * c.rotary_fraction), batch.get("rope_positions", positions)
         tables = tuple(rope.tables(kind, width, c.max_position_embeddings, turning, batch["segment_ids"], x.dtype) for kind in c.rope)
-        spec = spec_of(batch).replace(blocks=both_ways(c, batch))
+        media = batch["media_index"] >= 0 if c.split_media and "media_index" in batch else None
+        spec = spec_of(batch).replace(blocks=both_ways(c, batch), media=media)
         specs = tuple(dense(spec, window) for window in c.windows)
         numbers = [jnp.asarray(of or (0,) * c.num_hidden_layers, jnp.int32) for of in (c.window_of_layer, c.rope_of_layer)]
         layers = stack(Layer, c.num_hidden_layers, self.remat, in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0, 0))

@@ -234,14 +234,21 @@ def baichuan(hf: Any) -> DecoderConfig:
 
 
 def register_configs() -> None:
-    """Teach `AutoConfig` the families that `transformers` itself reads by code from the Hub only."""
-    from transformers import AutoConfig, LlamaConfig
+    """Teach `AutoConfig` the families that `transformers` itself reads by code from the Hub only, and ours."""
+    from transformers import AutoConfig, LlamaConfig, LlavaConfig
 
     class BaichuanConfig(LlamaConfig):
         model_type = "baichuan"
         max_position_embeddings: int = 0
 
+    class VisionLLMConfig(LlavaConfig):
+        model_type = "vision_llm"
+        projector: str = "mlp"
+        projector_latents: int = 64
+        mmca: bool = False
+
     AutoConfig.register("baichuan", BaichuanConfig, exist_ok=True)
+    AutoConfig.register("vision_llm", VisionLLMConfig, exist_ok=True)
 
 
 def mixtral(hf: Any) -> DecoderConfig:
@@ -302,8 +309,13 @@ class Recorded:
         return getattr(self.hf, name)
 
 
-def read(family: Callable[[Any], DecoderConfig], hf: Any) -> DecoderConfig:
-    """The decoder's flags from a Hugging Face config.
+def read(family: Callable[[Any], Any], hf: Any, unread: frozenset[str] = UNREAD) -> Any:
+    """What `family` makes of a Hugging Face config, such as the decoder's flags.
+
+    Args:
+        family: reads the config.
+        hf: the config.
+        unread: fields that need not be read.
 
     Raises:
         UserError: a field that the family does not read has another value than its default, or one that it reads has a value that is not
@@ -313,7 +325,7 @@ def read(family: Callable[[Any], DecoderConfig], hf: Any) -> DecoderConfig:
     config = family(recorded)
     for field in dataclasses.fields(hf):
         value = getattr(hf, field.name)
-        if field.name not in recorded.read | UNREAD and value not in (field.default, None):
+        if field.name not in recorded.read | unread and value not in (field.default, None):
             raise UserError(f"{field.name}={value!r} of the {hf.model_type} config is not implemented; choose a checkpoint without it")
     return config
 

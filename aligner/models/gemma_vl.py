@@ -40,10 +40,9 @@ def config_from_hf(hf: Any) -> GemmaVLConfig:
     """Read a `PaliGemmaConfig` or a `Gemma3Config`."""
     tower = vlm.read_tower(hf, ("siglip_vision_model",))
     if hf.model_type == "paligemma":
-        backwards = copy.copy(hf)
-        backwards.text_config = copy.copy(hf.text_config)
-        backwards.text_config.use_bidirectional_attention = None  # of the prompt, it means
-        return GemmaVLConfig(vlm.read_text(backwards, both_ways="prompt"), tower, hf.image_token_index, 0)
+        text = copy.copy(hf.text_config)
+        text.use_bidirectional_attention = None  # of the prompt, it means
+        return GemmaVLConfig(vlm.read_text(hf, text=text, both_ways="prompt"), tower, hf.image_token_index, 0)
     side = tower.image_size // tower.patch_size
     pooled = side // int(hf.mm_tokens_per_image**0.5)
     text = vlm.read_text(hf, both_ways="pictures", picture_tokens=(side // pooled) ** 2)

@@ -72,13 +72,19 @@ class Projector(nn.Module):
 
 def project(config: Any, params, pixels: Any, tower: str, rngs: Any, remat: str) -> Float[Array, "N P D"]:
     """What the tower says of `pixels`, in the width of the decoder."""
+    selected = select(config, params, pixels, tower, rngs, remat)
+    return Projector(config).apply({"params": params["multi_modal_projector"]}, selected, rngs=rngs)
+
+
+def select(config: Any, params, pixels: Any, tower: str, rngs: Any, remat: str) -> Float[Array, "N P V"]:
+    """The tower's hidden states that the config asks for, side by side."""
     tree = params["vision_tower"]
     with jax.named_scope("vision_tower"):
         tree = tree["vision_model"] if tower.endswith("vision_model") else tree
         states = vision.hidden_states(config.vision_config, tree, pixels, config.vision_feature_layer, remat, rngs)
     if config.vision_feature_select_strategy == "default":
         states = [state[:, 1:] for state in states]
-    return Projector(config).apply({"params": params["multi_modal_projector"]}, jnp.concatenate(states, axis=-1), rngs=rngs)
+    return jnp.concatenate(states, axis=-1)
 
 
 def dtype_of(params) -> Any:

@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from aligner.matmul import matmul
-from aligner.models import rope
+from aligner.models import families, rope
 from aligner.models.attention import Spec, attention, dense
 from aligner.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear, RMSNorm, leaf, pick, stack
 from aligner.sharding import constrain
@@ -400,6 +400,7 @@ READERS: dict[str, Callable[[Any], VisionConfig]] = {
     "dinov2": dinov2,
     "dinov2_with_registers": dinov2,
     "pixtral": pixtral,
+    "idefics2_vision": idefics,
     "idefics3_vision": idefics,
     "smolvlm_vision": idefics,
     "internvl_vision": internvl,
@@ -434,6 +435,7 @@ NAMES: dict[str, Mapping[str, str]] = {
     "siglip_vision_model": _LAYERS,
     "dinov2": _DINO,
     "dinov2_with_registers": _DINO,
+    "idefics2_vision": _LAYERS,
     "idefics3_vision": _LAYERS,
     "smolvlm_vision": _LAYERS,
     "internvl_vision": {
@@ -488,9 +490,18 @@ FUSED: dict[str, tuple] = {
 IGNORED = (r"embeddings\.position_ids$", r"^(.*\.)?vision_(tower|model)\.(vision_model\.)?head\.")  # SigLIP's pooling head is not used
 
 
+# Fields of a tower's config that need not be read here: they are the business of what uses its features, of pre-training, or of dropout.
+UNREAD = families.UNREAD | {
+    *("vision_use_head", "projection_dim", "initializer_factor", "layerscale_value", "layer_scale_init_value", "vocab_size"),
+    *("out_features", "out_indices", "stage_names", "apply_layernorm", "reshape_hidden_states", "head_dim"),
+    *("drop_path_rate", "attention_probs_dropout_prob", "hidden_dropout_prob", "projection_dropout"),
+    *("hidden_size", "out_hidden_size", "spatial_merge_size", "window_size", "tokens_per_second", "deepstack_visual_indexes"),
+}
+
+
 def read(hf: Any) -> VisionConfig:
-    """A tower's flags from its Hugging Face config."""
-    return READERS[hf.model_type](hf)
+    """A tower's flags from its Hugging Face config; what it does not implement is refused by name."""
+    return families.read(READERS[hf.model_type], hf, UNREAD)
 
 
 def names(tower: str, tree: str, disk: str) -> tuple[dict[str, str], tuple]:

@@ -25,9 +25,26 @@ SHARDING_RULES = (
 )
 
 
-def read_text(hf: Any, reader: Callable[[Any], decoder.DecoderConfig] | None = None, **flags: Any) -> decoder.DecoderConfig:
-    """The decoder's flags from `hf.text_config`; `reader` where that is no text family of its own, `flags` what the larger model adds."""
-    text = hf.text_config
+# Fields of the larger config that need not be read: they say what a processor does, or stand in the parts' configs as well.
+UNREAD = families.UNREAD | {
+    *("image_seq_length", "image_token_index", "image_token_id", "boi_token_index", "eoi_token_index"),
+    *("video_token_index", "video_token_id", "vision_start_token_id", "vision_end_token_id", "video_seq_length"),
+    *("spatial_pool_mode", "spatial_pool_stride", "projection_dim", "hidden_size", "vocab_size", "initializer_range", "architectures"),
+}
+
+
+def read_text(
+    hf: Any, reader: Callable[[Any], decoder.DecoderConfig] | None = None, text: Any = None, **flags: Any
+) -> decoder.DecoderConfig:
+    """The decoder's flags from `hf.text_config`.
+
+    Args:
+        hf: the larger config.
+        reader: where the text is no family of its own.
+        text: in place of `hf.text_config`.
+        flags: what the larger model adds.
+    """
+    text = hf.text_config if text is None else text
     if reader is None and text.model_type not in families.FAMILIES:
         raise UserError(
             f"a {hf.model_type} checkpoint with a {text.model_type!r} part is not supported; that part may be {', '.join(families.FAMILIES)}"

@@ -38,7 +38,7 @@ _Q3 = dict(depth=3, hidden_size=16, out_hidden_size=16, intermediate_size=24, nu
 _Q3T = mrope(2, 1, 1, mrope_interleaved=True) | dict(head_dim=8)
 _G3 = dict(head_dim=8, query_pre_attn_scalar=8, sliding_window=5, layer_types=["sliding_attention", "full_attention"])
 _INTERN = {k: v for k, v in V.items() if k not in ("image_size", "patch_size")} | dict(image_size=[8, 8], patch_size=[2, 2])
-_SMALL = dict(size={"longest_edge": 16}, max_image_size={"longest_edge": 8})
+_PERCEIVER = dict(hidden_size=16, resampler_n_latents=4, resampler_depth=1, resampler_n_heads=2, resampler_head_dim=6, num_key_value_heads=1)
 
 CASES: dict[str, list[Case]] = {
     "llava": [
@@ -87,6 +87,11 @@ CASES: dict[str, list[Case]] = {
         Case(("gemma3_text", _G3), ("siglip_vision_model", V | NO_HEAD), dict(mm_tokens_per_image=4)),
         Case(("gemma3_text", dict(_G3, sliding_window=3)), ("siglip_vision_model", dict(V, patch_size=4) | NO_HEAD), dict(mm_tokens_per_image=4)),
         Case(("gemma3_text", _G3), ("siglip_vision_model", V), dict(mm_tokens_per_image=16)),
+    ],
+    "idefics2": [
+        Case(("mistral", {}), ("", V), dict(perceiver_config=_PERCEIVER)),
+        Case(("mistral", dict(sliding_window=5)), ("", dict(V, image_size=14)), dict(perceiver_config=dict(_PERCEIVER, resampler_depth=2))),
+        Case(("llama", {}), ("", V), dict(perceiver_config=dict(_PERCEIVER, resampler_n_latents=3, num_key_value_heads=2))),
     ],
     "idefics3": [
         Case(("llama", {}), ("", V), dict(scale_factor=2)),
@@ -188,6 +193,15 @@ def processed(family: str, hf: Any, rows: list[int], rng: np.random.Generator) -
                 canvas[place, : sum(map(len, used))] = np.concatenate(used)
         mask = (canvas != 0).any(axis=2).astype(np.int64)
         return dict(pixel_values=canvas, pixel_attention_mask=mask), by_row({n: each * count for n, count in tiles.items()})
+    if family == "idefics2":
+        canvas = np.zeros((len(rows), max(1, *(len(ROWS[row]) for row in rows)), 3, size, size), np.float32)
+        mask = np.zeros((*canvas.shape[:2], size, size), np.int64)
+        for place, row in enumerate(rows):
+            for slot, n in enumerate(ROWS[row]):
+                h, w = (min(size, side) // patch * patch for side in SIZES[n])
+                canvas[place, slot, :, :h, :w], mask[place, slot, :h, :w] = one(n, 3, h, w), 1
+        latents = hf.perceiver_config.resampler_n_latents
+        return dict(pixel_values=canvas, pixel_attention_mask=mask), by_row(dict.fromkeys(range(3), latents))
     if family == "internvl":
         each = int(side * hf.downsample_ratio**2)
     elif family == "gemma3":
