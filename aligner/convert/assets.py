@@ -97,7 +97,7 @@ class Assets:
         try:
             return self._pretrained(AutoProcessor, "processor")
         except UserError as error:
-            if "orchvision" not in str(error.__cause__):
+            if "orchvision" not in str(error.__cause__) and not isinstance(error.__cause__, RecursionError):
                 raise
         return Processor(self._pretrained(AutoImageProcessor, "image processor"), self._image_token(), self._template())
 
@@ -125,6 +125,6 @@ class Assets:
     def _pretrained(self, auto: Any, what: str) -> Any:
         try:
             return auto.from_pretrained(self.folder)
-        except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"{self.folder} has no {what} that transformers can load ({reason}).") from error

@@ -91,11 +91,11 @@ def _tower_config(folder: Path) -> dict[str, Any]:
 
 def _tower_params(model: Model, folder: Path, kind: str) -> dict[str, Any]:
     """The tower's leaves by our names, from its own checkpoint."""
-    from aligner.models import vision, vlm
+    from aligner.models import towers, vlm
 
     path = "vision_tower/vision_model" if kind in ("clip_vision_model", "siglip_vision_model") else "vision_tower"
     prefix = "vision_model." if path.endswith("vision_model") else ""
-    stacks, exceptions = vision.names(kind, path + "/", prefix)
+    stacks, exceptions = towers.names(kind, path + "/", prefix)
     renames = ((r"^(?!vision_model\.|text_model\.|logit|visual_projection|text_projection)", prefix),) if prefix else ()
     alone = dataclasses.replace(
         model,

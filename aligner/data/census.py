@@ -31,8 +31,8 @@ class Census:
 
     Attributes:
         row_ids: [N] int64, the kept rows.
-        sizes: [N,6] int64: prompt tokens, tokens of all answers, how many of them are scored, answers, slots for images, and 1 where every answer
-            ends with EOS.
+        sizes: [N,6] int64: prompt tokens, tokens of all answers, how many of them are scored, answers, slots for images, and 1 where
+            every answer ends with EOS.
         dropped: reason -> (count, up to three row numbers).
         details: reason -> what was wrong with its first row.
         fingerprint: sha256 over row numbers, token ids, image bytes, image-processor settings and the chat template.

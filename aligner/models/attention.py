@@ -73,8 +73,10 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
 
 
 def split_softmax(logits: Float[Array, "B K G T S"], spec: Spec) -> Float[Array, "B K G T S"]:
-    """The sum of two softmaxes, over keys that are text and over keys that are media. Where a query sees none of a kind, that softmax is zero;
-    over nothing but masked logits it would be even over all of them. Media does not read text."""
+    """The sum of two softmaxes, over keys that are text and over keys that are media. Media does not read text.
+
+    Where a query sees none of a kind, that softmax is zero; over nothing but masked logits it would be even over all of them.
+    """
     mask = (spec if spec.mask is not None else dense(spec)).mask[:, :, None]
     media = spec.media[:, None, None]  # [B,1,1,T]
     total = jnp.zeros_like(at_least_float32(logits))

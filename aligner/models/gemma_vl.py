@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from aligner.models import decoder, vision, vlm
+from aligner.models import decoder, towers, vision, vlm
 from aligner.models.layers import Linear, RMSNorm, leaf
 from aligner.models.pictures import Shown
 from aligner.types import Batch, Media, Model
@@ -95,7 +95,7 @@ def make(hf: Any) -> Model:
         parts={_PATH: vlm.tower_params(tower),
                "multi_modal_projector": vlm.module_params(Projector(config), (1, tower.num_patches, tower.hidden_size))},
         encode=encode,
-        conversion=vlm.conversion(hf, config.text_config, vlm.llava_names, [vision.names("siglip_vision_model", _PATH + "/", disk)],
+        conversion=vlm.conversion(hf, config.text_config, vlm.llava_names, [towers.names("siglip_vision_model", _PATH + "/", disk)],
                                   **vlm.llava_renames(disk)),
         media=Media(config.image_token_index, config.features, tower.image_size, tower.image_size, show=show if gemma3 else None),
         roles=None if gemma3 else roles,

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from aligner.models import decoder, vision, vlm
+from aligner.models import decoder, towers, vision, vlm
 from aligner.models.layers import Linear
 from aligner.models.pictures import Picture, Shown
 from aligner.types import Batch, Media, Model, UserError
@@ -79,7 +79,7 @@ def make(hf: Any) -> Model:
         features = project.apply({"params": connector}, joined, rngs=rngs)
         return features.reshape(len(batch["pixel_values"]), -1, features.shape[-1])
 
-    stacks, exceptions = vision.names(hf.vision_config.model_type, "vision_model/", "model.vision_model.")
+    stacks, exceptions = towers.names(hf.vision_config.model_type, "vision_model/", "model.vision_model.")
     return vlm.assemble(
         hf,
         config,

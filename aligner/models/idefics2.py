@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from aligner.models import decoder, vision, vlm
+from aligner.models import decoder, towers, vision, vlm
 from aligner.models.pictures import Picture, Shown
 from aligner.models.resampler import GatedMLP, Resampler, ResamplerConfig
 from aligner.types import Batch, Media, Model
@@ -85,7 +85,7 @@ def make(hf: Any) -> Model:
         features = Resampler(perceiver, remat).apply({"params": connector["perceiver_resampler"]}, context, real, rngs=rngs)
         return features.reshape(len(batch["pixel_values"]), -1, features.shape[-1])
 
-    stacks, exceptions = vision.names("idefics2_vision", "vision_model/", "model.vision_model.")
+    stacks, exceptions = towers.names("idefics2_vision", "vision_model/", "model.vision_model.")
     resampler = "connector/perceiver_resampler"
     stacks |= {"connector": "model.connector", f"{resampler}/layers": "model.connector.perceiver_resampler.layers.{i}"}
     shapes = ((1, 1, perceiver.width), (1, 1))

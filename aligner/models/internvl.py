@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 
-from aligner.models import decoder, vision, vlm
+from aligner.models import decoder, towers, vision, vlm
 from aligner.models.layers import ACTIVATIONS, LayerNorm, Linear
 from aligner.models.pictures import Shown
 from aligner.types import Batch, Media, Model, UserError
@@ -36,8 +36,8 @@ def config_from_hf(hf: Any) -> InternVLConfig:
     """Read an `InternVLConfig`."""
     if hf.vision_feature_select_strategy != "default" or not isinstance(hf.vision_feature_layer, int):
         raise UserError(
-            f"vision_feature_select_strategy={hf.vision_feature_select_strategy!r} with vision_feature_layer={hf.vision_feature_layer} of the "
-            "internvl config is not implemented; 'default' with one layer is"
+            f"vision_feature_select_strategy={hf.vision_feature_select_strategy!r} with vision_feature_layer={hf.vision_feature_layer} of "
+            "the internvl config is not implemented; 'default' with one layer is"
         )
     return InternVLConfig(
         text_config=vlm.read_text(hf),
@@ -78,14 +78,14 @@ def make(hf: Any) -> Model:
         token = assets.tokenizer.convert_ids_to_tokens(config.image_token_id)
         return Shown(tiles, (tiles * config.features,), f"<img>{token}</img>")
 
+    names = towers.names("internvl_vision", "vision_tower/", "vision_tower.")
     return vlm.assemble(
         hf,
         config,
         parts={"vision_tower": vlm.tower_params(tower),
                "multi_modal_projector": vlm.module_params(Projector(config), (1, tower.hidden_size * config.joined**2))},
         encode=encode,
-        conversion=vlm.conversion(hf, config.text_config, vlm.llava_names, [vision.names("internvl_vision", "vision_tower/", "vision_tower.")],
-                                  **vlm.llava_renames("vision_tower.")),
+        conversion=vlm.conversion(hf, config.text_config, vlm.llava_names, [names], **vlm.llava_renames("vision_tower.")),
         media=Media(config.image_token_id, config.features, tower.image_size, tower.image_size, show=show),
         trained_layers=vlm.tower_layers("vision_tower", tower, (config.layer,)),
     )  # fmt: skip

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from aligner.models import decoder, vision, vlm
+from aligner.models import decoder, towers, vision, vlm
 from aligner.models.layers import ACTIVATIONS, Linear
 from aligner.models.pictures import Picture, Shown
 from aligner.types import Batch, Media, Model, UserError
@@ -112,7 +112,7 @@ def make(hf: Any) -> Model:
         config,
         parts=parts(config, path, patch_dummy(tower) if mixed else None),
         encode=encode,
-        conversion=vlm.conversion(hf, config.text_config, vlm.llava_names, [vision.names(hf.vision_config.model_type, path + "/", disk)],
+        conversion=vlm.conversion(hf, config.text_config, vlm.llava_names, [towers.names(hf.vision_config.model_type, path + "/", disk)],
                                   **vlm.llava_renames(disk)),
         media=mixed_media(hf, config) if mixed else Media(config.image_token_index, config.features, tower.image_size, tower.image_size),
         trained_layers=vlm.tower_layers(path, tower, config.vision_feature_layer),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from aligner.models import llava, vision, vlm
+from aligner.models import llava, towers, vlm
 from aligner.models.pictures import Picture, Row, Shown
 from aligner.types import Batch, Media, Model, UserError
 
@@ -161,7 +161,7 @@ def make(hf: Any) -> Model:
         config,
         parts={**llava.parts(config, path), "image_newline": newline},
         encode=encode,
-        conversion=vlm.conversion(hf, config.text_config, vlm.llava_names, [vision.names(hf.vision_config.model_type, path + "/", disk)],
+        conversion=vlm.conversion(hf, config.text_config, vlm.llava_names, [towers.names(hf.vision_config.model_type, path + "/", disk)],
                                   **vlm.llava_renames(disk, "multi_modal_projector|image_newline")),
         media=media(config),
         trained_layers=vlm.tower_layers(path, config.vision_config, config.vision_feature_layer),

@@ -7,6 +7,7 @@ fixed shapes and gather indices.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,19 +109,14 @@ def deal(batch: Mapping[str, Any], processed: Mapping[str, Any], media: Media) -
     pictures = read(media, processed)
     text = {name: np.asarray(array) for name, array in batch.items()}
     places = text["tokens"] == media.placeholder
-    ends = np.cumsum([len(picture.index) for picture in pictures])
-    upto = np.searchsorted(ends, np.cumsum(places.sum(axis=1)))  # the last picture of each row
-    if places.sum() != (ends[-1] if len(ends) else 0) or any(
-        count and ends[last] != total for last, count, total in zip(upto, places.sum(axis=1), np.cumsum(places.sum(axis=1)))
-    ):
-        takes = [len(picture.index) for picture in pictures]
+    counts, takes = places.sum(axis=1), [len(picture.index) for picture in pictures]
+    ends, total = np.cumsum([0, *takes]), np.cumsum([0, *counts])  # of pictures and of rows, in placeholders
+    if ends[-1] != total[-1] or not np.isin(total, ends).all():
         raise UserError(
-            f"{len(pictures)} images, which take {takes} placeholders, do not fit placeholder counts {places.sum(axis=1).tolist()} of the rows"
+            f"{len(pictures)} images, which take {takes} placeholders, do not fit placeholder counts {counts.tolist()} of the rows"
         )
-    groups, first = [], 0
-    for last, count in zip(upto, places.sum(axis=1)):
-        groups.append(pictures[first : last + 1] if count else [])
-        first = last + 1 if count else first
+    borders = np.searchsorted(ends, total)
+    groups = [pictures[first:last] for first, last in pairwise(borders)]
     slots = max(1, *(sum(len(picture.arrays["pixel_values"]) for picture in group) for group in groups))
     rows = []
     for number, group in enumerate(groups):
@@ -139,9 +135,9 @@ def turning_positions(row: Row, pictures: Sequence[Picture]) -> Row:
 
     An answer that shares its prompt with others goes on where the prompt ends.
     """
-    grids = [np.indices(picture.grid).reshape(2, -1) for picture in pictures]
-    offsets = np.concatenate([np.stack([0 * grid[0], *grid], axis=1) for grid in grids] or [np.zeros((1, 3), int)])
-    advance = np.concatenate([np.append(np.zeros(grid.shape[1] - 1, int), max(grid.max(axis=1)) + 1) for grid in grids] or [np.zeros(1, int)])
+    offsets = [np.stack([0 * r, r, c], axis=-1).reshape(-1, 3) for r, c in (np.indices(picture.grid) for picture in pictures)]
+    advance = [np.append(np.zeros(len(inside) - 1, int), inside.max() + 1) for inside in offsets]
+    offsets, advance = np.concatenate([*offsets, np.zeros((1, 3), int)]), np.concatenate([*advance, [0]])
     out = np.zeros((len(row["tokens"]), 3), np.int32)
     for segment in np.unique(row["segment_ids"][row["segment_ids"] > 0]):
         inside = row["segment_ids"] == segment

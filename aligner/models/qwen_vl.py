@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from aligner.models import decoder, families, vision, vlm
+from aligner.models import decoder, families, towers, vision, vlm
 from aligner.models.layers import ACTIVATIONS, Linear
 from aligner.models.pictures import Picture, Shown, turning_positions
 from aligner.types import Batch, Media, Model, UserError
@@ -48,7 +48,7 @@ def config_from_hf(hf: Any) -> QwenVLConfig:
     reader = (lambda text: families.common(text, qk_norm="head")) if third else families.qwen2
     return QwenVLConfig(
         text_config=vlm.read_text(hf, reader, deepstack=len(deepstack)),
-        vision_config=vision.read(tower),
+        vision_config=towers.read(tower),
         image_token_id=hf.image_token_id,
         spatial_merge_size=tower.spatial_merge_size,
         window=tower.window_size // tower.spatial_merge_size // tower.patch_size if hasattr(tower, "window_size") else 0,
@@ -187,7 +187,7 @@ def make(hf: Any) -> Model:
         parts=parts,
         encode=lambda params, batch, rngs, remat: encode(config, params, batch, rngs, remat),
         conversion=vlm.conversion(
-            hf, config.text_config, names, [vision.names(hf.vision_config.model_type, "visual/", disk), (more, ())], **layouts
+            hf, config.text_config, names, [towers.names(hf.vision_config.model_type, "visual/", disk), (more, ())], **layouts
         ),
         media=media(config),
     )

@@ -1,4 +1,4 @@
-"""A perceiver resampler (arXiv 2103.03206, as Flamingo and Idefics2 use it): learned queries read an image's features into a fixed number."""
+"""A perceiver resampler (arXiv 2103.03206, as in Idefics2): learned queries read an image's features into a fixed number."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ class CrossAttention(nn.Module):
     config: ResamplerConfig
 
     @nn.compact
-    def __call__(self, latents: Float[Array, "N L D"], context: Float[Array, "N P D"], mask: Bool[Array, "N 1 L S"]) -> Float[Array, "N L D"]:
+    def __call__(
+        self, latents: Float[Array, "N L D"], context: Float[Array, "N P D"], mask: Bool[Array, "N 1 L S"]
+    ) -> Float[Array, "N L D"]:
         c = self.config
         both = jnp.concatenate([context, latents], axis=1)
 

@@ -10,11 +10,10 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from aligner.models import llava, vision, vlm
+from aligner.models import llava, towers, vision, vlm
 from aligner.models.layers import Linear
 from aligner.models.resampler import Resampler, ResamplerConfig
 from aligner.types import Batch, Media, Model, UserError
@@ -89,7 +88,7 @@ def make(hf: Any) -> Model:
         parts={path: vlm.tower_params(tower), "multi_modal_projector": vlm.module_params(projector_of(config), shape)},
         encode=encode,
         conversion=vlm.conversion(hf, config.text_config, vlm.llava_names,
-                                  [vision.names(hf.vision_config.model_type, path + "/", disk), (stacks, ())], **vlm.llava_renames(disk)),
+                                  [towers.names(hf.vision_config.model_type, path + "/", disk), (stacks, ())], **vlm.llava_renames(disk)),
         media=Media(config.image_token_index, config.features, tower.image_size, tower.image_size),
         trained_layers=vlm.tower_layers(path, tower, config.vision_feature_layer),
     )  # fmt: skip

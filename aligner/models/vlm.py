@@ -4,6 +4,7 @@ the features, and the names of both on disk."""
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aligner.models import decoder, families, pictures, vision
+from aligner.models import decoder, families, pictures, towers, vision
 from aligner.models.layers import rngs
 from aligner.types import Array, Conversion, Media, Model, Output, Params, UserError
 
@@ -45,10 +46,8 @@ def read_text(
         flags: what the larger model adds.
     """
     text = hf.text_config if text is None else text
-    if reader is None and text.model_type not in families.FAMILIES:
-        raise UserError(
-            f"a {hf.model_type} checkpoint with a {text.model_type!r} part is not supported; that part may be {', '.join(families.FAMILIES)}"
-        )
+    if reader is None:
+        _check_part(hf, text.model_type, tuple(families.FAMILIES))
     config = families.read(reader, text) if reader else families.FAMILIES[text.model_type](text)
     tied = bool(getattr(hf, "tie_word_embeddings", False) or config.tie_word_embeddings)
     # `transformers` puts a plain head on the inner model: what its text family does to logits (Gemma 2, Granite, Phi) it leaves out
@@ -56,13 +55,17 @@ def read_text(
     return dataclasses.replace(config, tie_word_embeddings=tied, **plain, **flags)
 
 
-def read_tower(hf: Any, towers: Sequence[str]) -> vision.VisionConfig:
-    """The tower's flags from `hf.vision_config`, which must be one of `towers`."""
-    if hf.vision_config.model_type not in towers:
-        raise UserError(
-            f"a {hf.model_type} checkpoint with a {hf.vision_config.model_type!r} part is not supported; that part may be {', '.join(towers)}"
-        )
-    return vision.read(hf.vision_config)
+def read_tower(hf: Any, kinds: Sequence[str]) -> vision.VisionConfig:
+    """The tower's flags from `hf.vision_config`, which must be one of `kinds`."""
+    _check_part(hf, hf.vision_config.model_type, kinds)
+    return towers.read(hf.vision_config)
+
+
+def _check_part(hf: Any, found: str, kinds: Sequence[str]) -> None:
+    if found not in kinds:
+        near = difflib.get_close_matches(str(found), kinds, n=1)
+        hint = f" (nearest: {near[0]!r})" if near else ""
+        raise UserError(f"a {hf.model_type} checkpoint with a {found!r} part is not supported{hint}; that part may be {', '.join(kinds)}")
 
 
 def llava_names(name: str) -> str:
@@ -108,14 +111,14 @@ def conversion(
         hf: the model's config.
         text: the decoder's.
         names: a decoder tensor's name in a model of text alone -> in this one.
-        parts: (stacks, exceptions) of what stands beside the decoder, such as `vision.names` gives.
+        parts: (stacks, exceptions) of what stands beside the decoder, such as `towers.names` gives.
         more: other fields of Conversion.
     """
     base = families.conversion(hf.text_config.model_type, text, "language_model/", names)
     stacks, exceptions = dict(base.stacks), base.exceptions
     for more_stacks, more_exceptions in parts:
         stacks, exceptions = stacks | more_stacks, (*exceptions, *more_exceptions)
-    ignored = (*base.ignored, *vision.IGNORED, *more.pop("ignored", ()))
+    ignored = (*base.ignored, *towers.IGNORED, *more.pop("ignored", ()))
     return dataclasses.replace(base, stacks=stacks, exceptions=exceptions, ignored=ignored, **more)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from aligner.likelihood import make_likelihood
-from aligner.models import SUPPORTED, decoder, from_hf, pictures, vision
+from aligner.models import SUPPORTED, decoder, from_hf, pictures, towers, vision
 from aligner.models.layers import ACTIVATIONS, REMAT, LayerNorm, Linear, RMSNorm
 from aligner.sharding import tree_paths
 from aligner.types import Media, UserError
@@ -155,7 +155,7 @@ def test_what_stands_in_an_empty_image_slot_does_not_matter(llava):
 
 
 def tower():
-    config = vision.read(tiny.llava_config().vision_config)
+    config = towers.read(tiny.llava_config().vision_config)
     params = tiny.family("llava").params["vision_tower"]["vision_model"]
     pixels = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 8, 3)), jnp.float32)
     return config, params, pixels

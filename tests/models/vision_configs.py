@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ class Case(NamedTuple):
 
     text: tuple[str, dict]
     vision: tuple[str, dict]
-    more: dict = {}
+    more: dict = MappingProxyType({})
 
 
 def mrope(*sections: int, **more) -> dict:
@@ -112,9 +113,8 @@ def hf_config(family: str, case: Case) -> Any:
     """The case as a config of `transformers`."""
     from transformers import CONFIG_MAPPING
 
-    case = copy.deepcopy(case)
     cls = CONFIG_MAPPING[family]
-    (text, text_fields), (vision, vision_fields) = case.text, case.vision
+    (text, text_fields), (vision, vision_fields) = copy.deepcopy((case.text, case.vision))
     if "sliding_window" in text_fields and "layer_types" not in text_fields and text == "gemma2":
         text_fields["layer_types"] = ["sliding_attention", "full_attention"]
     tied = text_fields.get("tie_word_embeddings")
@@ -132,7 +132,7 @@ def hf_config(family: str, case: Case) -> Any:
         ids |= dict(projection_dim=16, hidden_size=16)
     if tied is not None:
         ids["tie_word_embeddings"] = tied
-    return cls(**parts, **ids, **case.more)
+    return cls(**parts, **ids, **copy.deepcopy(dict(case.more)))
 
 
 SIZES = [(13, 20), (9, 6), (6, 17)]  # (height, width) of the pictures; the first row has one, the second none, the third two

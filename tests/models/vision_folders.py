@@ -57,7 +57,8 @@ def tokenizer(family: str, image: str = "<image>") -> Any:
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in words if word[0] in "<["])
     named = {"image_token": image, "boi_token": "<start>", "eoi_token": "<end>", "start_image_token": "<img>", "end_image_token": "</img>",
-             "video_token": "<video>", "context_image_token": image}  # fmt: skip
+             "video_token": "<video>", "context_image_token": image, "image_boundary_token": "<fake_token_around_image>",
+             "fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>"}  # fmt: skip
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         chat_template=TEMPLATE.replace("MARK", "<start>" if family == "gemma3" else image), extra_special_tokens=named, model_max_length=1024,
