@@ -55,7 +55,7 @@ class CrossAttention(nn.Module):
             return Linear(heads * c.head_dim, name=name)(x).reshape(*x.shape[:2], heads, c.head_dim)
 
         q, k, v = project("q_proj", c.heads, latents), project("k_proj", c.kv_heads, both), project("v_proj", c.kv_heads, both)
-        out = attention(q, k, v, Spec(None, mask=mask), scale=c.head_dim**-0.5)
+        out = attention(q, k, v, Spec(None, mask=mask, causal=False), scale=c.head_dim**-0.5)
         return Linear(c.width, name="o_proj")(out.reshape(*latents.shape[:2], -1))
 
 
