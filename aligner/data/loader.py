@@ -19,6 +19,8 @@ from aligner.data.census import Census, check_census, describe, source_code, tak
 from aligner.data.kinds import ANSWERS, ENCODERS, Kind
 from aligner.data.samples import Bad, Preference, Ranked
 from aligner.data.templates import Encoded, image_token
+from aligner.models.pictures import blank
+from aligner.models.pictures import fill as fill_slots
 from aligner.types import Model, UserError
 
 
@@ -81,6 +83,7 @@ def load_dataset(
     if data.get("loss_on", "assistant") not in turns.LOSS_ON:
         raise UserError(f"config.data.loss_on is {data.loss_on!r}; it must be one of {', '.join(turns.LOSS_ON)}.")
     rows = sources.open_rows(source, name)
+    model = media.looking_in(model, rows.folder)
     formatter_name, to_sample = formatters.find_formatter(source.formatter, rows.columns(), name, kind.takes)
     check_assets(model)
     pairs = needs.startswith("unpaired") and _makes_pairs(rows, to_sample)
@@ -129,7 +132,7 @@ def load_dataset(
             where = f"row {ids[0]}" if len(ids) == 1 else f"one of the rows {', '.join(map(str, ids))}"
             raise UserError(f"{name}, {where} of {rows.description} could be read when the run started, now not: {error}.") from error
         if pictures:
-            made["pixel_values"][: len(pictures)] = media.pixel_values(pictures, model.assets.processor.image_processor)
+            fill_slots(made, media.read_pictures(pictures, model.media, model.assets.processor.image_processor), model.media)
         return made | _values(examples, kind, G, answers)
 
     fill = float(_columns(sizes, data).sum() / (T * len(plan)))
@@ -263,18 +266,22 @@ def check_assets(model: Model) -> None:
         return
     if assets.processor is None or getattr(assets.processor, "image_processor", None) is None:
         raise UserError(f"the {model.family} model takes images but has no image processor; preprocessor_config.json is missing.")
-    token = image_token(assets)
-    found = assets.tokenizer.convert_tokens_to_ids(token)
-    if found != model.media.placeholder:
-        raise UserError(f"the tokenizer gives {token} the id {found}, the model's config (image_token_index) {model.media.placeholder}.")
     from PIL import Image
 
     probe = Image.new("RGB", (2 * model.media.width, model.media.height))  # wide, to see that it is made square
-    size = media.pixel_values([probe], assets.processor.image_processor).shape[1:3]
-    if size != (model.media.height, model.media.width):
+    token, [shown] = image_token(assets), media.shown([probe], assets, model.media)
+    written = assets.tokenizer(shown.text or token, add_special_tokens=False)["input_ids"]
+    if written.count(model.media.placeholder) != len(shown.runs):
         raise UserError(
-            f"the image processor gives images of {size[0]} x {size[1]}, the model's vision tower takes {model.media.height} x "
-            f"{model.media.width}; set size and crop_size in preprocessor_config.json."
+            f"the tokenizer gives {token} the id {assets.tokenizer.convert_tokens_to_ids(token)}, the model's config (image_token_index) "
+            f"{model.media.placeholder}."
+        )
+    picture = media.read_pictures([probe], model.media, assets.processor.image_processor)[0]
+    found, wanted = picture.arrays["pixel_values"].shape[1:], blank(model.media, 1, 1)["pixel_values"].shape[1:]
+    if found != wanted:
+        raise UserError(
+            f"the image processor gives images of {' x '.join(map(str, found))}, the model's vision tower takes "
+            f"{' x '.join(map(str, wanted))}; set size and crop_size in preprocessor_config.json."
         )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from aligner.data import media as media_files
 from aligner.data.samples import Bad, Preference, TwoSided, images_of, is_conversation, parts_of
+from aligner.models.pictures import Shown
 from aligner.types import Media, UserError
 
 # Used where a checkpoint brings no template: Vicuna's manner, as LLaVA-1.5 was trained.
@@ -31,6 +33,7 @@ class Encoded(NamedTuple):
         images: references of the images, in reading order.
         scored: bool [m_r] each, which tokens of the answers are scored; None scores all.
         values: numbers that belong to the example, by the name of their column in the batch, such as a label.
+        slots: of a row's pixels that its images fill; None is one each.
     """
 
     prompt: np.ndarray
@@ -38,6 +41,7 @@ class Encoded(NamedTuple):
     images: tuple[Any, ...] = ()
     scored: tuple[np.ndarray, ...] | None = None
     values: Mapping[str, Any] | None = None
+    slots: int | None = None
 
 
 def encode_preference(sample: Preference, assets: Any, media: Media | None = None) -> Encoded:
@@ -60,6 +64,7 @@ def encode_two_sided(sample: TwoSided, assets: Any, media: Media | None = None) 
         sides[0].prompt[:shared],
         tuple(np.concatenate(parts) for parts in answers),
         sides[0].images,
+        slots=sides[0].slots,
         scored=tuple(np.repeat([False, True], [len(part) for part in parts]) for parts in answers),
     )
 
@@ -82,16 +87,17 @@ def encode_answers(prompt: Any, answers: tuple[Any, ...], assets: Any, media: Me
     """
     tokenizer = assets.tokenizer
     images = images_of(prompt)
+    shown = media_files.shown(images, assets, media)
     if not prompt:
         raise Bad("empty prompt", "nothing stands before the answers")
     if any(images_of(answer) for answer in answers):
         raise Bad("image placeholders", "an answer holds an image; images are supported in prompts")
     if is_conversation(prompt) or any(is_conversation(answer) for answer in answers):
-        texts = [render(prompt, assets, add_generation_prompt=True)]
-        texts += [render(prompt + answer, assets) for answer in answers]
+        texts = [render(prompt, assets, shown, add_generation_prompt=True)]
+        texts += [render(prompt + answer, assets, shown) for answer in answers]
         special = adds_special_tokens(texts[0], assets)
     else:
-        start = _plain(prompt, assets)
+        start = write(_plain(prompt, assets), assets, shown)
         texts = [start] + [start + plain_text(answer, assets) for answer in answers]
         special = True
     tokenised = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
@@ -106,7 +112,7 @@ def encode_answers(prompt: Any, answers: tuple[Any, ...], assets: Any, media: Me
         raise Bad("answers are equal", "the answers have the same tokens")
     if any((tail == media.placeholder).any() for tail in tails if media is not None):
         raise Bad("image placeholders", "an answer's text holds an image token")
-    return Encoded(head[expansion(head, images, media)], tails, images)
+    return Encoded(head[expansion(head, shown, media, len(images))], tails, images, slots=slots_of(shown))
 
 
 def chat_template(assets: Any) -> str:
@@ -118,8 +124,8 @@ def chat_template(assets: Any) -> str:
 
 
 def image_token(assets: Any) -> str:
-    """The text that stands for an image in a rendered conversation."""
-    return getattr(assets.processor, "image_token", None) or "<image>"
+    """The text that stands for an image in a rendered conversation; with some families what begins an image (Gemma 3)."""
+    return getattr(assets.processor, "boi_token", None) or getattr(assets.processor, "image_token", None) or "<image>"
 
 
 def ends_with_eos(encoded: Encoded, tokenizer: Any) -> bool:
@@ -127,8 +133,25 @@ def ends_with_eos(encoded: Encoded, tokenizer: Any) -> bool:
     return all(tokenizer.eos_token_id in answer[-4:] for answer in encoded.answers)  # templates may add white space after it
 
 
-def render(conversation: list[dict], assets: Any, **options: Any) -> Any:
+def slots_of(shown: Sequence[Shown]) -> int:
+    """How many slots all of these pictures fill."""
+    return sum(one.slots for one in shown)
+
+
+def write(text: str, assets: Any, shown: Sequence[Shown]) -> str:
+    """The text with each picture written as its model wants it, in place of one image token."""
+    if not any(one.text for one in shown):
+        return text
+    token = image_token(assets)
+    between = text.split(token)  # text that holds fewer or more tokens than pictures is caught where ids are expanded
+    written = [one.text or token for one in shown] + [token] * len(between)
+    return "".join(part for pair in zip(between, [*written[: len(between) - 1], ""]) for part in pair)
+
+
+def render(conversation: list[dict], assets: Any, shown: Sequence[Shown] = (), **options: Any) -> Any:
     """What the chat template makes of a conversation: its text, or what else `options` of `apply_chat_template` ask for.
+
+    `shown` says how its pictures, the first of which come first, are written.
 
     Raises:
         Bad: the template refuses the conversation.
@@ -146,7 +169,8 @@ def render(conversation: list[dict], assets: Any, **options: Any) -> Any:
         # The tokenizer renders for processors as well: all that a template needs is the messages and the special tokens.
         # One at a time: what notes where {% generation %} stands belongs to the compiled template, which threads share.
         with _RENDERING:
-            return assets.tokenizer.apply_chat_template(messages, chat_template=chat_template(assets), **{"tokenize": False} | options)
+            made = assets.tokenizer.apply_chat_template(messages, chat_template=chat_template(assets), **{"tokenize": False} | options)
+            return write(made, assets, shown) if isinstance(made, str) else made
     except (TemplateError, TypeError) as error:
         raise Bad("chat template", f"the chat template refuses the conversation: {error}") from error
 
@@ -176,7 +200,7 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     return int(different.argmax()) if different.any() else length
 
 
-def expansion(tokens: np.ndarray, images: tuple[Any, ...], media: Media | None) -> np.ndarray:
+def expansion(tokens: np.ndarray, shown: Sequence[Shown], media: Media | None, images: int) -> np.ndarray:
     """Indices that repeat every image's placeholder once per feature: what the processor does to the text, without its pixels."""
     places = np.arange(len(tokens))
     if media is None:
@@ -184,6 +208,9 @@ def expansion(tokens: np.ndarray, images: tuple[Any, ...], media: Media | None) 
             raise Bad(NO_IMAGES)
         return places
     marks = tokens == media.placeholder
-    if marks.sum() != len(images):
-        raise Bad("image placeholders", f"the text holds {marks.sum()} image tokens for {len(images)} images")
-    return np.repeat(places, np.where(marks, media.features, 1))
+    runs = [run for one in shown for run in one.runs]
+    if marks.sum() != len(runs):
+        raise Bad("image placeholders", f"the text holds {marks.sum()} image tokens for {images} images")
+    times = np.ones(len(tokens), np.int64)
+    times[marks] = runs
+    return np.repeat(places, times)

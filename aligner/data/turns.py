@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from aligner.data import media as media_files
 from aligner.data.samples import Bad, Document, Supervised, images_of, is_conversation
-from aligner.data.templates import Encoded, adds_special_tokens, chat_template, common_prefix, encode_answers, expansion, plain_text, render
+from aligner.data.templates import (
+    Encoded,
+    adds_special_tokens,
+    chat_template,
+    common_prefix,
+    encode_answers,
+    expansion,
+    plain_text,
+    render,
+    slots_of,
+    write,
+)
+from aligner.models.pictures import Shown
 from aligner.types import Media, UserError
 
 LOSS_ON = ("assistant", "last", "all")
@@ -35,21 +49,22 @@ def encode_supervised(sample: Supervised, assets: Any, media: Media | None = Non
         encoded = encode_answers(prompt, (rest,), assets, media)
         if loss_on != "all":
             return encoded
-        return _scored(np.concatenate([encoded.prompt, *encoded.answers]), None, encoded.images, placeholder)
+        return _scored(np.concatenate([encoded.prompt, *encoded.answers]), None, encoded.images, placeholder)._replace(slots=encoded.slots)
     whole = [*prompt, *rest] if is_conversation(rest) else rest
     images = images_of(whole)
+    shown = media_files.shown(images, assets, media)
     if is_conversation(rest):
-        ids, mask = _turns(whole, assets, loss_on)
+        ids, mask = _turns(whole, assets, loss_on, shown)
         if prompt and loss_on != "all":
-            alone, _ = _tokens(render(prompt, assets, add_generation_prompt=True), assets)
+            alone, _ = _tokens(render(prompt, assets, shown, add_generation_prompt=True), assets)
             mask[: common_prefix(alone, ids)] = False
     else:
-        ids, mask = np.array(assets.tokenizer(plain_text(rest, assets), verbose=False)["input_ids"], np.int32), None
-    places = expansion(ids, images, media)
+        ids, mask = np.array(assets.tokenizer(write(plain_text(rest, assets), assets, shown), verbose=False)["input_ids"], np.int32), None
+    places = expansion(ids, shown, media, len(images))
     ids, mask = ids[places], None if mask is None else mask[places]
     if mask is not None and (mask & (ids == placeholder)).any():
         raise Bad("image placeholders", "an assistant's turn holds an image")
-    return _scored(ids, mask, images, placeholder)
+    return _scored(ids, mask, images, placeholder)._replace(slots=slots_of(shown))
 
 
 def encode_document(sample: Document, assets: Any) -> Encoded:
@@ -80,20 +95,20 @@ def _tokens(text: str, assets: Any, **options: Any) -> tuple[np.ndarray, Any]:
     return np.array(found["input_ids"], np.int32), found.get("offset_mapping")
 
 
-def _turns(conversation: list[dict], assets: Any, loss_on: str) -> tuple[np.ndarray, np.ndarray | None]:
+def _turns(conversation: list[dict], assets: Any, loss_on: str, shown: Sequence[Shown] = ()) -> tuple[np.ndarray, np.ndarray | None]:
     """(ids, mask) of a whole conversation, placeholders not yet expanded; no mask where all is scored."""
-    text = render(conversation, assets)
+    text = render(conversation, assets, shown)
     if loss_on == "all":
         return _tokens(text, assets)[0], None
     if not any(message["role"] == "assistant" for message in conversation):
         raise Bad("nothing to imitate", "the conversation has no turn of the assistant")
-    if _has_generation_marks(chat_template(assets)):
+    if _has_generation_marks(chat_template(assets)) and not any(one.text for one in shown):
         ids, mask = _by_generation_marks(conversation, text, assets)
         spans = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8)])) == 1)
         if loss_on == "last" and len(spans):
             mask[: spans[-1]] = False
     else:
-        ids, mask = _by_rendering(conversation, text, assets, loss_on)
+        ids, mask = _by_rendering(conversation, text, assets, loss_on, shown)
     if not mask.any():
         raise Bad("nothing to imitate", f"the chat template marks no token as the assistant's: {_head(assets)}")
     return ids, mask
@@ -111,7 +126,7 @@ def _by_generation_marks(conversation: list[dict], text: str, assets: Any) -> tu
     return ids, np.pad(mask, (before, len(ids) - len(bare) - before))
 
 
-def _by_rendering(conversation: list[dict], text: str, assets: Any, loss_on: str) -> tuple[np.ndarray, np.ndarray]:
+def _by_rendering(conversation: list[dict], text: str, assets: Any, loss_on: str, shown: Sequence[Shown]) -> tuple[np.ndarray, np.ndarray]:
     """The template does not say: rendering parts of the conversation shows where each turn of the assistant stands."""
     if not assets.tokenizer.is_fast:
         raise UserError("the tokenizer cannot say where in the text its tokens stand; add tokenizer.json to the checkpoint folder.")
@@ -120,7 +135,7 @@ def _by_rendering(conversation: list[dict], text: str, assets: Any, loss_on: str
     mask = np.zeros(len(ids), bool)
     turns = [number for number, message in enumerate(conversation) if message["role"] == "assistant"]
     for number in turns[-1:] if loss_on == "last" else turns:
-        start, end = _span(conversation, number, text, assets)
+        start, end = _span(conversation, number, text, assets, shown)
         words = start + len(text[start:end].rstrip())  # a token over the start is the answer's, one over the end if it holds its words
         inside = np.flatnonzero((ends > start) & (ends > starts) & ((ends <= end) | (starts < words)) & (starts < end))
         if len(inside):
@@ -128,23 +143,23 @@ def _by_rendering(conversation: list[dict], text: str, assets: Any, loss_on: str
     return ids, mask
 
 
-def _span(conversation: list[dict], number: int, text: str, assets: Any) -> tuple[int, int]:
+def _span(conversation: list[dict], number: int, text: str, assets: Any, shown: Sequence[Shown]) -> tuple[int, int]:
     """Where in the text a turn of the assistant stands, with what the template ends it with.
 
     Usually the text grows turn by turn: the turn is what follows the prompt that asks for it, up to where the next one begins. Some
     templates write a turn differently when others follow (reasoning is left out); then it is what changes in the text when its words do.
     """
-    after = render(conversation[: number + 1], assets)
+    after = render(conversation[: number + 1], assets, shown)
     eos = assets.tokenizer.eos_token or ""
     shorter = after.removesuffix(eos)  # some end the whole conversation once more
     end = next((len(way) for way in (after, shorter, after.rstrip(), shorter.rstrip()) if text.startswith(way)), None)
-    if number and end is not None and text.startswith(render(conversation[:number], assets).removesuffix(eos).rstrip()):
-        return _common(text, render(conversation[:number], assets, add_generation_prompt=True)), end
+    if number and end is not None and text.startswith(render(conversation[:number], assets, shown).removesuffix(eos).rstrip()):
+        return _common(text, render(conversation[:number], assets, shown, add_generation_prompt=True)), end
     marked = [dict(message, content=_MARKER) if i == number else message for i, message in enumerate(conversation)]
-    other = render(marked, assets)
+    other = render(marked, assets, shown)
     start = _common(text, other)
     end = len(text) - _common(text[:start:-1], other[:start:-1])
-    alone = render(marked[: number + 1], assets)
+    alone = render(marked[: number + 1], assets, shown)
     return start, end + _common(text[end:], alone[alone.find(_MARKER) + 1 :])
 
 

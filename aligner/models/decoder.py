@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from aligner.models import moe, rope
 from aligner.models.attention import Spec, alibi_slopes, attention, dense, spec_of
-from aligner.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear, RMSNorm, at_least_float32, rngs, stack
+from aligner.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear, RMSNorm, at_least_float32, pick, rngs, stack
 from aligner.sharding import constrain
 from aligner.types import Batch, Conversion, Head, Model, Output, Params
 
@@ -77,6 +77,10 @@ class DecoderConfig:
     mlp_names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     qk_norm_names: tuple[str, str] = ("q_norm", "k_norm")
     final_norm: str = "norm"
+    both_ways: str = ""  # what is not seen backwards only: "prompt", or "pictures", each within itself
+    picture_tokens: int = 1  # of a picture, where those see each other
+    split_media: bool = False  # text reads text and pictures by two softmaxes, pictures read pictures alone (MMCA, arXiv 2309.14327)
+    deepstack: int = 0  # so many first layers are each followed by features of their own, which come beside those that are merged in
 
 
 def make_norm(config: DecoderConfig, name: str) -> nn.Module:
@@ -151,7 +155,9 @@ class Layer(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], specs: tuple[Spec, ...], tables: tuple[tuple[Array, Array], ...], window, kind):
+    def __call__(
+        self, x: Float[Array, "B T D"], specs: tuple[Spec, ...], tables: tuple[tuple[Array, Array], ...], deep, window, kind, number
+    ):
         c = self.config
 
         def normed(name: str, y: Array) -> Array:
@@ -172,14 +178,10 @@ class Layer(nn.Module):
             y, load = SparseMLP(c, name="mlp")(into, specs[0].segment_ids > 0)
         else:
             y = MLP(c, name="mlp")(into)
-        return constrain(add(x, y, c.mlp_out_norm), "batch", None, None), load
-
-
-def pick(kinds: tuple, index: Array) -> Any:
-    """The one of a few alike trees that a layer's number says; layers differ, their program does not."""
-    if len(kinds) == 1:
-        return kinds[0]
-    return jax.tree.map(lambda *leaves: jax.lax.select_n(index, *leaves), *kinds)
+        x = add(x, y, c.mlp_out_norm)
+        if deep is not None:
+            x = x + pick((*deep, jnp.zeros_like(deep[0])), jnp.minimum(number, len(deep)))
+        return constrain(x, "batch", None, None), load
 
 
 class DecoderModel(nn.Module):
@@ -194,8 +196,11 @@ class DecoderModel(nn.Module):
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         if "embedding_noise" in batch:  # [B,T,D], from an algorithm that trains with it
             x = x + batch["embedding_noise"].astype(x.dtype)
+        deep = None
         if features is not None:
+            features, *deep = jnp.split(features, 1 + c.deepstack, axis=-1)
             x = merge(x, features, batch["media_index"])
+            deep = tuple(merge(jnp.zeros_like(x), more, batch["media_index"]) for more in deep) or None
         if c.embedding_size:
             x = Linear(c.hidden_size, init_scale=c.initializer_range, name="project_in")(x)
         if c.learned_positions:
@@ -204,12 +209,14 @@ class DecoderModel(nn.Module):
         if c.embedding_norm:
             x = make_norm(c, c.embedding_norm)(x)
         x = constrain(x, "batch", None, None)
-        width = int(c.head_dim * c.rotary_fraction)
-        tables = tuple(rope.tables(kind, width, c.max_position_embeddings, positions, batch["segment_ids"], x.dtype) for kind in c.rope)
-        specs = tuple(dense(spec_of(batch), window) for window in c.windows)
+        width, turning = int(c.head_dim * c.rotary_fraction), batch.get("rope_positions", positions)
+        tables = tuple(rope.tables(kind, width, c.max_position_embeddings, turning, batch["segment_ids"], x.dtype) for kind in c.rope)
+        media = batch["media_index"] >= 0 if c.split_media and "media_index" in batch else None
+        spec = spec_of(batch).replace(blocks=both_ways(c, batch), media=media)
+        specs = tuple(dense(spec, window) for window in c.windows)
         numbers = [jnp.asarray(of or (0,) * c.num_hidden_layers, jnp.int32) for of in (c.window_of_layer, c.rope_of_layer)]
-        layers = stack(Layer, c.num_hidden_layers, self.remat, in_axes=(nn.broadcast, nn.broadcast, 0, 0))
-        x, load = layers(c, name="layers")(x, specs, tables, *numbers)
+        layers = stack(Layer, c.num_hidden_layers, self.remat, in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0, 0))
+        x, load = layers(c, name="layers")(x, specs, tables, deep, *numbers, jnp.arange(c.num_hidden_layers))
         if load is not None:
             for name, value in zip(("router_count", "router_probability"), load):
                 self.sow("aux", name, jnp.sum(value, axis=0))
@@ -230,6 +237,15 @@ class CausalLM(nn.Module):
         if self.is_initializing() and not c.tie_word_embeddings:
             Linear(c.vocab_size, c.head_bias, c.initializer_range, name="lm_head")(x)
         return x
+
+
+def both_ways(config: DecoderConfig, batch: Batch) -> Array | None:
+    """Which tokens see each other both ways, by a number above 0 [B,T]; None where all see backwards only."""
+    if config.both_ways == "prompt":
+        return (batch["role"] == 0).astype(jnp.int32)
+    if config.both_ways and "media_index" in batch:
+        return batch["media_index"] // config.picture_tokens + 1
+    return None
 
 
 def merge(x: Float[Array, "B T D"], features: Float[Array, "B F D"], media_index) -> Float[Array, "B T D"]:
@@ -266,6 +282,11 @@ def text_batch(inputs: Mapping[str, Any], positions_from_mask: bool = False) -> 
     return {name: jnp.asarray(array) for name, array in arrays.items()}
 
 
+def aux_of(variables: Mapping[str, Any]) -> dict[str, Array]:
+    """What the layers noted beside the hidden states, by name."""
+    return {name: value for name, (value,) in variables.get("aux", {}).get("model", {}).items()}
+
+
 def dummy_batch() -> Batch:
     """The smallest batch, for `init`."""
     return text_batch({"input_ids": np.zeros((1, 1), np.int32)})
@@ -291,7 +312,7 @@ def make(config: DecoderConfig, family: str, conversion: Conversion) -> Model:
 
     def apply(params, batch, *, features=None, cache=None, key=None, remat="none") -> Output:
         hidden, variables = CausalLM(config, remat).apply({"params": params}, batch, features, rngs=rngs(key), mutable=["aux"])
-        return Output(hidden, {name: value for name, (value,) in variables.get("aux", {}).get("model", {}).items()}, cache)
+        return Output(hidden, aux_of(variables), cache)
 
     return Model(
         family=family,

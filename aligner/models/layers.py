@@ -6,6 +6,7 @@ than the array that `init` made (a quantised kernel, a kernel with adapters).
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -113,6 +114,13 @@ class LayerNorm(nn.Module):
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         return (wide * scale + bias).astype(x.dtype)
+
+
+def pick(kinds: tuple, index: Array) -> Any:
+    """The one of a few alike trees that a layer's number says; layers differ, their program does not."""
+    if len(kinds) == 1:
+        return kinds[0]
+    return jax.tree.map(lambda *leaves: jax.lax.select_n(index, *leaves), *kinds)
 
 
 # What the backward pass may keep of a layer; the rest is computed again. "context" is attention's output before its projection.
