@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -181,11 +181,12 @@ def blank_pictures(source: str | Path, folder: str | Path) -> None:
 # ---- the checkpoints
 
 
-def make_tokenizer(vocab_size: int):
+def make_tokenizer(vocab_size: int, texts: Iterable[str] = ()):
     """A byte-level BPE trained on the demo's sentences; it adds <s> in front and takes any text.
 
     Args:
         vocab_size: upper bound on its tokens, special ones included; at least 261 (bytes and special tokens).
+        texts: more to train it on.
 
     Returns:
         A `transformers` fast tokenizer.
@@ -213,7 +214,7 @@ def make_tokenizer(vocab_size: int):
     # Once with a space in front and once without, as the words stand in a conversation; the demo's words weigh most.
     words = [text for question, answers in QUESTIONS.values() for text in (question, *answers.values())]
     sentences = 20 * [text for word in words for text in (word, " " + word, "USER: \n" + word + " ASSISTANT: ")]
-    tokenizer.train_from_iterator(sentences + ENGLISH.splitlines(), trainer)
+    tokenizer.train_from_iterator([*sentences, *ENGLISH.splitlines(), *texts], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
