@@ -141,12 +141,17 @@ def test_noise_only_while_training(llama):
 
 def test_how_strong_the_noise_is(llama):
     segments = jnp.asarray([[1] * 4 + [2] * 16 + [0] * 12, [1] * 25 + [0] * 7])
-    noise = np.asarray(sft.neftune(jax.random.key(0), segments, llama.model.head(llama.params), alpha=5.0))
+    head = llama.model.head(llama.params)
+    noise = np.asarray(sft.neftune(jax.random.key(0), segments, head, alpha=5.0))
     assert noise.shape == (2, 32, tiny.TEXT["hidden_size"])
     for row, columns, length in ((0, slice(0, 4), 4), (0, slice(4, 20), 16), (1, slice(0, 25), 25)):
         bound = 5.0 / np.sqrt(length * tiny.TEXT["hidden_size"])
         largest = np.abs(noise[row, columns]).max()
         assert 0.8 * bound < largest <= bound and abs(noise[row, columns].mean()) < 0.2 * bound
+        with jax.enable_x64(True):
+            exact = sft.neftune(jax.random.key(0), segments, head._replace(weight=head.weight.astype(float)), alpha=5.0)
+            drawn = jax.random.uniform(jax.random.key(0), noise.shape, jnp.float32, -1, 1)
+            np.testing.assert_allclose(exact[row, columns], np.float64(drawn[row, columns]) * bound, rtol=1e-10)
 
 
 @pytest.mark.parametrize(
