@@ -15,7 +15,6 @@ import json
 import re
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,12 +36,14 @@ class Run(NamedTuple):
         rows: name of a data set, see `make_rows`.
         rises: names in metrics.jsonl that must rise.
         settings: of config.algorithm.
+        start: the run whose export this one starts from; "" is the random model.
     """
 
     algorithm: Callable[[], ConfigDict]
     rows: str
     rises: tuple[str, ...]
     settings: dict[str, Any]
+    start: str = ""
 
 
 REWARDS = ("rewards/margins", "rewards/accuracies")
@@ -60,7 +61,8 @@ def dpo(*loss_type: str, rows: str = "hh_rlhf", **settings: Any) -> Run:
 
 RUNS = {
     "sft": one(common.sft, "dpo_en", "mean_token_accuracy"),
-    "sft, dft": one(common.sft, "dpo_en", "mean_token_accuracy", loss_type="dft"),
+    # -p log p is least where nothing is likely: DFT is for a model that has learned something
+    "sft, dft": one(common.sft, "dpo_en", "mean_token_accuracy", loss_type="dft")._replace(start="sft"),
     "cpt": one(common.cpt, "wiki", "mean_token_accuracy"),
     "distillation": one(common.distillation, "dpo_en", "agreement"),
     "reward": one(common.reward, "hh_rlhf", *SCORES, center_rewards_coefficient=0.01),
@@ -172,16 +174,21 @@ def make_models(data: Path, out: Path) -> None:
         tokenizer.save_pretrained(out / name)
 
 
-def train(run: Run, rows: dict[str, Any], out: Path, workdir: Path, steps: int) -> None:
+def folder_of(name: str, out: Path) -> Path:
+    return out / re.sub(r"\W+", "_", name)
+
+
+def train(name: str, rows: dict[str, Any], out: Path, steps: int) -> None:
     """One run; what it tells goes to WORKDIR/log.txt."""
     from aligner.run import run as train_
 
-    config = common.base()
+    run, workdir, config = RUNS[name], folder_of(name, out), common.base()
     config.algorithm = run.algorithm()
     config.algorithm.update(run.settings)
     if config.algorithm.name == "distillation":
         config.algorithm.teacher = str(out / "models" / "teacher")
-    config.model.path = str(out / "models" / ("llava" if "image_folder" in rows else "llama"))
+    start = folder_of(run.start, out) / "export" if run.start else out / "models" / ("llava" if "image_folder" in rows else "llama")
+    config.model.path = str(start)
     config.model.dtype = "float32"
     config.reference.cache = str(out / "reference")
     config.data.train.update(rows)
@@ -193,9 +200,11 @@ def train(run: Run, rows: dict[str, Any], out: Path, workdir: Path, steps: int) 
     config.optim.schedule = "constant"
     config.train.steps = steps
     config.log.every = 1
+    config.checkpoint.export = name in {other.start for other in RUNS.values()}
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / "log.txt").open("a") as log, contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):
         train_(config, workdir)
+    shutil.rmtree(workdir / "checkpoints")
 
 
 def ends(records: list[dict], name: str) -> tuple[float, float]:
@@ -245,19 +254,17 @@ def main() -> None:
     make_models(options.data, options.out / "models")
     rows = make_rows(options.data, options.out / "rows")
     found, failed = {}, []
-    print(f"means of the first and of the last {ENDS} steps\n\n| algorithm | rows | loss | what must rise | seconds |\n|---|---|---|---|---|")
+    print(f"means of the first and of the last {ENDS} steps\n\n| algorithm | rows | loss | what must rise |\n|---|---|---|---|")
     for name in tqdm(options.only or RUNS, unit="run", disable=not sys.stderr.isatty()):
-        run, workdir, started = RUNS[name], options.out / re.sub(r"\W+", "_", name), time.monotonic()
-        if len(read(workdir)) < options.steps:
-            train(run, rows[run.rows], options.out, workdir, options.steps)
-            shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
-        found[name] = read(workdir)
+        run = RUNS[name]
+        if len(read(folder_of(name, options.out))) < options.steps:
+            train(name, rows[run.rows], options.out, options.steps)
+        found[name] = read(folder_of(name, options.out))
         loss, measures = ends(found[name], "loss"), {key: ends(found[name], key) for key in run.rises}
         improved = loss[1] < loss[0] and all(last > first for first, last in measures.values())
         failed += [] if improved else [name]
         shown = "; ".join(f"{key} {first:.3g} -> {last:.3g}" for key, (first, last) in measures.items())
-        tqdm.write(f"| {name:24} | {run.rows:9} | {loss[0]:.4g} -> {loss[1]:.4g} | {shown} | {time.monotonic() - started:.0f} |"
-                   + ("" if improved else "  NOT IMPROVED"))  # fmt: skip
+        tqdm.write(f"| {name} | {run.rows} | {loss[0]:.4g} -> {loss[1]:.4g} | {shown} |" + ("" if improved else "  NOT IMPROVED"))
     draw(found, options.out / "curves.png")
     print(f"curves: {options.out / 'curves.png'}")
     if failed:
