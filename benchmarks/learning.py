@@ -97,6 +97,7 @@ RUNS = {
     "cpo": one(common.cpo, "hh_rlhf", *REWARDS),
     "simpo": one(common.simpo, "hh_rlhf", *REWARDS, beta=2.0),
     "alphapo": one(common.alphapo, "hh_rlhf", *REWARDS, beta=2.0),
+    "tpo": one(common.tpo, "triples", *REWARDS, beta=0.1),
     "sso": one(common.sso, "two_sided", *REWARDS),
     "image: sft": one(common.sft, "scienceqa", "mean_token_accuracy"),
     "image: reward": one(common.reward, "scienceqa", *SCORES),
@@ -126,6 +127,8 @@ def make_rows(data: Path, out: Path) -> dict[str, dict[str, Any]]:
     # an answer to another prompt is the worst
     worst = [answers(other)[0][:300] for other in pairs[1:] + pairs[:1]]
     ranked = [{"conversations": [says("human", prompt(row)), says("gpt", [*answers(row), last])]} for row, last in zip(pairs, worst)]
+    triples = [{"prompt": prompt(row), "reference": answers(row)[0], "chosen": answers(row)[1], "rejected": last}
+               for row, last in zip(pairs, worst)]  # fmt: skip
     scored = [{"prompt": prompt(row), "completions": answers(row), "scores": [1.0, -1.0]} for row in pairs]
     turns = lambda row, answer: [says("human", prompt(row)), says("gpt", answer)]
     two_sided = [
@@ -140,6 +143,7 @@ def make_rows(data: Path, out: Path) -> dict[str, dict[str, Any]]:
         "wiki": dict(path=str(text / "wiki_demo.txt"), sample_by="line", size=40),
         "safe_rlhf": dict(path=str(text / "pku_saferlhf_32.json"), formatter="safe_rlhf_cost"),
         "ranked": write("ranked", ranked),
+        "triples": write("triples", triples),
         "scored": write("scored", scored),
         "two_sided": write("two_sided", two_sided),
         "scienceqa": write("scienceqa", [right_and_wrong(row) for row in json.loads((pictures / "questions.json").read_text())])

@@ -107,6 +107,20 @@ def alphapo() -> ConfigDict:
     return config
 
 
+def tpo() -> ConfigDict:
+    """config.algorithm for TPO, TRL's defaults: pairs and a third, gold answer."""
+    return ConfigDict(
+        dict(
+            name="tpo",
+            loss_type="sigmoid",  # sigmoid, hinge: log-probabilities summed; ipo, tpo-l: averaged per token
+            beta=0.01,
+            label_smoothing=0.0,  # probability that a label is wrong; sigmoid and tpo-l
+            tpo_alpha=1.0,  # weight of the negative log-likelihood per token of the gold answers
+            tpo_l_gamma=0.5,  # tpo-l: margin of rewards, subtracted after beta
+        )
+    )
+
+
 def sso() -> ConfigDict:
     """config.algorithm for SSO's two-sided loss."""
     return ConfigDict(

@@ -44,6 +44,10 @@ CPO = {
     "alphapo": {"loss_type": "simpo", "cpo_alpha": 0.0, "alpha": 0.1}, "alphapo, below 0": {"loss_type": "simpo", "alpha": -0.2},
 }  # fmt: skip
 ORPO = {"orpo": {}, "orpo, strong": {"beta": 1.0}}
+TPO = {
+    "sigmoid": {}, "sigmoid, smoothed": {"label_smoothing": 0.2, "beta": 0.3}, "hinge": {"loss_type": "hinge"}, "ipo": {"loss_type": "ipo"},
+    "tpo-l": {"loss_type": "tpo-l", "beta": 2.0, "tpo_l_gamma": 1.0}, "no gold": {"tpo_alpha": 0.0},
+}  # fmt: skip
 SFT = {"nll": {"loss_type": "nll"}, "dft": {"loss_type": "dft"}}
 REWARD = {"reward": {}, "margin": {"margin": True}, "centred": {"margin": True, "center_rewards_coefficient": 0.05}}
 DISTILLATION = {f"{trainer}, beta {beta}, temperature {temperature}": {"trainer": trainer, "beta": beta, "temperature": temperature}
@@ -196,6 +200,23 @@ def orpo(arrays: dict[str, np.ndarray], changes: dict[str, Any]) -> tuple[Any, A
     return reference_free(bare(ORPOTrainer, **({"beta": 0.1} | changes)), arrays, average=True)
 
 
+def tpo(arrays: dict[str, np.ndarray], changes: dict[str, Any]) -> tuple[Any, Any, dict[str, float]]:
+    """The gold answer to a prompt is here the chosen one to the next. Two words make logits: the one that stands there and all others."""
+    import torch
+    from trl.experimental.tpo import TPOTrainer
+
+    c = {"beta": 0.01, "loss_type": "sigmoid", "label_smoothing": 0.0, "tpo_alpha": 1.0, "tpo_l_gamma": 0.5} | changes
+    n = len(arrays["label"])
+    rows = np.concatenate([np.arange(2 * n), np.roll(np.arange(n), -1)])[: (3 if c["tpo_alpha"] else 2) * n]
+    logps, mask = torch.tensor(arrays["logps"][rows], requires_grad=True), torch.tensor(arrays["mask"][rows])
+    here = torch.where(mask > 0, logps, -1.0)
+    logits = torch.nn.functional.pad(torch.stack([here, torch.log(-torch.expm1(here))], -1), (0, 0, 0, 1))
+    trainer = bare(TPOTrainer, model=stub({0: SimpleNamespace(logits=logits)}), **c)
+    loss = trainer._compute_loss(trainer.model, as_inputs({"mask": arrays["mask"][rows]}, slice(None)), return_outputs=False)
+    names = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+    return loss, logps, {name: trainer._metrics["train"][name][-1] for name in names}
+
+
 def sft(arrays: dict[str, np.ndarray], changes: dict[str, Any]) -> tuple[Any, Any, dict[str, float]]:
     import torch
     from trl import SFTTrainer
@@ -241,8 +262,10 @@ def distillation(arrays: dict[str, np.ndarray], changes: dict[str, Any]) -> tupl
     return _chunked_divergence_loss(student, teacher, head, head, mask, **options)[0], student, {}
 
 
-TRAINERS = {"dpo": (dpo, DPO), "kto": (kto, KTO), "cpo": (cpo, CPO), "orpo": (orpo, ORPO), "sft": (sft, SFT), "reward": (reward, REWARD),
-            "distillation": (distillation, DISTILLATION)}  # fmt: skip
+TRAINERS = {
+    "dpo": (dpo, DPO), "kto": (kto, KTO), "cpo": (cpo, CPO), "orpo": (orpo, ORPO), "tpo": (tpo, TPO), "sft": (sft, SFT),
+    "reward": (reward, REWARD), "distillation": (distillation, DISTILLATION),
+}  # fmt: skip
 
 
 def main() -> None:

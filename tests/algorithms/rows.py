@@ -14,7 +14,7 @@ from aligner.types import Model
 from tests.models import tiny
 
 VOCAB = 17
-ANSWERS = {"supervised": 1, "text": 1, "unpaired_alone": 1, "two_sided": 4, "ranked": 4, "ranked_last": 4, "scored_last": 4}  # else 2
+ANSWERS = {"supervised": 1, "text": 1, "unpaired_alone": 1, "triple": 3, "two_sided": 4, "ranked": 4, "ranked_last": 4, "scored_last": 4}  # else 2
 
 
 def make_examples(kind: str, count: int = 8, seed: int = 1, model: Model | None = None) -> list[Encoded]:

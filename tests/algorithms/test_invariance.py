@@ -51,6 +51,8 @@ SETTINGS = {
     "cpo": common.cpo,
     "simpo": common.simpo,
     "alphapo": common.alphapo,
+    "tpo": common.tpo,
+    "tpo-l": lambda: changed(common.tpo(), loss_type="tpo-l", tpo_alpha=0.5, beta=2.0),
     "sso": common.sso,
 }
 ORDER = [5, 2, 7, 0, 1, 3, 6, 4]

@@ -58,9 +58,9 @@ class Case:
         """[N, R] log-probabilities per token."""
         return np.array([[answer.sum() / max(len(answer), 1) for answer in row] for row in self.tokens(x["logp"])])
 
-    def nll(self, x: dict) -> complex:
-        """Per token of the first answers."""
-        return -np.concatenate([row[0] for row in self.tokens(x["logp"])]).mean()
+    def nll(self, x: dict, answer: int = 0) -> complex:
+        """Per token of the answers at a place."""
+        return -np.concatenate([row[answer] for row in self.tokens(x["logp"])]).mean()
 
     def lists(self, values: np.ndarray) -> list[np.ndarray]:
         """The values of the answers that there are."""
@@ -175,6 +175,8 @@ PAPERS = {
     "cpo": lambda c, x: -ls(BETA * difference(c.h(x) + c.reference)).mean() + c.nll(x),
     "simpo": lambda c, x: -ls(BETA * difference(c.average(x)) - 0.5).mean(),
     "alphapo": lambda c, x: -ls(BETA * difference((1 - np.exp(c.average(x)) ** -0.25) / 0.25) - 0.5).mean(),
+    "tpo": lambda c, x: -ls(0.01 * difference(c.h(x) + c.reference)).mean() + c.nll(x, 2),
+    "tpo-l": lambda c, x: -ls(2.0 * difference(c.average(x)) - 0.5).mean() + 0.5 * c.nll(x, 2),
     "sso": sso,
 }
 

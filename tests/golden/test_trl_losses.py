@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aligner.algorithms import cpo, dpo, kto, orpo, reward, sft
+from aligner.algorithms import cpo, dpo, kto, orpo, reward, sft, tpo
 from aligner.likelihood import answer_lengths, sum_answers
 from aligner.logprobs import divergence
 from aligner.metrics import values
@@ -121,6 +121,26 @@ def compare(record, found, gradient, mask=1.0, bar=BAR, least=0.0) -> None:
     assert np.abs((np.asarray(gradient) - expected) * mask).max() <= bar * max(np.abs(expected).max(), least)
     for metric in record["metrics"].keys() - SKIPPED:
         assert values(metrics)[metric] == pytest.approx(record["metrics"][metric], rel=BAR, abs=1e-9), metric
+
+
+@pytest.mark.parametrize("record", of("tpo"))
+def test_tpo_equals_trl(record):
+    """The gold answer is the chosen one of the next pair."""
+    arrays, config = BATCHES[record["batch"]], common.base()
+    config.algorithm = common.tpo()
+    config.algorithm.update(record["settings"])
+    n = len(arrays["label"])
+    side = lambda x: np.concatenate([x[:n], x[n:], np.roll(x[:n], -1, axis=0)], axis=1)
+    with jax.enable_x64(True):
+        mask = side(arrays["mask"]).astype(np.int32)
+        role = 1 + np.arange(mask.shape[1]) // (mask.shape[1] // 3)
+        batch = {"score_segment": mask, "score_role": mask * role, "example_id": np.arange(n)[:, None]}
+        tokens = {name: jnp.zeros(mask.shape) for name in ("entropy", "correct", "mean_logit")}
+        scores = lambda logps: Scores(sum_answers(logps, batch, 3), answer_lengths(batch, 3).astype(float), {"logp": logps, **tokens}, {})
+        loss = lambda logps: reduced(tpo.make(config, None).objective, scores(logps), batch)
+        found, gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(side(arrays["logps"])))
+    parts = np.split(np.asarray(gradient), 3, axis=1)
+    compare(record, found, np.concatenate(parts)[: len(record["gradient"])])
 
 
 @pytest.mark.parametrize("record", of("sft"))
