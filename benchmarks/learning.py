@@ -14,6 +14,7 @@ import contextlib
 import json
 import re
 import shutil
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -212,9 +213,9 @@ def train(name: str, rows: dict[str, Any], out: Path, steps: int) -> None:
 
 
 def ends(records: list[dict], name: str) -> tuple[float, float]:
-    """Means over the first and the last steps."""
-    values = [record[name] for record in records]
-    return sum(values[:ENDS]) / ENDS, sum(values[-ENDS:]) / ENDS
+    """Means over the first and the last steps; a batch without a bad answer, say, has no margin."""
+    mean = lambda some: statistics.mean(record[name] for record in some if name in record)
+    return mean(records[:ENDS]), mean(records[-ENDS:])
 
 
 def read(workdir: Path) -> list[dict]:
@@ -235,10 +236,9 @@ def draw(found: dict[str, list[dict]], path: Path) -> None:
     for axis in axes.flat[len(found) :]:
         axis.set_axis_off()
     for axis, (name, records) in zip(axes.flat, found.items()):
-        steps = [record["step"] for record in records]
-        axis.plot(steps, [record["loss"] for record in records], color="tab:blue", linewidth=0.8)
         other = axis.twinx()
-        other.plot(steps, [record[RUNS[name].rises[0]] for record in records], color="tab:orange", linewidth=0.8)
+        for where, key, colour in ((axis, "loss", "tab:blue"), (other, RUNS[name].rises[0], "tab:orange")):
+            where.plot(*zip(*((record["step"], record[key]) for record in records if key in record)), color=colour, linewidth=0.8)
         axis.set_title(f"{name} ({RUNS[name].rises[0]})", fontsize=8)
         for each in (axis, other):
             each.tick_params(labelsize=6)
