@@ -27,6 +27,10 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps all that it 
 
 def start_jax() -> None:
     """Compile cache on, and all processes joined where a launcher started several."""
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        # Each simulated device holds a thread for every collective it waits in, and XLA has no more threads than cores or devices: where
+        # two collectives of a step do not depend on each other, all may wait for one that finds no thread, and the run dies.
+        os.environ.setdefault("NPROC", "32")
     import jax
 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "aligner" / "jax"))

@@ -16,7 +16,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from aligner.data.samples import Bad, Document, Preference, Ranked, Supervised, TwoSided, Unpaired, is_conversation, parts_of
+from aligner.data.samples import Bad, Document, Preference, Ranked, Supervised, Triple, TwoSided, Unpaired, is_conversation, parts_of
 from aligner.types import UserError
 
 Formatter = Callable[[dict[str, Any]], Any]
@@ -321,6 +321,19 @@ def sso(row: dict[str, Any]) -> TwoSided:
     turns = place_images(messages_of(row["chosen"])[:-1], images_in(row))
     good, bad = ([{"role": "system", "content": row[name]}] * bool(row[name]) + turns for name in ("p_system", "n_system"))
     return TwoSided(Preference(good, answers["chosen"], answers["rejected"]), Preference(bad, answers["raw"], answers["chosen"]))
+
+
+@formatter("tpo", needs=("chosen", "rejected", "reference"), makes=Triple)
+def tpo(row: dict[str, Any]) -> Triple:
+    """TRL's rows for TPO: a pair, and the gold answer to the same prompt in `reference`. Without `prompt` all three are whole texts."""
+    pair, gold = trl(row), row["reference"]
+    if row.get("prompt") is None:
+        chosen, rejected, gold = (x if isinstance(x, str) else messages_of(x) for x in (row["chosen"], row["rejected"], gold))
+        prompt = split_prompt(chosen, rejected)[0]
+        if gold[: len(prompt)] != prompt:
+            raise Bad("no shared prompt", "`reference` does not begin with what chosen and rejected begin with; a column `prompt` says it")
+        gold = gold[len(prompt) :]
+    return Triple(pair, messages_of(gold) if is_conversation(pair.chosen) else gold)
 
 
 @formatter("scores", needs=("prompt", "completions", "scores"), makes=Ranked)
