@@ -45,6 +45,6 @@ def smaller_is_harmful(row: dict):
     """A formatter: the demo's pairs with a label for each answer."""
     import dataclasses
 
-    from aligner.data.formatters import trl
+    from aligner.data.by_columns import trl
 
     return dataclasses.replace(trl(row), safe=(1, -1))

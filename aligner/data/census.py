@@ -83,10 +83,11 @@ def take_census(
         try:
             return _look(index, encode(index), rows, model, max_length)
         except Bad as bad:
-            if bad.reason == templates.NO_IMAGES:
+            if bad.reason in (templates.NO_IMAGES, templates.NO_SOUND):
+                held, takes = ("an image", "text only") if bad.reason == templates.NO_IMAGES else ("audio or video", "neither")
                 raise UserError(
-                    f"config.{name}: row {index} of {rows.description} holds an image, but the {model.family} model takes text only; "
-                    "choose a model that sees, or rows without images."
+                    f"config.{name}: row {index} of {rows.description} holds {held}, but the {model.family} model takes {takes}; "
+                    "choose a model that does, or rows without."
                 ) from None
             return bad
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aligner.data.samples import Bad, Preference, TwoSided, images_of, is_conversation, parts_of
+from aligner.data.samples import Bad, Preference, TwoSided, images_of, is_conversation, media_of, parts_of
 from aligner.types import Media, UserError
 
 # Used where a checkpoint brings no template: Vicuna's manner, as LLaVA-1.5 was trained.
@@ -19,7 +19,9 @@ DEFAULT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 _RENDERING = threading.Lock()
-NO_IMAGES = "the model takes no images"  # not the row's fault: the census stops at it
+# Not the row's fault: the census stops at it.
+NO_IMAGES = "the model takes no images"
+NO_SOUND = "the model takes no audio or video"
 
 
 class Encoded(NamedTuple):
@@ -42,7 +44,7 @@ class Encoded(NamedTuple):
 
 def encode_preference(sample: Preference, assets: Any, media: Media | None = None) -> Encoded:
     """Tokens of a pair; answers are (chosen, rejected). See `encode_answers`."""
-    encoded = encode_answers(sample.prompt, (sample.chosen, sample.rejected), assets, media)
+    encoded = encode_answers(sample.prompt, (sample.chosen, sample.rejected), assets, media, sample.template)
     return encoded._replace(values={"margin": sample.margin, "safe": sample.safe})
 
 
@@ -64,7 +66,9 @@ def encode_two_sided(sample: TwoSided, assets: Any, media: Media | None = None) 
     )
 
 
-def encode_answers(prompt: Any, answers: tuple[Any, ...], assets: Any, media: Media | None = None) -> Encoded:
+def encode_answers(
+    prompt: Any, answers: tuple[Any, ...], assets: Any, media: Media | None = None, options: Mapping[str, Any] | None = None
+) -> Encoded:
     """Render and tokenise a prompt with each of its answers.
 
     Every text is tokenised whole, as the model meets it when it generates; the prompt that is shared and not scored is the longest
@@ -76,25 +80,25 @@ def encode_answers(prompt: Any, answers: tuple[Any, ...], assets: Any, media: Me
         answers: the answers, of the same form.
         assets: has `tokenizer`, and `processor` (None for a text model).
         media: the model's media; None for a text model.
+        options: arguments for the chat template.
 
     Raises:
         Bad: the template refuses the conversation, an answer is empty, or placeholders and images do not match.
     """
-    tokenizer = assets.tokenizer
-    images = images_of(prompt)
+    images, options = check_media(prompt), options or {}
     if not prompt:
         raise Bad("empty prompt", "nothing stands before the answers")
-    if any(images_of(answer) for answer in answers):
+    if any(check_media(answer) for answer in answers):
         raise Bad("image placeholders", "an answer holds an image; images are supported in prompts")
     if is_conversation(prompt) or any(is_conversation(answer) for answer in answers):
-        texts = [render(prompt, assets, add_generation_prompt=True)]
-        texts += [render(prompt + answer, assets) for answer in answers]
+        texts = [render(prompt, assets, add_generation_prompt=True, **options)]
+        texts += [render(prompt + answer, assets, **options) for answer in answers]
         special = adds_special_tokens(texts[0], assets)
     else:
         start = _plain(prompt, assets)
         texts = [start] + [start + plain_text(answer, assets) for answer in answers]
         special = True
-    tokenised = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+    tokenised = assets.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
     alone, *full = (np.array(ids, np.int32) for ids in tokenised)
     shared = min(common_prefix(alone, ids) for ids in full)
     head, tails = alone[:shared], tuple(ids[shared:] for ids in full)
@@ -107,6 +111,13 @@ def encode_answers(prompt: Any, answers: tuple[Any, ...], assets: Any, media: Me
     if any((tail == media.placeholder).any() for tail in tails if media is not None):
         raise Bad("image placeholders", "an answer's text holds an image token")
     return Encoded(head[expansion(head, images, media)], tails, images)
+
+
+def check_media(text: Any) -> tuple[Any, ...]:
+    """The images of a text; what no model here takes yet is refused."""
+    if any(media_of(text, kind) for kind in ("audio", "video")):
+        raise Bad(NO_SOUND)
+    return images_of(text)
 
 
 def chat_template(assets: Any) -> str:

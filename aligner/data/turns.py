@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from aligner.data.samples import Bad, Document, Supervised, images_of, is_conversation
-from aligner.data.templates import Encoded, adds_special_tokens, chat_template, common_prefix, encode_answers, expansion, plain_text, render
+from aligner.data.samples import Bad, Document, Supervised, is_conversation
+from aligner.data.templates import (
+    Encoded,
+    adds_special_tokens,
+    chat_template,
+    check_media,
+    common_prefix,
+    encode_answers,
+    expansion,
+    plain_text,
+    render,
+)
 from aligner.types import Media, UserError
 
 LOSS_ON = ("assistant", "last", "all")
@@ -29,19 +41,19 @@ def encode_supervised(sample: Supervised, assets: Any, media: Media | None = Non
     Raises:
         Bad: nothing would be scored.
     """
-    prompt, rest = sample.prompt, sample.conversation
+    prompt, rest, options = sample.prompt, sample.conversation, sample.template
     placeholder = None if media is None else media.placeholder
     if prompt and (not is_conversation(rest) or all(message["role"] == "assistant" for message in rest)):
-        encoded = encode_answers(prompt, (rest,), assets, media)
+        encoded = encode_answers(prompt, (rest,), assets, media, options)
         if loss_on != "all":
             return encoded
         return _scored(np.concatenate([encoded.prompt, *encoded.answers]), None, encoded.images, placeholder)
     whole = [*prompt, *rest] if is_conversation(rest) else rest
-    images = images_of(whole)
+    images = check_media(whole)
     if is_conversation(rest):
-        ids, mask = _turns(whole, assets, loss_on)
+        ids, mask = _turns(whole, assets, loss_on, options)
         if prompt and loss_on != "all":
-            alone, _ = _tokens(render(prompt, assets, add_generation_prompt=True), assets)
+            alone, _ = _tokens(render(prompt, assets, add_generation_prompt=True, **options), assets)
             mask[: common_prefix(alone, ids)] = False
     else:
         ids, mask = np.array(assets.tokenizer(plain_text(rest, assets), verbose=False)["input_ids"], np.int32), None
@@ -80,20 +92,22 @@ def _tokens(text: str, assets: Any, **options: Any) -> tuple[np.ndarray, Any]:
     return np.array(found["input_ids"], np.int32), found.get("offset_mapping")
 
 
-def _turns(conversation: list[dict], assets: Any, loss_on: str) -> tuple[np.ndarray, np.ndarray | None]:
+def _turns(
+    conversation: list[dict], assets: Any, loss_on: str, options: Mapping[str, Any]
+) -> tuple[np.ndarray, np.ndarray | None]:
     """(ids, mask) of a whole conversation, placeholders not yet expanded; no mask where all is scored."""
-    text = render(conversation, assets)
+    text = render(conversation, assets, **options)
     if loss_on == "all":
         return _tokens(text, assets)[0], None
     if not any(message["role"] == "assistant" for message in conversation):
         raise Bad("nothing to imitate", "the conversation has no turn of the assistant")
     if _has_generation_marks(chat_template(assets)):
-        ids, mask = _by_generation_marks(conversation, text, assets)
+        ids, mask = _by_generation_marks(conversation, text, assets, options)
         spans = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8)])) == 1)
         if loss_on == "last" and len(spans):
             mask[: spans[-1]] = False
     else:
-        ids, mask = _by_rendering(conversation, text, assets, loss_on)
+        ids, mask = _by_rendering(conversation, text, assets, loss_on, options)
     if not mask.any():
         raise Bad("nothing to imitate", f"the chat template marks no token as the assistant's: {_head(assets)}")
     return ids, mask
@@ -103,15 +117,17 @@ def _has_generation_marks(template: str) -> bool:
     return "endgeneration" in template
 
 
-def _by_generation_marks(conversation: list[dict], text: str, assets: Any) -> tuple[np.ndarray, np.ndarray]:
+def _by_generation_marks(conversation: list[dict], text: str, assets: Any, options: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """The template says itself, between {% generation %} and {% endgeneration %}, what the assistant writes."""
-    found = render(conversation, assets, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    found = render(conversation, assets, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options)
     ids, bare, mask = _tokens(text, assets)[0], np.array(found["input_ids"], np.int32), np.array(found["assistant_masks"], bool)
     before = next(n for n in range(len(ids) - len(bare) + 1) if np.array_equal(ids[n : n + len(bare)], bare))  # special tokens around it
     return ids, np.pad(mask, (before, len(ids) - len(bare) - before))
 
 
-def _by_rendering(conversation: list[dict], text: str, assets: Any, loss_on: str) -> tuple[np.ndarray, np.ndarray]:
+def _by_rendering(
+    conversation: list[dict], text: str, assets: Any, loss_on: str, options: Mapping[str, Any]
+) -> tuple[np.ndarray, np.ndarray]:
     """The template does not say: rendering parts of the conversation shows where each turn of the assistant stands."""
     if not assets.tokenizer.is_fast:
         raise UserError("the tokenizer cannot say where in the text its tokens stand; add tokenizer.json to the checkpoint folder.")
@@ -120,7 +136,7 @@ def _by_rendering(conversation: list[dict], text: str, assets: Any, loss_on: str
     mask = np.zeros(len(ids), bool)
     turns = [number for number, message in enumerate(conversation) if message["role"] == "assistant"]
     for number in turns[-1:] if loss_on == "last" else turns:
-        start, end = _span(conversation, number, text, assets)
+        start, end = _span(conversation, number, text, assets, options)
         words = start + len(text[start:end].rstrip())  # a token over the start is the answer's, one over the end if it holds its words
         inside = np.flatnonzero((ends > start) & (ends > starts) & ((ends <= end) | (starts < words)) & (starts < end))
         if len(inside):
@@ -128,23 +144,24 @@ def _by_rendering(conversation: list[dict], text: str, assets: Any, loss_on: str
     return ids, mask
 
 
-def _span(conversation: list[dict], number: int, text: str, assets: Any) -> tuple[int, int]:
+def _span(conversation: list[dict], number: int, text: str, assets: Any, options: Mapping[str, Any]) -> tuple[int, int]:
     """Where in the text a turn of the assistant stands, with what the template ends it with.
 
     Usually the text grows turn by turn: the turn is what follows the prompt that asks for it, up to where the next one begins. Some
     templates write a turn differently when others follow (reasoning is left out); then it is what changes in the text when its words do.
     """
-    after = render(conversation[: number + 1], assets)
+    show = functools.partial(render, assets=assets, **options)
+    after = show(conversation[: number + 1])
     eos = assets.tokenizer.eos_token or ""
     shorter = after.removesuffix(eos)  # some end the whole conversation once more
     end = next((len(way) for way in (after, shorter, after.rstrip(), shorter.rstrip()) if text.startswith(way)), None)
-    if number and end is not None and text.startswith(render(conversation[:number], assets).removesuffix(eos).rstrip()):
-        return _common(text, render(conversation[:number], assets, add_generation_prompt=True)), end
+    if number and end is not None and text.startswith(show(conversation[:number]).removesuffix(eos).rstrip()):
+        return _common(text, show(conversation[:number], add_generation_prompt=True)), end
     marked = [dict(message, content=_MARKER) if i == number else message for i, message in enumerate(conversation)]
-    other = render(marked, assets)
+    other = show(marked)
     start = _common(text, other)
     end = len(text) - _common(text[:start:-1], other[:start:-1])
-    alone = render(marked[: number + 1], assets)
+    alone = show(marked[: number + 1])
     return start, end + _common(text[end:], alone[alone.find(_MARKER) + 1 :])
 
 
