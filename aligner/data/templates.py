@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -143,8 +144,9 @@ def render(conversation: list[dict], assets: Any, **options: Any) -> Any:
 
     Raises:
         Bad: the template refuses the conversation.
+        UserError: the template itself is broken.
     """
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError, TemplateSyntaxError
 
     # Processors' templates want lists of parts; tokenizers' (and ours) want strings.
     structured = assets.processor is not None and bool(assets.processor.chat_template)
@@ -153,13 +155,28 @@ def render(conversation: list[dict], assets: Any, **options: Any) -> Any:
         parts = [{"type": "image"} if part["type"] == "image" else part for part in parts_of(message["content"])]
         content = parts if structured else _plain(message["content"], assets, after_image="\n")
         messages.append({**message, "content": content})
+    template, options = chat_template(assets), {"tokenize": False} | options
     try:
         # The tokenizer renders for processors as well: all that a template needs is the messages and the special tokens.
         # One at a time: what notes where {% generation %} stands belongs to the compiled template, which threads share.
         with _RENDERING:
-            return assets.tokenizer.apply_chat_template(messages, chat_template=chat_template(assets), **{"tokenize": False} | options)
-    except (TemplateError, TypeError) as error:
+            try:
+                return assets.tokenizer.apply_chat_template(messages, chat_template=template, **options)
+            except TypeError:  # most templates want a call's arguments as an object, some as JSON text
+                if not any(message.get("tool_calls") for message in messages):
+                    raise
+                return assets.tokenizer.apply_chat_template([*map(_json_calls, messages)], chat_template=template, **options)
+    except TemplateSyntaxError as error:
+        raise UserError(f"the chat template is no Jinja, line {error.lineno}: {error.message}; set config.data.chat_template.") from None
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         raise Bad("chat template", f"the chat template refuses the conversation: {error}") from error
+
+
+def _json_calls(message: dict) -> dict:
+    """The message with the arguments of its calls as JSON text."""
+    functions = [call.get("function", call) for call in message.get("tool_calls", ())]
+    calls = [{"type": "function", "function": {**function, "arguments": json.dumps(function["arguments"])}} for function in functions]
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def adds_special_tokens(text: str, assets: Any) -> bool:

@@ -148,21 +148,24 @@ def _span(conversation: list[dict], number: int, text: str, assets: Any, options
     """Where in the text a turn of the assistant stands, with what the template ends it with.
 
     Usually the text grows turn by turn: the turn is what follows the prompt that asks for it, up to where the next one begins. Some
-    templates write a turn differently when others follow (reasoning is left out); then it is what changes in the text when its words do.
+    templates write a turn differently when others follow (reasoning is left out, another token ends it); then it is what changes in the
+    text when its words do.
     """
     show = functools.partial(render, assets=assets, **options)
     after = show(conversation[: number + 1])
     eos = assets.tokenizer.eos_token or ""
     shorter = after.removesuffix(eos)  # some end the whole conversation once more
     end = next((len(way) for way in (after, shorter, after.rstrip(), shorter.rstrip()) if text.startswith(way)), None)
-    if number and end is not None and text.startswith(show(conversation[:number]).removesuffix(eos).rstrip()):
-        return _common(text, show(conversation[:number], add_generation_prompt=True)), end
+    grows = number and text.startswith(show(conversation[:number]).removesuffix(eos).rstrip())
+    start = _common(text, show(conversation[:number], add_generation_prompt=True)) if grows else None
+    if start is not None and end is not None:
+        return start, end
     marked = [dict(message, content=_MARKER) if i == number else message for i, message in enumerate(conversation)]
     other = show(marked)
-    start = _common(text, other)
-    end = len(text) - _common(text[:start:-1], other[:start:-1])
+    first = _common(text, other)
+    end = len(text) - _common(text[:first:-1], other[:first:-1])
     alone = show(marked[: number + 1])
-    return start, end + _common(text[end:], alone[alone.find(_MARKER) + 1 :])
+    return first if start is None else start, end + _common(text[end:], alone[alone.find(_MARKER) + 1 :])
 
 
 _MARKER = "\ue000"  # of private use: no text holds it
