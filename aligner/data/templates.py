@@ -139,33 +139,48 @@ def ends_with_eos(encoded: Encoded, tokenizer: Any) -> bool:
     return all(tokenizer.eos_token_id in answer[-4:] for answer in encoded.answers)  # templates may add white space after it
 
 
-def render(conversation: list[dict], assets: Any, **options: Any) -> Any:
-    """What the chat template makes of a conversation: its text, or what else `options` of `apply_chat_template` ask for.
+def render(conversation: list[dict], assets: Any, **options: Any) -> str:
+    """What the chat template makes of a conversation; `options` are the template's.
 
     Raises:
         Bad: the template refuses the conversation.
         UserError: the template itself is broken.
     """
+    return _rendered(conversation, assets, False, options)[0][0]
+
+
+def render_marked(conversation: list[dict], assets: Any, **options: Any) -> tuple[str, list[tuple[int, int]]]:
+    """(text, where in it {% generation %} and {% endgeneration %} stand); raises as `render` does."""
+    texts, spans = _rendered(conversation, assets, True, options)
+    return texts[0], spans[0]
+
+
+def _rendered(conversation: list[dict], assets: Any, marks: bool, options: Mapping[str, Any]) -> tuple[list[str], list]:
     from jinja2 import TemplateError, TemplateSyntaxError
+    from transformers.utils.chat_template_utils import render_jinja_template
 
     # Processors' templates want lists of parts; tokenizers' (and ours) want strings.
     structured = assets.processor is not None and bool(assets.processor.chat_template)
     messages = []
     for message in conversation:
-        parts = [{"type": "image"} if part["type"] == "image" else part for part in parts_of(message["content"])]
-        content = parts if structured else _plain(message["content"], assets, after_image="\n")
+        content = message["content"]
+        if structured:
+            content = [{"type": "image"} if part["type"] == "image" else part for part in parts_of(content)]
+        elif not isinstance(content, str):
+            content = _plain(content, assets, after_image="\n")
         messages.append({**message, "content": content})
-    template, options = chat_template(assets), {"tokenize": False} | options
+    # The tokenizer's tokens will do for processors as well: all that a template needs is the messages and the special tokens.
+    options = {**assets.tokenizer.special_tokens_map, **options, "return_assistant_tokens_mask": marks}
+    show = lambda messages: render_jinja_template([messages], chat_template=chat_template(assets), **options)
     try:
-        # The tokenizer renders for processors as well: all that a template needs is the messages and the special tokens.
         # One at a time: what notes where {% generation %} stands belongs to the compiled template, which threads share.
         with _RENDERING:
             try:
-                return assets.tokenizer.apply_chat_template(messages, chat_template=template, **options)
+                return show(messages)
             except TypeError:  # most templates want a call's arguments as an object, some as JSON text
                 if not any(message.get("tool_calls") for message in messages):
                     raise
-                return assets.tokenizer.apply_chat_template([*map(_json_calls, messages)], chat_template=template, **options)
+                return show([*map(_json_calls, messages)])
     except TemplateSyntaxError as error:
         raise UserError(f"the chat template is no Jinja, line {error.lineno}: {error.message}; set config.data.chat_template.") from None
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:

@@ -19,6 +19,7 @@ from aligner.data.templates import (
     expansion,
     plain_text,
     render,
+    render_marked,
 )
 from aligner.types import Media, UserError
 
@@ -87,27 +88,31 @@ def _scored(ids: np.ndarray, mask: np.ndarray | None, images: tuple[Any, ...] = 
     return Encoded(ids[:start], (ids[start:],), images, (mask[start:],))
 
 
-def _tokens(text: str, assets: Any, **options: Any) -> tuple[np.ndarray, Any]:
+def _tokens(text: str, assets: Any, **options: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    """(ids [n], where in the text each token stands [n,2] if `return_offsets_mapping` asks for that)."""
     found = assets.tokenizer(text, add_special_tokens=adds_special_tokens(text, assets), verbose=False, **options)
-    return np.array(found["input_ids"], np.int32), found.get("offset_mapping")
+    offsets = found.get("offset_mapping")
+    return np.array(found["input_ids"], np.int32), None if offsets is None else np.array(offsets, np.int64).reshape(-1, 2)
 
 
 def _turns(
     conversation: list[dict], assets: Any, loss_on: str, options: Mapping[str, Any]
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """(ids, mask) of a whole conversation, placeholders not yet expanded; no mask where all is scored."""
-    text = render(conversation, assets, **options)
     if loss_on == "all":
-        return _tokens(text, assets)[0], None
+        return _tokens(render(conversation, assets, **options), assets)[0], None
     if not any(message["role"] == "assistant" for message in conversation):
         raise Bad("nothing to imitate", "the conversation has no turn of the assistant")
+    if not assets.tokenizer.is_fast:
+        raise UserError("the tokenizer cannot say where in the text its tokens stand; add tokenizer.json to the checkpoint folder.")
     if _has_generation_marks(chat_template(assets)):
-        ids, mask = _by_generation_marks(conversation, text, assets, options)
-        spans = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8)])) == 1)
-        if loss_on == "last" and len(spans):
-            mask[: spans[-1]] = False
+        text, spans = render_marked(conversation, assets, **options)
+        ids, offsets = _tokens(text, assets, return_offsets_mapping=True)
+        mask = _by_generation_marks(spans[-1:] if loss_on == "last" else spans, offsets)
     else:
-        ids, mask = _by_rendering(conversation, text, assets, loss_on, options)
+        text = render(conversation, assets, **options)
+        ids, offsets = _tokens(text, assets, return_offsets_mapping=True)
+        mask = _by_rendering(conversation, text, offsets, assets, loss_on, options)
     if not mask.any():
         raise Bad("nothing to imitate", f"the chat template marks no token as the assistant's: {_head(assets)}")
     return ids, mask
@@ -117,23 +122,21 @@ def _has_generation_marks(template: str) -> bool:
     return "endgeneration" in template
 
 
-def _by_generation_marks(conversation: list[dict], text: str, assets: Any, options: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+def _by_generation_marks(spans: list[tuple[int, int]], offsets: np.ndarray) -> np.ndarray:
     """The template says itself, between {% generation %} and {% endgeneration %}, what the assistant writes."""
-    found = render(conversation, assets, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options)
-    ids, bare, mask = _tokens(text, assets)[0], np.array(found["input_ids"], np.int32), np.array(found["assistant_masks"], bool)
-    before = next(n for n in range(len(ids) - len(bare) + 1) if np.array_equal(ids[n : n + len(bare)], bare))  # special tokens around it
-    return ids, np.pad(mask, (before, len(ids) - len(bare) - before))
+    starts, ends = offsets.T
+    mask = np.zeros(len(offsets), bool)
+    for start, end in spans:
+        mask |= (ends > start) & (starts < end) & (ends > starts)
+    return mask
 
 
 def _by_rendering(
-    conversation: list[dict], text: str, assets: Any, loss_on: str, options: Mapping[str, Any]
-) -> tuple[np.ndarray, np.ndarray]:
+    conversation: list[dict], text: str, offsets: np.ndarray, assets: Any, loss_on: str, options: Mapping[str, Any]
+) -> np.ndarray:
     """The template does not say: rendering parts of the conversation shows where each turn of the assistant stands."""
-    if not assets.tokenizer.is_fast:
-        raise UserError("the tokenizer cannot say where in the text its tokens stand; add tokenizer.json to the checkpoint folder.")
-    ids, offsets = _tokens(text, assets, return_offsets_mapping=True)
-    starts, ends = np.array(offsets).reshape(-1, 2).T
-    mask = np.zeros(len(ids), bool)
+    starts, ends = offsets.T
+    mask = np.zeros(len(offsets), bool)
     turns = [number for number, message in enumerate(conversation) if message["role"] == "assistant"]
     for number in turns[-1:] if loss_on == "last" else turns:
         start, end = _span(conversation, number, text, assets, options)
@@ -141,7 +144,7 @@ def _by_rendering(
         inside = np.flatnonzero((ends > start) & (ends > starts) & ((ends <= end) | (starts < words)) & (starts < end))
         if len(inside):
             mask[inside[0] : inside[-1] + 1] = True
-    return ids, mask
+    return mask
 
 
 def _span(conversation: list[dict], number: int, text: str, assets: Any, options: Mapping[str, Any]) -> tuple[int, int]:
