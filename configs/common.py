@@ -17,6 +17,10 @@ def data_source() -> ConfigDict:
             formatter="auto",  # how a row becomes a sample; "auto" goes by the columns (aligner/data/formatters.py)
             image_folder="",  # images named in the rows are looked up here; "" is the folder of the file
             size=placeholder(int),  # use only the first rows
+            fraction=placeholder(float),  # how much of the rows stands in an epoch: 0.25 a random quarter, 2.0 all of them twice; None all
+            seed=placeholder(int),  # of the rows that a fraction or weight takes; None goes by config.seed
+            template=ConfigDict(),  # arguments for the chat template, such as enable_thinking; a row's chat_template_kwargs come on top
+            mixture=(),  # several datasets instead of `path`: dicts of these keys, and `weight` (aligner/data/mixture.py)
         )
     )
 

@@ -7,14 +7,12 @@ import dataclasses
 import difflib
 import itertools
 import json
-import mmap
 import os
 import re
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from aligner.types import UserError
 
@@ -162,20 +160,19 @@ def _folder(path: Path, split: str, name: str, sample_by: str) -> Rows:
 
 
 def _jsonl(path: Path) -> Rows:
-    """Rows by byte offset in a memory-mapped file: only offsets are held in memory."""
-    starts, lines = [], []
-    with path.open("rb") as file:
-        start = 0
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                starts.append(start)
-                lines.append(number)
-            start += len(line)
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if start else b""
-    starts, lines, end = np.array(starts + [start], np.int64), np.array(lines, np.int64), start
+    """Rows by byte offset: only offsets are held in memory. Read by position, not mapped: mapped pages count as this process's memory."""
+    starts, ends, lines = array("q"), array("q"), array("q")
+    file = path.open("rb")
+    start = 0
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            starts.append(start)
+            ends.append(start + len(line))
+            lines.append(number)
+        start += len(line)
 
     def read(index: int) -> dict:
-        text = data[int(starts[index]) : int(starts[index + 1]) if index + 1 < len(lines) else end]
+        text = os.pread(file.fileno(), ends[index] - starts[index], starts[index])
         where = f"{path}, line {lines[index]}"
         try:
             row = json.loads(text)

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001
 """Masks against TRL's own training templates, all that the installed TRL has: many turns, a system's prompt, tools, empty turns."""
 
 from tests.torch_required import torch  # isort: skip  # noqa: F401
