@@ -18,6 +18,7 @@ from aligner import algorithms, checkpoint, convert, lora, metrics, optim, quant
 from aligner.console import Stopped, catch_signals, progress, say, short, tracing
 from aligner.convert import peft
 from aligner.data import loader
+from aligner.data.catalogue import with_template
 from aligner.data.mixture import is_set
 from aligner.likelihood import cast
 from aligner.prepare import compute_columns, fingerprint
@@ -51,6 +52,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
 
     # What is trained and on what: by headers and rows, no weights yet.
     model, disk = convert.open_model(config.model.path, config.model.revision, config.algorithm.name in algorithms.SCORING)
+    model = with_template(model, config.data)
     reference_disk = open_reference(config, model, disk)
     algorithm = algorithms.make(config, model)
     abstract = convert.abstract_params(model)

@@ -200,6 +200,8 @@ def base() -> ConfigDict:
     config.data.batch_size = 8  # examples per optimizer step on all devices; a pair is one
     config.data.packing = False  # put several examples into a row; batch_size then counts rows. Changes speed, not what is learned from one
     config.data.packed_length = placeholder(int)  # columns of a packed row; None: max_length, or the longest pair if that is longer
+    config.data.chat_template = ""  # instead of the checkpoint's: a .jinja file, Jinja text, or a name (aligner/data/catalogue.py)
+    config.data.default_template = ""  # a name, where the checkpoint has no template; "" is USER: / ASSISTANT:
     config.data.loss_on = "assistant"  # of conversations: assistant (all its turns), last (its last turn), all (every token)
     config.data.shared_prompt = True  # compute the prompt once for all its answers; the result is the same, only faster
     config.data.shuffle = True  # a new order every epoch, a function of `seed`

@@ -160,7 +160,7 @@ def _rendered(conversation: list[dict], assets: Any, marks: bool, options: Mappi
     from transformers.utils.chat_template_utils import render_jinja_template
 
     # Processors' templates want lists of parts; tokenizers' (and ours) want strings.
-    structured = assets.processor is not None and bool(assets.processor.chat_template)
+    structured = assets.processor is not None and "type" in (assets.processor.chat_template or "")
     messages = []
     for message in conversation:
         content = message["content"]
