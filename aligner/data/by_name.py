@@ -158,7 +158,7 @@ answers("GSM8K", Turn("question"), Turn("answer"))
 @formatter("LLAVA-CC3M", needs=("conversations", "image"), makes=Supervised, auto=False)
 def dialogue(row: dict[str, Any]) -> Supervised:
     """Whole conversations, with the row's media where their text marks them."""
-    turns = next(row[key] for key in ("conversations", "messages", "dialogue") if row.get(key) is not None)
+    turns = next((row[key] for key in ("conversations", "messages", "dialogue") if row.get(key) is not None), [])
     return Supervised(place_media(system_of(row) + messages_of(turns), media_in(row)))
 
 

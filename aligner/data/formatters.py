@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from aligner.data.conversations import MARK, assistant, messages_of, place_images, place_media, split_prompt, user, without_none
-from aligner.data.samples import Bad, Preference, Ranked, is_conversation
+from aligner.data.samples import Bad, Preference, Ranked, check, is_conversation
 from aligner.types import UserError
 
 __all__ = ["MARK", "assistant", "find_formatter", "formatter", "known", "messages_of", "place_images", "place_media",
@@ -140,10 +140,12 @@ def _guard(function: Formatter, template: Mapping[str, Any]) -> Formatter:
 
     def guarded(row: dict[str, Any]) -> Any:
         try:
-            return _with_options(function(row), row, template)
+            return check(_with_options(function(row), row, template))
+        except (Bad, UserError):
+            raise
         except KeyError as error:
             raise Bad("missing column", str(error)) from error
-        except (TypeError, ValueError, AttributeError, IndexError) as error:
+        except Exception as error:  # a formatter may be anyone's
             raise Bad("unexpected value", f"{type(error).__name__}: {error}") from error
 
     guarded.__wrapped__ = function

@@ -116,6 +116,46 @@ class Stepwise:
     labels: tuple[bool, ...]
 
 
+def check(sample: Any) -> Any:
+    """The sample, if its texts are what this file says.
+
+    Raises:
+        Bad: something else stands where a text should.
+    """
+    for name in ("prompt", "conversation", "chosen", "rejected", "completion", "text"):
+        if hasattr(sample, name):
+            _check_text(getattr(sample, name), name)
+    for text in getattr(sample, "completions", ()):
+        _check_text(text, "completions")
+    if isinstance(sample, TwoSided):
+        check(sample.good)
+        check(sample.bad)
+    return sample
+
+
+def _check_text(text: Any, name: str) -> None:
+    if isinstance(text, str):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise Bad("unexpected value", f"{name} holds half a character, U+{ord(text[error.start]):X}") from None
+    elif not isinstance(text, list):
+        raise Bad("unexpected value", f"{name} is a {type(text).__name__}, neither text nor messages")
+    elif is_conversation(text):
+        for message in text:
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+                raise Bad("unexpected value", f"{name} holds a message without role or content")
+            _check_text(message["content"], f"a message of {name}")
+    else:
+        for part in text:
+            if not isinstance(part, dict) or part.get("type") not in ("text", *MEDIA):
+                raise Bad("unexpected value", f"{name} holds a part that is neither text nor {', '.join(MEDIA)}")
+            if part["type"] == "text":
+                _check_text(part.get("text"), f"a part of {name}")
+            elif part.get(part["type"]) is None:
+                raise Bad(f"{part['type']} placeholders", f"{name} marks media of the type {part['type']}, the row has none for it")
+
+
 def is_conversation(text: Text) -> bool:
     """True for a list of messages, False for plain text (a string or a list of parts)."""
     return isinstance(text, list) and bool(text) and isinstance(text[0], dict) and "role" in text[0]
