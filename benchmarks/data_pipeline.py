@@ -74,6 +74,7 @@ def config_of(path: Path, workers: int):
     config = common.base()
     config.data.train.path = str(path)
     config.data.workers = workers
+    config.data.max_length = 1 << 20
     return config
 
 
@@ -139,35 +140,41 @@ def compare(kind: str, count: int, rounds: int, workers: int) -> dict[str, objec
     return {"aligner, rows/s": rate(ours), "TRL, rows/s": rate(theirs), "ratio by the wall": ratios(0), "ratio by the processor": ratios(1)}
 
 
-def memory(gigabytes: float, workers: int, batches: int) -> dict[str, float]:
-    """Resident MiB at its highest while a JSONL of this size is opened, its census taken, and batches are read."""
-    from aligner.data.loader import batches as stream
-    from aligner.data.loader import load_dataset
+def memory(gigabytes: float, workers: int, take: int) -> dict[str, float]:
+    """Resident MiB at its highest while a JSONL of this size is opened, a census taken of every row, and rows from everywhere are encoded.
+
+    The census reads, formats, counts and stores each row; only tokenising, which keeps nothing from row to row, is left to `take` rows.
+    """
+    from aligner.data import census, mixture
+    from aligner.data.kinds import ENCODERS
 
     with tempfile.TemporaryDirectory() as name:
-        small, path = Path(name) / "small.jsonl", Path(name) / "rows.jsonl"
-        write_rows(small, "sft", 4000)
-        tokenizer = make_tokenizer(small)
-        block = small.read_bytes()
+        path = Path(name) / "rows.jsonl"
+        write_rows(path, "sft", 4000)
+        tokenizer = make_tokenizer(path)
+        block = path.read_bytes()
         with path.open("wb") as file:
             for _ in range(max(1, int(gigabytes * 1e9 / len(block)))):
                 file.write(block)
         model = SimpleNamespace(family="llama", media=None, assets=SimpleNamespace(tokenizer=tokenizer, processor=None))
+        config, kind = config_of(path, workers), ENCODERS["supervised"]
         forget_peak()
         before, start = resident_mib(), time.perf_counter()
-        dataset = load_dataset(config_of(path, workers), "train", model, "supervised", cache_dir=Path(name) / "cache", progress=False)
-        seconds = time.perf_counter() - start
-        found = stream(dataset, 16, seed=0, shuffle=True)
-        for _ in range(batches):
-            next(found)
-        found.close()
+        rows = mixture.open_samples(config.data.train, "data.train", kind, seed=0)
+        opened = time.perf_counter() - start
+        example = kind.encode(rows.read(0), model, config.data)
+        look = lambda index: (rows.read(index), example)[1]
+        found = census.take_census(look, rows, model, None, "data.train", cache_dir=Path(name) / "cache", workers=workers, progress=False)
+        seconds = time.perf_counter() - start - opened
+        for index in random.Random(0).sample(range(len(rows)), take):
+            kind.encode(rows.read(index), model, config.data)
         return {
             "file, GB": round(path.stat().st_size / 1e9, 2),
-            "rows": dataset.rows_total,
+            "rows": len(found.row_ids),
             "before, MiB": round(before),
             "peak, MiB": round(resident_mib(peak=True)),
+            "opened, s": round(opened),
             "census, s": round(seconds),
-            "rows/s": round(dataset.rows_total / seconds),
         }
 
 
@@ -177,11 +184,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=8, help="threads of aligner, config.data.workers")
     parser.add_argument("--memory", type=float, default=0, help="gigabytes of a file to read instead; its memory is measured")
-    parser.add_argument("--batches", type=int, default=200, help="batches to read after the census, with --memory")
+    parser.add_argument("--take", type=int, default=1000, help="rows to encode after the census, with --memory")
     args = parser.parse_args()
     print(cpu_name())
     if args.memory:
-        print(json.dumps(memory(args.memory, args.workers, args.batches)))
+        print(json.dumps(memory(args.memory, args.workers, args.take)))
         return
     for kind in ("sft", "dpo"):
         print(kind, json.dumps(compare(kind, args.rows, args.rounds, args.workers)))
