@@ -176,6 +176,8 @@ def main(argv: list[str]) -> None:
     from aligner import algorithms, convert, workdir
     from aligner.console import say
     from aligner.data import loader
+    from aligner.data.catalogue import with_template
+    from aligner.data.mixture import is_set
     from aligner.main import CONFIG, WORKDIR
     from aligner.run import call_setup
 
@@ -185,8 +187,9 @@ def main(argv: list[str]) -> None:
     if config.setup:
         call_setup(config)
     model, _ = convert.open_model(config.model.path, config.model.revision, config.algorithm.name in algorithms.SCORING)
+    model = with_template(model, config.data)
     needs = algorithms.make(config, model).needs
-    datasets = [loader.load_dataset(config, split, model, needs) for split in ("train", "eval") if config.data[split].path]
+    datasets = [loader.load_dataset(config, split, model, needs) for split in ("train", "eval") if is_set(config.data[split])]
     for dataset in datasets:
         say(*dataset.report)
     Path(OUT.value).write_text(page(config, model, datasets, ROWS.value), encoding="utf-8")

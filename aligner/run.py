@@ -18,6 +18,8 @@ from aligner import algorithms, checkpoint, convert, lora, metrics, optim, quant
 from aligner.console import Stopped, catch_signals, progress, say, short, tracing
 from aligner.convert import peft
 from aligner.data import loader
+from aligner.data.catalogue import with_template
+from aligner.data.mixture import is_set
 from aligner.likelihood import cast
 from aligner.prepare import compute_columns, fingerprint
 from aligner.train_step import jit, make_eval_step, make_train_step
@@ -50,6 +52,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
 
     # What is trained and on what: by headers and rows, no weights yet.
     model, disk = convert.open_model(config.model.path, config.model.revision, config.algorithm.name in algorithms.SCORING)
+    model = with_template(model, config.data)
     reference_disk = open_reference(config, model, disk)
     algorithm = algorithms.make(config, model)
     abstract = convert.abstract_params(model)
@@ -230,7 +233,7 @@ def check_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     """What can be known to be wrong from the config alone."""
     if not config.model.path:
         raise UserError("config.model.path is empty: give a checkpoint folder or Hub id, --config.model.path=DIR")
-    if not config.data.train.path:
+    if not is_set(config.data.train):
         raise UserError("config.data.train.path is empty: give a file, folder or Hub dataset, --config.data.train.path=rows.jsonl")
     kinds = ("precomputed", "copy", "base")
     if config.reference.kind not in kinds:
@@ -376,9 +379,9 @@ def prepare_columns(
 def eval_splits(config: ConfigDict) -> dict[str, str]:
     """What each evaluation set is called in metrics.jsonl -> its section under config.data; `eval` goes without a name and comes first."""
     for name, source in config.data.evals.items():
-        if not source.path:
+        if not is_set(source):
             raise UserError(f"config.data.evals.{name}.path is empty: give a file, folder or Hub dataset, or remove the set")
-    return ({"": "eval"} if config.data.eval.path else {}) | {name: f"evals.{name}" for name in config.data.evals}
+    return ({"": "eval"} if is_set(config.data.eval) else {}) | {name: f"evals.{name}" for name in config.data.evals}
 
 
 def local_rows(mesh: jax.sharding.Mesh, size: int) -> np.ndarray:

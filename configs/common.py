@@ -8,13 +8,20 @@ def data_source() -> ConfigDict:
     """One dataset: where the rows are and how a row becomes a sample."""
     return ConfigDict(
         dict(
-            path="",  # local .json, .jsonl, .parquet, a folder of them, or a Hub dataset id; "" means none
-            split="train",  # split of a Hub dataset
+            # local .json, .jsonl, .csv, .tsv, .parquet, .arrow, .array_record or .txt (texts also with .gz), a folder of them, a Hub
+            # dataset id, or tfds:NAME@FOLDER of tensorflow-datasets; "" means none
+            path="",
+            split="train",  # split of a Hub dataset; of local folders: files so named. The Hub's slices too: "train[:10%]"
+            streaming=False,  # of a Hub dataset: download only the first `size` rows
             subset=placeholder(str),  # configuration name of a Hub dataset
             sample_by="paragraph",  # of .txt files: a document is a "line", a "paragraph" (blank lines between) or the whole "document"
             formatter="auto",  # how a row becomes a sample; "auto" goes by the columns (aligner/data/formatters.py)
-            image_folder="",  # images named in the rows are looked up here; "" is the folder of the file
+            image_folder="",  # images, sounds and clips named in the rows are looked up here; "" is the folder of the file
             size=placeholder(int),  # use only the first rows
+            fraction=placeholder(float),  # how much of the rows stands in an epoch: 0.25 a random quarter, 2.0 all of them twice; None all
+            seed=placeholder(int),  # of the rows that a fraction or weight takes; None goes by config.seed
+            template=ConfigDict(),  # arguments for the chat template, such as enable_thinking; a row's chat_template_kwargs come on top
+            mixture=(),  # several datasets instead of `path`: dicts of these keys, and `weight` (aligner/data/mixture.py)
         )
     )
 
@@ -215,6 +222,8 @@ def base() -> ConfigDict:
     config.data.batch_size = 8  # examples per optimizer step on all devices; a pair is one
     config.data.packing = False  # put several examples into a row; batch_size then counts rows. Changes speed, not what is learned from one
     config.data.packed_length = placeholder(int)  # columns of a packed row; None: max_length, or the longest pair if that is longer
+    config.data.chat_template = ""  # instead of the checkpoint's: a .jinja file, Jinja text, or a name (aligner/data/catalogue.py)
+    config.data.default_template = ""  # a name, where the checkpoint has no template; "" is USER: / ASSISTANT:
     config.data.loss_on = "assistant"  # of conversations: assistant (all its turns), last (its last turn), all (every token)
     config.data.shared_prompt = True  # compute the prompt once for all its answers; the result is the same, only faster
     config.data.shuffle = True  # a new order every epoch, a function of `seed`

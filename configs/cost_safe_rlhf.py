@@ -27,6 +27,6 @@ def get_config(preset: str = "") -> ConfigDict:
 
 def smaller_is_harmful(row: dict):
     """A formatter: the demo's pairs with a label for each answer."""
-    from aligner.data.formatters import trl
+    from aligner.data.by_columns import trl
 
     return dataclasses.replace(trl(row), safe=(1, -1))

@@ -51,11 +51,13 @@ class Assets:
         folder: where they are.
         dtypes: Hugging Face name -> dtype of the tensors whose dtype on disk is not the model's `source_dtype`.
         config_changes: what config.json shall say otherwise than in the folder, where a model was given another head.
+        chat_template: Jinja text instead of the folder's; it travels with the files.
     """
 
     folder: Path
     dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     config_changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    chat_template: str | None = None
 
     @property
     def files(self) -> list[Path]:
@@ -114,17 +116,24 @@ class Assets:
         return json.loads(old.read_text())["chat_template"] if old.is_file() else self.tokenizer.chat_template
 
     def copy_to(self, folder: str | Path) -> None:
-        """Copy the companion files, byte for byte; only a changed config is written anew."""
+        """Copy the companion files, byte for byte; only a changed config or template is written anew."""
         for file in self.files:
             target = Path(folder) / file
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.folder / file, target)
+        if self.chat_template is not None:
+            for old in Path(folder).glob("chat_template*"):
+                old.unlink()
+            (Path(folder) / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
         if self.config_changes:
             (Path(folder) / "config.json").write_text(json.dumps(self.config_dict, indent=2) + "\n")
 
     def _pretrained(self, auto: Any, what: str) -> Any:
         try:
-            return auto.from_pretrained(self.folder)
+            made = auto.from_pretrained(self.folder)
         except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"{self.folder} has no {what} that transformers can load ({reason}).") from error
+        if self.chat_template is not None:
+            made.chat_template = self.chat_template
+        return made

@@ -1,6 +1,6 @@
 """The census: every row is formatted, tokenised and its images decoded once, before training, so that nothing fails hours later.
 
-It says which rows are kept, how long they are, what was dropped and why, and gives the dataset a fingerprint.
+It says which rows are kept, how long they are, what was dropped and why, and gives the dataset a fingerprint. Token ids stay on disk.
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ import inspect
 import json
 import os
 import zipfile
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aligner.data import media, sources, templates
+from aligner.data import media, templates, tokens
 from aligner.data.samples import Bad
 from aligner.types import Model, UserError
 
-_VERSION = 2  # counts up when what a census says of the same rows changes
+if TYPE_CHECKING:
+    from aligner.data.mixture import Samples
+
+_VERSION = 3  # counts up when what a census says of the same rows changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +35,13 @@ class Census:
 
     Attributes:
         row_ids: [N] int64, the kept rows.
-        sizes: [N,6] int64: prompt tokens, tokens of all answers, how many of them are scored, answers, slots for images, and 1 where
+        sizes: [N,6] int32: prompt tokens, tokens of all answers, how many of them are scored, answers, slots for images, and 1 where
             every answer ends with EOS.
         dropped: reason -> (count, up to three row numbers).
         details: reason -> what was wrong with its first row.
         fingerprint: sha256 over row numbers, token ids, image bytes, image-processor settings and the chat template.
+        ends: [N] int64, where in the file of tokens each kept row ends.
+        tokens: that file; None where nothing is kept.
     """
 
     row_ids: np.ndarray
@@ -43,11 +49,13 @@ class Census:
     dropped: dict[str, tuple[int, list[int]]]
     details: dict[str, str]
     fingerprint: str
+    ends: np.ndarray
+    tokens: Path | None = None
 
 
 def take_census(
     encode: Callable[[int], templates.Encoded],
-    rows: sources.Rows,
+    rows: Samples,
     model: Model,
     max_length: int | None,
     name: str,
@@ -65,7 +73,7 @@ def take_census(
         model: its tokenizer and image processor stand in the fingerprint.
         max_length: tokens of prompt + longest answer; longer rows are dropped. None keeps any length.
         name: config section, for messages and the file name.
-        key: whatever else decides the outcome (formatter, kind of sample); part of the name under which the result is kept.
+        key: whatever else decides the outcome (kind of sample); part of the name under which the result is kept.
         cache_dir: None keeps nothing.
         workers: threads; tokenizers and image decoders let go of Python's lock.
         progress: show a bar; None shows it on process 0.
@@ -74,50 +82,62 @@ def take_census(
         UserError: a broken file, or images for a model that takes none.
     """
     settings = _settings(model)
-    inputs = [_VERSION, rows.identity, len(rows), str(rows.folder), max_length, settings, key]
+    inputs = [_VERSION, rows.identity, len(rows), max_length, settings, key]
     cache = Path(cache_dir) / f"{name}-{_sha(inputs)[:32]}.npz" if cache_dir else None
     if (found := _read(cache)) is not None:
         return found
 
-    def look(index: int) -> tuple[list[int], bytes] | Bad:
+    def look(index: int) -> tuple[list[int], bytes, bytes] | Bad:
         try:
-            return _look(index, encode(index), rows, model, max_length)
+            return _look(index, encode(index), rows, model, max_length, cache is not None)
         except Bad as bad:
-            if bad.reason == templates.NO_IMAGES:
+            if bad.reason in (templates.NO_IMAGES, templates.NO_SOUND):
+                held, takes = ("an image", "text only") if bad.reason == templates.NO_IMAGES else ("audio or video", "neither")
                 raise UserError(
-                    f"config.{name}: row {index} of {rows.description} holds an image, but the {model.family} model takes text only; "
-                    "choose a model that sees, or rows without images."
+                    f"config.{name}: row {rows.name(index)} of {rows.description} holds {held}, but the {model.family} model takes "
+                    f"{takes}; choose a model that does, or rows without."
                 ) from None
             return bad
 
-    census = _count(look, len(rows), _sha(settings), name, workers, progress)
+    if cache is None:
+        return _count(look, len(rows), _sha(settings), name, workers, progress, lambda data: None)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    part = _part(cache.with_suffix(".tokens"))
+    with part.open("wb") as file:
+        census = _count(look, len(rows), _sha(settings), name, workers, progress, file.write)
+    os.replace(part, cache.with_suffix(".tokens"))
     _write(cache, census)
-    return census
+    return dataclasses.replace(census, tokens=cache.with_suffix(".tokens"))
 
 
-def _look(index: int, encoded: templates.Encoded, rows: sources.Rows, model: Model, max_length: int | None) -> tuple[list[int], bytes]:
-    """(a row of `sizes`, digest)."""
+def _look(
+    index: int, encoded: templates.Encoded, rows: Samples, model: Model, max_length: int | None, keep: bool
+) -> tuple[list[int], bytes, bytes]:
+    """(a row of `sizes`, digest, the example as bytes where it is kept)."""
     lengths = [len(answer) for answer in encoded.answers]
     longest = len(encoded.prompt) + max(lengths)
     if max_length is not None and longest > max_length:
         raise Bad("too long", f"{longest} tokens, config.data.max_length is {max_length}")
     digest = hashlib.sha256(np.int64([index, len(encoded.prompt), *lengths]).tobytes())
-    for array in (encoded.prompt, *encoded.answers, *(encoded.scored or ())):
-        digest.update(array.tobytes())
+    for part in (encoded.prompt, *encoded.answers, *(encoded.scored or ())):
+        digest.update(part.tobytes())
     digest.update(json.dumps(encoded.values, sort_keys=True, default=str).encode())
     for image in encoded.images:
-        digest.update(media.check_image(image, rows.folder))
+        digest.update(media.check_image(image, rows.folder(index)))
     scored = sum(lengths) if encoded.scored is None else sum(int(mask.sum()) for mask in encoded.scored)
     eos = templates.ends_with_eos(encoded, model.assets.tokenizer)
     slots = len(encoded.images) if encoded.slots is None else encoded.slots
-    return [len(encoded.prompt), sum(lengths), scored, len(lengths), slots, int(eos)], digest.digest()
+    kept = tokens.pack(encoded) if keep and not encoded.images else b""
+    return [len(encoded.prompt), sum(lengths), scored, len(lengths), slots, int(eos)], digest.digest(), kept
 
 
-def _count(look: Callable, total: int, start: str, name: str, workers: int, progress: bool | None) -> Census:
+def _count(
+    look: Callable, total: int, start: str, name: str, workers: int, progress: bool | None, write: Callable[[bytes], Any]
+) -> Census:
     from tqdm import tqdm
 
-    row_ids, sizes, dropped, details = [], [], {}, {}
-    digest = hashlib.sha256(start.encode())
+    row_ids, sizes, ends, dropped, details = array("q"), array("i"), array("q"), {}, {}  # compact: there may be millions of rows
+    digest, end = hashlib.sha256(start.encode()), 0
     with (
         concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool,
         tqdm(total=total, desc=f"reading {name}", unit=" rows", delay=2, leave=False, disable=not _shows(progress)) as bar,
@@ -131,10 +151,14 @@ def _count(look: Callable, total: int, start: str, name: str, workers: int, prog
                     details.setdefault(found.reason, found.detail)
                 else:
                     row_ids.append(index)
-                    sizes.append(found[0])
+                    sizes.extend(found[0])
                     digest.update(found[1])
-                bar.update()
-    return Census(np.array(row_ids, np.int64), np.array(sizes, np.int64).reshape(-1, 6), dropped, details, digest.hexdigest())
+                    write(found[2])
+                    end += len(found[2])
+                    ends.append(end)
+            bar.update(len(block))
+    arrays = np.array(row_ids, np.int64), np.array(sizes, np.int32).reshape(-1, 6)
+    return Census(*arrays, dropped, details, digest.hexdigest(), np.array(ends, np.int64))
 
 
 def _shows(progress: bool | None) -> bool:
@@ -148,7 +172,7 @@ def _shows(progress: bool | None) -> bool:
 # --- what people read ------------------------------------------------------------------------------------------------------------
 
 
-def check_census(census: Census, rows: sources.Rows, name: str, max_bad_fraction: float) -> None:
+def check_census(census: Census, rows: Samples, name: str, max_bad_fraction: float) -> None:
     """Stop where nothing is left or too much was dropped.
 
     Raises:
@@ -158,15 +182,15 @@ def check_census(census: Census, rows: sources.Rows, name: str, max_bad_fraction
     if bad < len(rows) and bad <= max_bad_fraction * len(rows):
         return
     rule = "none is left" if bad == len(rows) else f"config.data.max_bad_fraction allows {max_bad_fraction:.1%}"
-    reasons = "; ".join(_reasons(census))
+    reasons = "; ".join(_reasons(census, rows))
     raise UserError(f"config.{name}: {bad} of {len(rows)} rows of {rows.description} cannot be used, {rule}: {reasons}.")
 
 
-def describe(census: Census, rows: sources.Rows, name: str, formatter: str, eos: str) -> Iterator[str]:
+def describe(census: Census, rows: Samples, name: str, formatter: str, eos: str) -> Iterator[str]:
     """Lines that say what was read, what was dropped and how long examples are."""
     kept = len(census.row_ids)
     yield f"{name}: {rows.description}, formatter {formatter}: {kept} of {len(rows)} rows kept"
-    for line in _reasons(census):
+    for line in _reasons(census, rows):
         yield f"  dropped, {line}"
     prompt, _, scored, answers, images, ends = census.sizes.T
     yield f"  prompt {int(np.median(prompt))} tokens (longest {prompt.max()}), an answer {scored.sum() / answers.sum():.0f} on average"
@@ -176,11 +200,12 @@ def describe(census: Census, rows: sources.Rows, name: str, formatter: str, eos:
         yield f"  {kept - int(ends.sum())} rows where the chat template ends an answer without {eos}: they do not train where to stop"
 
 
-def _reasons(census: Census) -> list[str]:
+def _reasons(census: Census, rows: Samples) -> list[str]:
     lines = []
     for reason, (count, ids) in sorted(census.dropped.items(), key=lambda item: -item[1][0]):
-        detail = f"; row {ids[0]}: {census.details[reason]}" if census.details.get(reason) else ""
-        lines.append(f"{reason}: {count} (rows {', '.join(map(str, ids))}{', ..' if count > len(ids) else ''}{detail})")
+        names = [*map(rows.name, ids)]
+        detail = f"; row {names[0]}: {census.details[reason]}" if census.details.get(reason) else ""
+        lines.append(f"{reason}: {count} (rows {', '.join(names)}{', ..' if count > len(ids) else ''}{detail})")
     return lines
 
 
@@ -216,17 +241,22 @@ def _read(path: Path | None) -> Census | None:
         with np.load(path) as stored:
             words = json.loads(str(stored["words"]))
             dropped = {reason: (count, ids) for reason, (count, ids) in words["dropped"].items()}
-            return Census(stored["row_ids"], stored["sizes"], dropped, words["details"], words["fingerprint"])
+            arrays = stored["row_ids"], stored["sizes"]
+            found = Census(*arrays, dropped, words["details"], words["fingerprint"], stored["ends"], path.with_suffix(".tokens"))
+            whole = found.tokens.exists() and found.tokens.stat().st_size == (found.ends[-1] if len(found.ends) else 0)
+            return found if whole else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None  # torn by a kill: take it again
 
 
-def _write(path: Path | None, census: Census) -> None:
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _write(path: Path, census: Census) -> None:
     words = json.dumps({"dropped": census.dropped, "details": census.details, "fingerprint": census.fingerprint})
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = _part(path)
     with part.open("wb") as file:
-        np.savez(file, row_ids=census.row_ids, sizes=census.sizes, words=words)
+        np.savez(file, row_ids=census.row_ids, sizes=census.sizes, ends=census.ends, words=words)
     os.replace(part, path)
+
+
+def _part(path: Path) -> Path:
+    """Where a file is written until it is whole; every process has its own."""
+    return path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.part")

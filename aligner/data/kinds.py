@@ -46,12 +46,12 @@ def _preference(sample: Any, model: Model, data: Any) -> templates.Encoded:
 
 def _ranked(sample: Any, model: Model, data: Any) -> templates.Encoded:
     sample = samples.as_ranked(sample)
-    return templates.encode_answers(sample.prompt, sample.completions, model.assets, model.media)
+    return templates.encode_answers(sample.prompt, sample.completions, model.assets, model.media, sample.template)
 
 
 def _unpaired(sample: Any, model: Model, data: Any) -> templates.Encoded:
     sample = samples.as_unpaired(sample)
-    encoded = templates.encode_answers(sample.prompt, (sample.completion,), model.assets, model.media)
+    encoded = templates.encode_answers(sample.prompt, (sample.completion,), model.assets, model.media, sample.template)
     return encoded._replace(values={"label": float(sample.label)})
 
 
@@ -74,7 +74,7 @@ def _cost(sample: Any, model: Model, data: Any) -> templates.Encoded:
 
 def _scored(sample: Any, model: Model, data: Any) -> templates.Encoded:
     sample = samples.as_scored(sample)
-    encoded = templates.encode_answers(sample.prompt, sample.completions, model.assets, model.media)
+    encoded = templates.encode_answers(sample.prompt, sample.completions, model.assets, model.media, sample.template)
     return encoded._replace(values={"scores": sample.scores})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -14,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from aligner.data import formatters, layout, media, packing, samples, sources, turns
-from aligner.data.census import Census, check_census, describe, source_code, take_census
+from aligner.data import layout, media, mixture, packing, tokens, turns
+from aligner.data.census import check_census, describe, take_census
 from aligner.data.kinds import ANSWERS, ENCODERS, Kind
-from aligner.data.samples import Bad, Preference, Ranked
+from aligner.data.samples import Bad
 from aligner.data.templates import Encoded, image_token
 from aligner.models.pictures import blank
 from aligner.models.pictures import fill as fill_slots
@@ -31,7 +30,8 @@ class Dataset:
     Attributes:
         name: the config section it came from, e.g. "data.train".
         size: rows of an epoch, as batches count them: one an example unless they are packed.
-        row_ids: [N] int64, numbers in the source of the kept rows, ascending; `example_id` in a batch is one of these.
+        row_ids: [N] int64, numbers in the source of the kept rows, ascending, as often as they stand in an epoch; `example_id` in a
+            batch is one of these.
         rows_total: number of rows of the source; columns computed per example have so many rows.
         dropped: reason -> (count, up to three row numbers).
         report: lines for people: what was read, dropped, and how long examples are.
@@ -82,16 +82,11 @@ def load_dataset(
     kind = ENCODERS[needs]
     if data.get("loss_on", "assistant") not in turns.LOSS_ON:
         raise UserError(f"config.data.loss_on is {data.loss_on!r}; it must be one of {', '.join(turns.LOSS_ON)}.")
-    rows = sources.open_rows(source, name)
-    model = media.looking_in(model, rows.folder)
-    formatter_name, to_sample = formatters.find_formatter(source.formatter, rows.columns(), name, kind.takes)
+    rows = mixture.open_samples(source, name, kind, seed, unpaired=needs.startswith("unpaired"))
     check_assets(model)
-    pairs = needs.startswith("unpaired") and _makes_pairs(rows, to_sample)
-    if pairs:
-        rows, to_sample = _halves(rows, to_sample)
 
     def encode(index: int) -> Encoded:
-        return kind.encode(to_sample(rows[index]), model, data)
+        return kind.encode(rows.read(index), media.looking_in(model, rows.folder(index)), data)
 
     census = take_census(
         encode,
@@ -99,52 +94,62 @@ def load_dataset(
         model,
         None if needs == "text" else data.max_length,
         name,
-        key=[formatter_name, source_code(to_sample), needs, data.get("loss_on", "assistant")],
+        key=[needs, data.get("loss_on", "assistant")],
         cache_dir=cache_dir,
         workers=data.workers,
         progress=progress,
     )
     check_census(census, rows, name, data.max_bad_fraction)
+    stored = tokens.reader(census.tokens, census.ends) if census.tokens else lambda place: None
 
+    def load(place: int) -> Encoded:
+        return stored(place) or encode(int(census.row_ids[place]))
+
+    fingerprint, sizes = census.fingerprint, census.sizes
     if needs == "text":
-        example, fingerprint, sizes = _pieces(encode, census, data.workers), census.fingerprint, census.sizes
+        example = _pieces(load, data.workers)
     elif kind.mismatched:
         if len(census.row_ids) < 2:
             raise UserError(
                 f"config.{name}: one row of {rows.description} is left, but each needs the answer of another; give two or more."
             )
         partner = packing.derangement(census.row_ids, seed)
-        example, sizes = _mismatched(encode, census, partner, data.max_length)
-        fingerprint = hashlib.sha256(census.fingerprint.encode() + partner.tobytes()).hexdigest()
+        example, sizes = _mismatched(load, sizes, partner, data.max_length)
+        fingerprint = hashlib.sha256(fingerprint.encode() + partner.tobytes()).hexdigest()
     else:
-        example, fingerprint, sizes = lambda place, *_: encode(int(census.row_ids[place])), census.fingerprint, census.sizes
+        example = lambda place, *_: load(place)
+    places = np.arange(len(census.row_ids))
+    if rows.repeats is not None:
+        places = np.repeat(places, rows.repeats[census.row_ids])
+        fingerprint = hashlib.sha256(fingerprint.encode() + places.tobytes()).hexdigest()
+    row_ids, sizes = census.row_ids[places], sizes[places]
     plan, (T, S, I) = make_plan(sizes, data, needs, seed)
     G, answers = int(np.diff(plan.starts).max()), int(sizes[:, 3].max())
 
     def row(number: int) -> layout.Row:
         members = plan.row(number) if number >= 0 else np.zeros((0, 3), np.int64)
-        ids = census.row_ids[members[:, 0]]
+        ids = row_ids[members[:, 0]]
         try:
-            examples = [example(*member) for member in members.tolist()]
+            examples = [example(int(places[member]), *piece) for member, *piece in members.tolist()]
             made = layout.lay_out(examples, ids, T, S, I, model.media, data.shared_prompt, G, kind.last, kind.prompt)
-            pictures = [media.open_image(image, rows.folder) for encoded in examples for image in encoded.images]
+            pictures = [media.open_image(image, rows.folder(i)) for i, encoded in zip(ids, examples) for image in encoded.images]
         except Bad as error:
-            where = f"row {ids[0]}" if len(ids) == 1 else f"one of the rows {', '.join(map(str, ids))}"
+            where = f"row {rows.name(ids[0])}" if len(ids) == 1 else f"one of the rows {', '.join(map(rows.name, ids))}"
             raise UserError(f"{name}, {where} of {rows.description} could be read when the run started, now not: {error}.") from error
         if pictures:
             fill_slots(made, media.read_pictures(pictures, model.media, model.assets.processor.image_processor), model.media)
         return made | _values(examples, kind, G, answers)
 
     fill = float(_columns(sizes, data).sum() / (T * len(plan)))
-    report = [*describe(census, rows, name, formatter_name, str(model.assets.tokenizer.eos_token))]
-    report += ["  every pair makes two rows, one for each answer"] if pairs else []
+    report = [*describe(census, rows, name, rows.formatter, str(model.assets.tokenizer.eos_token))]
+    report += ["  every pair makes two rows, one for each answer"] if rows.pairs else []
     report += [f"  every row: T={T} columns, S={S} scored positions, I={I} images"]
     if needs == "text" or data.get("packing", False):
         report += [f"  packed into {len(plan)} rows of at most {G} examples; {fill:.1%} of their columns are filled"]
     return Dataset(
         name=name,
         size=len(plan),
-        row_ids=census.row_ids,
+        row_ids=row_ids,
         rows_total=len(rows),
         dropped=census.dropped,
         report=tuple(report),
@@ -204,48 +209,29 @@ def _values(examples: list[Encoded], kind: Kind, G: int, answers: int) -> layout
     return made
 
 
-def _makes_pairs(rows: sources.Rows, to_sample: Callable) -> bool:
-    """Whether the first row that can be read is a pair or a ranking."""
-    for index in range(min(20, len(rows))):
-        with contextlib.suppress(Bad):
-            return isinstance(to_sample(rows[index]), (Preference, Ranked))
-    return False
-
-
-def _halves(rows: sources.Rows, to_sample: Callable) -> tuple[sources.Rows, Callable]:
-    """Each pair as two judged answers: rows 2i and 2i+1 are the chosen and the rejected one of row i."""
-    read = lambda index: {"pair": rows[index // 2], "half": index % 2}
-
-    @functools.wraps(to_sample)
-    def half(row: dict[str, Any]) -> samples.Unpaired:
-        return samples.unpair(to_sample(row["pair"]), row["half"])
-
-    return dataclasses.replace(rows, read=read, size=2 * len(rows), identity=f"{rows.identity}, halves"), half
-
-
-def _pieces(encode: Callable[[int], Encoded], census: Census, workers: int) -> Callable[[int, int, int], Encoded]:
+def _pieces(load: Callable[[int], Encoded], workers: int) -> Callable[[int, int, int], Encoded]:
     """Pieces of documents. A long document stands in many rows, so the latest ones are kept, each tokenised by one thread alone."""
-    kept, lock = functools.lru_cache(maxsize=4 * workers)(encode), threading.Lock()
+    kept, lock = functools.lru_cache(maxsize=4 * workers)(load), threading.Lock()
 
     def example(place: int, start: int, end: int) -> Encoded:
         with lock:
-            encoded = kept(int(census.row_ids[place]))
+            encoded = kept(place)
         return turns.piece(encoded, start, end)
 
     return example
 
 
 def _mismatched(
-    encode: Callable[[int], Encoded], census: Census, partner: np.ndarray, max_length: int
+    load: Callable[[int], Encoded], sizes: np.ndarray, partner: np.ndarray, max_length: int
 ) -> tuple[Callable[[int, int, int], Encoded], np.ndarray]:
     """Examples with another row's answer, as it is tokenised there, after their own prompt; and their sizes. What of it exceeds
     `max_length` is cut: it serves an estimate over many rows, and its own row has it whole."""
 
     def example(place: int, *_: int) -> Encoded:
-        encoded, other = encode(int(census.row_ids[place])), encode(int(census.row_ids[partner[place]]))
+        encoded, other = load(place), load(int(partner[place]))
         return encoded._replace(answers=(*encoded.answers, other.answers[0][: max_length - len(encoded.prompt)]))
 
-    sizes = census.sizes.copy()
+    sizes = sizes.copy()
     added = np.minimum(sizes[partner, 1], max_length - sizes[:, 0])
     sizes[:, 1] += added
     sizes[:, 2] += added

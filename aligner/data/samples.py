@@ -1,17 +1,23 @@
 """What a row of a dataset means, before any token: one frozen dataclass for every kind of training sample.
 
-A conversation is a list of messages `{"role": "system"|"user"|"assistant"|"tool", "content": ...}`; content is a string or a list of
-parts `{"type": "text", "text": str}` and `{"type": "image", "image": reference}` (`aligner.data.media` says what a reference may be).
+A conversation is a list of messages `{"role": "system"|"user"|"assistant"|"tool", "content": ...}`, which may hold what templates read
+beside it (`tool_calls`, `reasoning_content`, ..); content is a string or a list of parts `{"type": "text", "text": str}`,
+`{"type": "image", "image": reference}`, and the same with "audio" and "video" (`aligner.data.media` says what a reference may be). Rows
+for generation have media in the assistant's content.
 Where a dataset holds plain text and no messages, the same fields hold a string, or a list of parts when pictures stand in the text;
 such text is used as it is, without a chat template.
+
+`template` of a sample holds arguments for its chat template: `tools`, and what the template's author thought of (`enable_thinking`, ..).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
+MEDIA = ("image", "audio", "video")
 Text = Any  # a conversation, a string, or a list of parts
 
 
@@ -38,6 +44,7 @@ class Supervised:
 
     conversation: Text
     prompt: Text = ""
+    template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +67,7 @@ class Preference:
     rejected: Text
     margin: float = 0.0
     safe: tuple[int, int] = (0, 0)
+    template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +77,7 @@ class Ranked:
     prompt: Text
     completions: tuple[Text, ...]
     scores: tuple[float, ...] = ()
+    template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +103,7 @@ class Unpaired:
     prompt: Text
     completion: Text
     label: bool
+    template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +112,56 @@ class Prompt:
 
     prompt: Text
     ground_truth: Any = None
+    template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stepwise:
+    """An answer in steps, and which of them are right."""
+
+    prompt: Text
+    steps: tuple[str, ...]
+    labels: tuple[bool, ...]
+
+
+def check(sample: Any) -> Any:
+    """The sample, if its texts are what this file says.
+
+    Raises:
+        Bad: something else stands where a text should.
+    """
+    for name in ("prompt", "conversation", "chosen", "rejected", "completion", "text"):
+        if hasattr(sample, name):
+            _check_text(getattr(sample, name), name)
+    for text in getattr(sample, "completions", ()):
+        _check_text(text, "completions")
+    if isinstance(sample, TwoSided):
+        check(sample.good)
+        check(sample.bad)
+    return sample
+
+
+def _check_text(text: Any, name: str) -> None:
+    if isinstance(text, str):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise Bad("unexpected value", f"{name} holds half a character, U+{ord(text[error.start]):X}") from None
+    elif not isinstance(text, list):
+        raise Bad("unexpected value", f"{name} is a {type(text).__name__}, neither text nor messages")
+    elif is_conversation(text):
+        for message in text:
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+                raise Bad("unexpected value", f"{name} holds a message without role or content")
+            _check_text(message["content"], f"a message of {name}")
+    else:
+        for part in text:
+            if not isinstance(part, dict) or part.get("type") not in ("text", *MEDIA):
+                raise Bad("unexpected value", f"{name} holds a part that is neither text nor {', '.join(MEDIA)}")
+            if part["type"] == "text":
+                _check_text(part.get("text"), f"a part of {name}")
+            elif part.get(part["type"]) is None:
+                raise Bad(f"{part['type']} placeholders", f"{name} marks media of the type {part['type']}, the row has none for it")
 
 
 def is_conversation(text: Text) -> bool:
@@ -120,11 +180,18 @@ def parts_of(text: Text) -> list[dict]:
 
 def images_of(text: Text) -> tuple[Any, ...]:
     """The references of all images in a text, in reading order."""
-    return tuple(part["image"] for part in parts_of(text) if part["type"] == "image")
+    return media_of(text, "image")
+
+
+def media_of(text: Text, kind: str) -> tuple[Any, ...]:
+    """The references of all media of a kind in a text, in reading order."""
+    return tuple(part[kind] for part in parts_of(text) if part["type"] == kind)
 
 
 def is_blank(text: Text) -> bool:
-    """True where there is nothing to learn: no image and only white space."""
+    """True where there is nothing to learn: no media, no call of a tool and only white space."""
+    if is_conversation(text) and any(message.get("tool_calls") for message in text):
+        return False
     return not any(part["type"] != "text" or part["text"].strip() for part in parts_of(text))
 
 
@@ -135,7 +202,7 @@ def as_preference(sample: Any) -> Preference:
         Bad: the sample holds no pair, an answer is empty, or both answers are the same.
     """
     if isinstance(sample, Ranked):
-        sample = Preference(sample.prompt, as_ranked(sample).completions[0], sample.completions[-1])
+        sample = Preference(sample.prompt, as_ranked(sample).completions[0], sample.completions[-1], template=sample.template)
     if not isinstance(sample, Preference):
         raise Bad("not a pair", f"the formatter returned a {type(sample).__name__}, not a Preference or Ranked")
     for name in ("chosen", "rejected"):
@@ -153,7 +220,7 @@ def as_ranked(sample: Any) -> Ranked:
         Bad: fewer than two answers, one is empty, or two are the same.
     """
     if isinstance(sample, Preference):
-        sample = Ranked(sample.prompt, (sample.chosen, sample.rejected))
+        sample = Ranked(sample.prompt, (sample.chosen, sample.rejected), template=sample.template)
     if not isinstance(sample, Ranked):
         raise Bad("no ranked answers", f"the formatter returned a {type(sample).__name__}, not a Ranked or Preference")
     answers = sample.completions
@@ -229,7 +296,7 @@ def as_unpaired(sample: Any) -> Unpaired:
 def unpair(sample: Any, half: int) -> Unpaired:
     """Half a pair as a judged answer: 0 is the chosen one, 1 the rejected one."""
     pair = as_preference(sample)
-    return Unpaired(pair.prompt, pair.rejected if half else pair.chosen, not half)
+    return Unpaired(pair.prompt, pair.rejected if half else pair.chosen, not half, pair.template)
 
 
 def as_supervised(sample: Any) -> Supervised:
@@ -239,9 +306,9 @@ def as_supervised(sample: Any) -> Supervised:
         Bad: the sample holds neither, or nothing but white space.
     """
     if isinstance(sample, Ranked) and sample.completions:
-        sample = Supervised(sample.completions[0], sample.prompt)
+        sample = Supervised(sample.completions[0], sample.prompt, sample.template)
     if isinstance(sample, Preference):
-        sample = Supervised(sample.chosen, sample.prompt)
+        sample = Supervised(sample.chosen, sample.prompt, sample.template)
     if isinstance(sample, Document):
         sample = Supervised(sample.text)
     if not isinstance(sample, Supervised):
@@ -261,4 +328,20 @@ def as_document(sample: Any) -> Document:
         raise Bad("not running text", f"the formatter returned a {type(sample).__name__}; a Document of one string is needed")
     if is_blank(sample.text):
         raise Bad("empty text", "there is only white space")
+    return sample
+
+
+def as_prompt(sample: Any) -> Prompt:
+    """What is asked: a Prompt as it is, of every other sample what stands before its answers.
+
+    Raises:
+        Bad: nothing stands there.
+    """
+    if isinstance(sample, Supervised) and not sample.prompt and is_conversation(sample.conversation):
+        last = max((i for i, message in enumerate(sample.conversation) if message["role"] != "assistant"), default=-1)
+        sample = Prompt(sample.conversation[: last + 1], template=sample.template)
+    if not isinstance(sample, Prompt) and not isinstance(sample, Document) and hasattr(sample, "prompt"):
+        sample = Prompt(sample.prompt, template=getattr(sample, "template", {}))
+    if not isinstance(sample, Prompt) or is_blank(sample.prompt):
+        raise Bad("empty prompt", f"a {type(sample).__name__} without a prompt")
     return sample

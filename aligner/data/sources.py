@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
+import csv
 import dataclasses
 import difflib
+import gzip
+import hashlib
+import io
 import itertools
 import json
-import mmap
 import os
 import re
+import zlib
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +24,8 @@ import numpy as np
 
 from aligner.types import UserError
 
-SUFFIXES = (".json", ".jsonl", ".parquet", ".txt")
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".array_record", ".txt")
+_TEXTS = (".json", ".jsonl", ".csv", ".tsv", ".txt")  # may also be compressed, with .gz behind
 SAMPLE_BY = ("line", "paragraph", "document")
 _SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "eval")
 
@@ -68,12 +75,15 @@ def open_rows(source: Any, name: str = "data.train") -> Rows:
         UserError: nothing there, or nothing that can be read.
     """
     if not source.path:
-        raise UserError(f"config.{name}.path is empty; give a .json, .jsonl, .parquet or .txt file, a folder of them, or a Hub dataset id.")
+        kinds = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+        raise UserError(f"config.{name}.path is empty; give a {kinds} file, a folder of them, or a Hub dataset id.")
     sample_by = source.get("sample_by", "paragraph")
     if sample_by not in SAMPLE_BY:
         raise UserError(f"config.{name}.sample_by is {sample_by!r}; it must be one of {', '.join(SAMPLE_BY)}.")
     path = Path(source.path).expanduser()
-    if path.is_dir():
+    if source.path.startswith("tfds:"):
+        rows = _tfds(source.path.removeprefix("tfds:"), source.split, name)
+    elif path.is_dir():
         rows = _folder(path, source.split, name, sample_by)
     elif path.exists():
         rows = _file(path, name, sample_by)
@@ -97,7 +107,7 @@ def open_rows(source: Any, name: str = "data.train") -> Rows:
 
 def _looks_local(path: str) -> bool:
     """A Hub id is `name` or `owner/name`; everything else, and everything that stands in an existing folder, is a path."""
-    if path.startswith((".", "~", os.sep)) or Path(path).suffix in SUFFIXES or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+    if path.startswith((".", "~", os.sep)) or _suffix(Path(path)) in SUFFIXES or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         return True
     return "/" in path and Path(path).parent.is_dir()
 
@@ -115,16 +125,38 @@ def _stamp(path: Path) -> str:
     return f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}"
 
 
+def _suffix(path: Path) -> str:
+    """".jsonl" of rows.jsonl and of rows.jsonl.gz."""
+    inner = Path(path.stem).suffix if path.suffix == ".gz" else ""
+    return inner if inner in _TEXTS else path.suffix
+
+
 def _file(path: Path, name: str, sample_by: str) -> Rows:
-    if path.suffix == ".jsonl":
+    suffix = _suffix(path)
+    if suffix == ".jsonl":
         return _jsonl(path)
-    if path.suffix == ".json":
+    if suffix == ".json":
         return _json(path)
-    if path.suffix == ".parquet":
-        return _parquet(path, name)
-    if path.suffix == ".txt":
+    if suffix in (".csv", ".tsv"):
+        return _csv(path, "," if suffix == ".csv" else "\t")
+    if suffix in (".parquet", ".arrow"):
+        return _arrow(path, name, suffix)
+    if suffix == ".array_record":
+        return _array_record(path)
+    if suffix == ".txt":
         return _text(path, sample_by)
     raise UserError(f"config.{name}.path: {path} has no suffix that is known; name it {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}.")
+
+
+def _bytes(path: Path) -> bytes:
+    """The whole of a file, uncompressed."""
+    data = path.read_bytes()
+    if path.suffix != ".gz":
+        return data
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: not a whole gzip file ({error}); fetch it again.") from None
 
 
 def _folder(path: Path, split: str, name: str, sample_by: str) -> Rows:
@@ -137,8 +169,8 @@ def _folder(path: Path, split: str, name: str, sample_by: str) -> Rows:
                 raise UserError(f"config.{name}.split: {path} has no split {split!r}; it has {', '.join(data)}.")
             data = data[split]
         return _datasets(data, path, f"{path} ({split})")
-    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
-    files = [file for file in files if file.suffix != ".txt"] or files  # beside rows a text is a licence or a note
+    files = sorted(file for file in path.iterdir() if _suffix(file) in SUFFIXES)
+    files = [file for file in files if _suffix(file) != ".txt"] or files  # beside rows a text is a licence or a note
     # Files that are named after splits are not mixed: a held-out file must not slip into training.
     named = {file: found[0] for file in files if (found := re.findall(rf"^({'|'.join(_SPLITS)})(?![a-z])", file.stem))}
     if named:
@@ -162,20 +194,21 @@ def _folder(path: Path, split: str, name: str, sample_by: str) -> Rows:
 
 
 def _jsonl(path: Path) -> Rows:
-    """Rows by byte offset in a memory-mapped file: only offsets are held in memory."""
-    starts, lines = [], []
-    with path.open("rb") as file:
-        start = 0
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                starts.append(start)
-                lines.append(number)
-            start += len(line)
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if start else b""
-    starts, lines, end = np.array(starts + [start], np.int64), np.array(lines, np.int64), start
+    """Rows by byte offset: only offsets are held in memory. Read by position, not mapped: mapped pages count as this process's memory."""
+    starts, ends, lines = array("q"), array("q"), array("q")
+    whole = _bytes(path) if path.suffix == ".gz" else None
+    file = path.open("rb") if whole is None else io.BytesIO(whole)
+    start = 0
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            starts.append(start)
+            ends.append(start + len(line))
+            lines.append(number)
+        start += len(line)
 
     def read(index: int) -> dict:
-        text = data[int(starts[index]) : int(starts[index + 1]) if index + 1 < len(lines) else end]
+        start, end = starts[index], ends[index]
+        text = whole[start:end] if whole is not None else os.pread(file.fileno(), end - start, start)
         where = f"{path}, line {lines[index]}"
         try:
             row = json.loads(text)
@@ -191,7 +224,7 @@ def _jsonl(path: Path) -> Rows:
 def _text(path: Path, sample_by: str) -> Rows:
     """Rows {"text": document} of a plain text file."""
     try:
-        whole = path.read_text(encoding="utf-8")
+        whole = _bytes(path).decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error}); convert it.") from None
     breaks = {"line": r"\n", "paragraph": r"\n\s*\n"}
@@ -203,7 +236,7 @@ def _text(path: Path, sample_by: str) -> Rows:
 def _json(path: Path) -> Rows:
     """A list of rows, or an object that holds exactly one list of rows."""
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(_bytes(path))
     except ValueError as error:
         if "Extra data" in str(error):  # JSON lines under the name .json, as the Hub has many
             return _jsonl(path)
@@ -222,21 +255,101 @@ def _json(path: Path) -> Rows:
     return Rows(read, len(data), path.parent, str(path), _stamp(path))
 
 
-def _parquet(path: Path, name: str) -> Rows:
+def _csv(path: Path, separator: str) -> Rows:
+    """Rows of a table with a header; every value is a string. Empty cells are None."""
+    try:
+        table = csv.reader(io.StringIO(_bytes(path).decode("utf-8-sig"), newline=""), delimiter=separator, strict=True)
+        header, rows = next(table, []), []
+        for cells in table:
+            if cells and len(cells) != len(header):
+                raise UserError(f"{path}, line {table.line_num}: {len(cells)} cells, the header has {len(header)} ({', '.join(header)}).")
+            rows += [cells] if cells else []
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error}); convert it.") from None
+    except csv.Error as error:
+        raise UserError(f"{path}, line {table.line_num}: not valid CSV ({error}).") from None
+    read = lambda index: {name: cell or None for name, cell in zip(header, rows[index])}
+    return Rows(read, len(rows), path.parent, str(path), _stamp(path))
+
+
+def _arrow(path: Path, name: str, suffix: str) -> Rows:
+    """Parquet, or the Arrow files that `datasets` writes."""
     from datasets import Dataset
 
     try:
-        data = Dataset.from_parquet(str(path))
+        data = Dataset.from_parquet(str(path)) if suffix == ".parquet" else Dataset.from_file(str(path))
     except Exception as error:  # pyarrow's and datasets' errors have no common base
-        raise UserError(f"config.{name}.path: {path} cannot be read as Parquet ({_first_line(error)}).") from None
+        what = "Parquet" if suffix == ".parquet" else "an Arrow stream"
+        raise UserError(f"config.{name}.path: {path} cannot be read as {what} ({_first_line(error)}).") from None
     return dataclasses.replace(_datasets(data, path.parent, str(path)), identity=_stamp(path))
+
+
+def _array_record(path: Path) -> Rows:
+    """Records that are JSON objects."""
+    try:
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+    except ImportError:
+        raise UserError(f"{path}: ArrayRecord files need the package array_record; pip install aligner[sources].") from None
+    try:
+        data = ArrayRecordDataSource([str(path)])
+    except Exception as error:
+        raise UserError(f"{path}: cannot be read as ArrayRecord ({_first_line(error)}).") from None
+
+    def read(index: int) -> dict:
+        try:
+            row = json.loads(data[index])
+        except ValueError as error:
+            raise UserError(f"{path}, record {index}: not valid JSON ({error}); write records as JSON objects.") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, record {index}: a row must be an object {{column: value}}, this is a {type(row).__name__}.")
+        return row
+
+    return Rows(read, len(data), path.parent, str(path), _stamp(path))
+
+
+def _tfds(path: str, split: str, name: str) -> Rows:
+    """A dataset of tensorflow-datasets that was prepared as ArrayRecord; TensorFlow itself is not needed."""
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError:
+        raise UserError(f"config.{name}.path: tfds:{path} needs the package tensorflow-datasets; pip install aligner[sources].") from None
+    dataset, _, folder = path.partition("@")  # tfds:NAME, or tfds:NAME@DATA_DIR
+    try:
+        data = tfds.data_source(dataset, split=split, data_dir=folder or None, download=False)
+    except Exception as error:  # unknown names, splits and formats: tfds says which
+        raise UserError(f"config.{name}.path: tfds:{path} (split {split}) cannot be opened: {_first_line(error)}") from None
+    return Rows(lambda index: _plain(data[index]), len(data), Path.cwd(), f"tfds:{path} ({split})", f"tfds:{path}:{split}:{len(data)}")
+
+
+def _plain(value: Any) -> Any:
+    """NumPy values as JSON would have them; bytes that are text become text, others (images) stay."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3:
+        from PIL import Image
+
+        return Image.fromarray(value)
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _plain(value.tolist())
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value
+    return value
 
 
 def _hub(source: Any, name: str) -> Rows:
     from datasets import load_dataset
 
+    streaming = source.get("streaming", False)
     try:
-        data = load_dataset(source.path, name=source.subset, split=source.split)
+        data = load_dataset(source.path, name=source.subset, split=source.split, **({"streaming": True} if streaming else {}))
+        data = _spooled(data, source) if streaming else data
+    except UserError:
+        raise
     except Exception as error:  # offline, unknown id, unknown split or subset: `datasets` says which
         raise UserError(
             f"config.{name}.path: {source.path} is no file or folder here{_nearest(Path(source.path))}, "
@@ -251,6 +364,21 @@ def _hub(source: Any, name: str) -> Rows:
         return [with_bytes(item) for item in value] if isinstance(value, list) else value
 
     return dataclasses.replace(rows, read=lambda index: {key: with_bytes(value) for key, value in rows.read(index).items()})
+
+
+def _spooled(stream: Any, source: Any) -> Any:
+    """The first rows of a stream, written once to an Arrow file in the cache of `datasets`: only what is used is downloaded."""
+    import datasets
+
+    words = json.dumps([source.path, source.subset, source.split, source.size])
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "aligner" / hashlib.sha256(words.encode()).hexdigest()[:16]
+    if not folder.exists():
+        rows = stream if source.size is None else stream.take(source.size)
+        part = folder.with_name(f"{folder.name}.{os.getpid()}")
+        datasets.Dataset.from_generator(lambda: iter(rows), features=stream.features).save_to_disk(part)
+        with contextlib.suppress(OSError):  # another process was first
+            os.rename(part, folder)
+    return datasets.load_from_disk(folder)
 
 
 def _datasets(data: Any, folder: Path, description: str) -> Rows:

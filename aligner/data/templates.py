@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aligner.data import media as media_files
-from aligner.data.samples import Bad, Preference, TwoSided, images_of, is_conversation, parts_of
+from aligner.data.samples import Bad, Preference, TwoSided, images_of, is_conversation, media_of, parts_of
 from aligner.models.pictures import Shown
 from aligner.types import Media, UserError
 
@@ -21,7 +22,9 @@ DEFAULT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 _RENDERING = threading.Lock()
-NO_IMAGES = "the model takes no images"  # not the row's fault: the census stops at it
+# Not the row's fault: the census stops at it.
+NO_IMAGES = "the model takes no images"
+NO_SOUND = "the model takes no audio or video"
 
 
 class Encoded(NamedTuple):
@@ -46,7 +49,7 @@ class Encoded(NamedTuple):
 
 def encode_preference(sample: Preference, assets: Any, media: Media | None = None) -> Encoded:
     """Tokens of a pair; answers are (chosen, rejected). See `encode_answers`."""
-    encoded = encode_answers(sample.prompt, (sample.chosen, sample.rejected), assets, media)
+    encoded = encode_answers(sample.prompt, (sample.chosen, sample.rejected), assets, media, sample.template)
     return encoded._replace(values={"margin": sample.margin, "safe": sample.safe})
 
 
@@ -69,7 +72,9 @@ def encode_two_sided(sample: TwoSided, assets: Any, media: Media | None = None) 
     )
 
 
-def encode_answers(prompt: Any, answers: tuple[Any, ...], assets: Any, media: Media | None = None) -> Encoded:
+def encode_answers(
+    prompt: Any, answers: tuple[Any, ...], assets: Any, media: Media | None = None, options: Mapping[str, Any] | None = None
+) -> Encoded:
     """Render and tokenise a prompt with each of its answers.
 
     Every text is tokenised whole, as the model meets it when it generates; the prompt that is shared and not scored is the longest
@@ -81,26 +86,26 @@ def encode_answers(prompt: Any, answers: tuple[Any, ...], assets: Any, media: Me
         answers: the answers, of the same form.
         assets: has `tokenizer`, and `processor` (None for a text model).
         media: the model's media; None for a text model.
+        options: arguments for the chat template.
 
     Raises:
         Bad: the template refuses the conversation, an answer is empty, or placeholders and images do not match.
     """
-    tokenizer = assets.tokenizer
-    images = images_of(prompt)
+    images, options = check_media(prompt), options or {}
     shown = media_files.shown(images, assets, media)
     if not prompt:
         raise Bad("empty prompt", "nothing stands before the answers")
-    if any(images_of(answer) for answer in answers):
+    if any(check_media(answer) for answer in answers):
         raise Bad("image placeholders", "an answer holds an image; images are supported in prompts")
     if is_conversation(prompt) or any(is_conversation(answer) for answer in answers):
-        texts = [render(prompt, assets, shown, add_generation_prompt=True)]
-        texts += [render(prompt + answer, assets, shown) for answer in answers]
+        texts = [render(prompt, assets, shown, add_generation_prompt=True, **options)]
+        texts += [render(prompt + answer, assets, shown, **options) for answer in answers]
         special = adds_special_tokens(texts[0], assets)
     else:
         start = write(_plain(prompt, assets), assets, shown)
         texts = [start] + [start + plain_text(answer, assets) for answer in answers]
         special = True
-    tokenised = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+    tokenised = assets.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
     alone, *full = (np.array(ids, np.int32) for ids in tokenised)
     shared = min(common_prefix(alone, ids) for ids in full)
     head, tails = alone[:shared], tuple(ids[shared:] for ids in full)
@@ -113,6 +118,13 @@ def encode_answers(prompt: Any, answers: tuple[Any, ...], assets: Any, media: Me
     if any((tail == media.placeholder).any() for tail in tails if media is not None):
         raise Bad("image placeholders", "an answer's text holds an image token")
     return Encoded(head[expansion(head, shown, media, len(images))], tails, images, slots=slots_of(shown))
+
+
+def check_media(text: Any) -> tuple[Any, ...]:
+    """The images of a text; what no model here takes yet is refused."""
+    if any(media_of(text, kind) for kind in ("audio", "video")):
+        raise Bad(NO_SOUND)
+    return images_of(text)
 
 
 def chat_template(assets: Any) -> str:
@@ -148,31 +160,62 @@ def write(text: str, assets: Any, shown: Sequence[Shown]) -> str:
     return "".join(part for pair in zip(between, [*written[: len(between) - 1], ""]) for part in pair)
 
 
-def render(conversation: list[dict], assets: Any, shown: Sequence[Shown] = (), **options: Any) -> Any:
-    """What the chat template makes of a conversation: its text, or what else `options` of `apply_chat_template` ask for.
-
-    `shown` says how its pictures, the first of which come first, are written.
+def render(conversation: list[dict], assets: Any, shown: Sequence[Shown] = (), **options: Any) -> str:
+    """What the chat template makes of a conversation; `options` are the template's, `shown` says how its first pictures are written.
 
     Raises:
         Bad: the template refuses the conversation.
+        UserError: the template itself is broken.
     """
-    from jinja2 import TemplateError
+    return write(_rendered(conversation, assets, False, options)[0][0], assets, shown)
+
+
+def render_marked(
+    conversation: list[dict], assets: Any, shown: Sequence[Shown] = (), **options: Any
+) -> tuple[str, list[tuple[int, int]]]:
+    """(text, where in it {% generation %} and {% endgeneration %} stand); raises as `render` does."""
+    texts, spans = _rendered(conversation, assets, True, options)
+    moved = lambda place: len(write(texts[0][:place], assets, shown))
+    return write(texts[0], assets, shown), [(moved(start), moved(end)) for start, end in spans[0]]
+
+
+def _rendered(conversation: list[dict], assets: Any, marks: bool, options: Mapping[str, Any]) -> tuple[list[str], list]:
+    from jinja2 import TemplateError, TemplateSyntaxError
+    from transformers.utils.chat_template_utils import render_jinja_template
 
     # Processors' templates want lists of parts; tokenizers' (and ours) want strings.
-    structured = assets.processor is not None and bool(assets.processor.chat_template)
+    structured = assets.processor is not None and "type" in (assets.processor.chat_template or "")
     messages = []
     for message in conversation:
-        parts = [{"type": "image"} if part["type"] == "image" else part for part in parts_of(message["content"])]
-        content = parts if structured else _plain(message["content"], assets, after_image="\n")
+        content = message["content"]
+        if structured:
+            content = [{"type": "image"} if part["type"] == "image" else part for part in parts_of(content)]
+        elif not isinstance(content, str):
+            content = _plain(content, assets, after_image="\n")
         messages.append({**message, "content": content})
+    # The tokenizer's tokens will do for processors as well: all that a template needs is the messages and the special tokens.
+    options = {**assets.tokenizer.special_tokens_map, **options, "return_assistant_tokens_mask": marks}
+    show = lambda messages: render_jinja_template([messages], chat_template=chat_template(assets), **options)
     try:
-        # The tokenizer renders for processors as well: all that a template needs is the messages and the special tokens.
         # One at a time: what notes where {% generation %} stands belongs to the compiled template, which threads share.
         with _RENDERING:
-            made = assets.tokenizer.apply_chat_template(messages, chat_template=chat_template(assets), **{"tokenize": False} | options)
-            return write(made, assets, shown) if isinstance(made, str) else made
-    except (TemplateError, TypeError) as error:
+            try:
+                return show(messages)
+            except TypeError:  # most templates want a call's arguments as an object, some as JSON text
+                if not any(message.get("tool_calls") for message in messages):
+                    raise
+                return show([*map(_json_calls, messages)])
+    except TemplateSyntaxError as error:
+        raise UserError(f"the chat template is no Jinja, line {error.lineno}: {error.message}; set config.data.chat_template.") from None
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         raise Bad("chat template", f"the chat template refuses the conversation: {error}") from error
+
+
+def _json_calls(message: dict) -> dict:
+    """The message with the arguments of its calls as JSON text."""
+    functions = [call.get("function", call) for call in message.get("tool_calls", ())]
+    calls = [{"type": "function", "function": {**function, "arguments": json.dumps(function["arguments"])}} for function in functions]
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def adds_special_tokens(text: str, assets: Any) -> bool:

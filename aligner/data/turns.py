@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from aligner.data import media as media_files
-from aligner.data.samples import Bad, Document, Supervised, images_of, is_conversation
+from aligner.data.samples import Bad, Document, Supervised, is_conversation
 from aligner.data.templates import (
     Encoded,
     adds_special_tokens,
     chat_template,
+    check_media,
     common_prefix,
     encode_answers,
     expansion,
     plain_text,
     render,
+    render_marked,
     slots_of,
     write,
 )
@@ -43,20 +46,20 @@ def encode_supervised(sample: Supervised, assets: Any, media: Media | None = Non
     Raises:
         Bad: nothing would be scored.
     """
-    prompt, rest = sample.prompt, sample.conversation
+    prompt, rest, options = sample.prompt, sample.conversation, sample.template
     placeholder = None if media is None else media.placeholder
     if prompt and (not is_conversation(rest) or all(message["role"] == "assistant" for message in rest)):
-        encoded = encode_answers(prompt, (rest,), assets, media)
+        encoded = encode_answers(prompt, (rest,), assets, media, options)
         if loss_on != "all":
             return encoded
         return _scored(np.concatenate([encoded.prompt, *encoded.answers]), None, encoded.images, placeholder)._replace(slots=encoded.slots)
     whole = [*prompt, *rest] if is_conversation(rest) else rest
-    images = images_of(whole)
+    images = check_media(whole)
     shown = media_files.shown(images, assets, media)
     if is_conversation(rest):
-        ids, mask = _turns(whole, assets, loss_on, shown)
+        ids, mask = _turns(whole, assets, loss_on, shown, options)
         if prompt and loss_on != "all":
-            alone, _ = _tokens(render(prompt, assets, shown, add_generation_prompt=True), assets)
+            alone, _ = _tokens(render(prompt, assets, shown, add_generation_prompt=True, **options), assets)
             mask[: common_prefix(alone, ids)] = False
     else:
         ids, mask = np.array(assets.tokenizer(write(plain_text(rest, assets), assets, shown), verbose=False)["input_ids"], np.int32), None
@@ -90,25 +93,32 @@ def _scored(ids: np.ndarray, mask: np.ndarray | None, images: tuple[Any, ...] = 
     return Encoded(ids[:start], (ids[start:],), images, (mask[start:],))
 
 
-def _tokens(text: str, assets: Any, **options: Any) -> tuple[np.ndarray, Any]:
+def _tokens(text: str, assets: Any, **options: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    """(ids [n], where in the text each token stands [n,2] if `return_offsets_mapping` asks for that)."""
     found = assets.tokenizer(text, add_special_tokens=adds_special_tokens(text, assets), verbose=False, **options)
-    return np.array(found["input_ids"], np.int32), found.get("offset_mapping")
+    offsets = found.get("offset_mapping")
+    return np.array(found["input_ids"], np.int32), None if offsets is None else np.array(offsets, np.int64).reshape(-1, 2)
 
 
-def _turns(conversation: list[dict], assets: Any, loss_on: str, shown: Sequence[Shown] = ()) -> tuple[np.ndarray, np.ndarray | None]:
+def _turns(
+    conversation: list[dict], assets: Any, loss_on: str, shown: Sequence[Shown], options: Mapping[str, Any]
+) -> tuple[np.ndarray, np.ndarray | None]:
     """(ids, mask) of a whole conversation, placeholders not yet expanded; no mask where all is scored."""
-    text = render(conversation, assets, shown)
+    show = functools.partial(render, assets=assets, shown=shown, **options)
     if loss_on == "all":
-        return _tokens(text, assets)[0], None
+        return _tokens(show(conversation), assets)[0], None
     if not any(message["role"] == "assistant" for message in conversation):
         raise Bad("nothing to imitate", "the conversation has no turn of the assistant")
-    if _has_generation_marks(chat_template(assets)) and not any(one.text for one in shown):
-        ids, mask = _by_generation_marks(conversation, text, assets)
-        spans = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8)])) == 1)
-        if loss_on == "last" and len(spans):
-            mask[: spans[-1]] = False
+    if not assets.tokenizer.is_fast:
+        raise UserError("the tokenizer cannot say where in the text its tokens stand; add tokenizer.json to the checkpoint folder.")
+    if _has_generation_marks(chat_template(assets)):
+        text, spans = render_marked(conversation, assets, shown, **options)
+        ids, offsets = _tokens(text, assets, return_offsets_mapping=True)
+        mask = _by_generation_marks(spans[-1:] if loss_on == "last" else spans, offsets)
     else:
-        ids, mask = _by_rendering(conversation, text, assets, loss_on, shown)
+        text = show(conversation)
+        ids, offsets = _tokens(text, assets, return_offsets_mapping=True)
+        mask = _by_rendering(conversation, text, offsets, assets, loss_on, show)
     if not mask.any():
         raise Bad("nothing to imitate", f"the chat template marks no token as the assistant's: {_head(assets)}")
     return ids, mask
@@ -118,49 +128,52 @@ def _has_generation_marks(template: str) -> bool:
     return "endgeneration" in template
 
 
-def _by_generation_marks(conversation: list[dict], text: str, assets: Any) -> tuple[np.ndarray, np.ndarray]:
+def _by_generation_marks(spans: list[tuple[int, int]], offsets: np.ndarray) -> np.ndarray:
     """The template says itself, between {% generation %} and {% endgeneration %}, what the assistant writes."""
-    found = render(conversation, assets, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    ids, bare, mask = _tokens(text, assets)[0], np.array(found["input_ids"], np.int32), np.array(found["assistant_masks"], bool)
-    before = next(n for n in range(len(ids) - len(bare) + 1) if np.array_equal(ids[n : n + len(bare)], bare))  # special tokens around it
-    return ids, np.pad(mask, (before, len(ids) - len(bare) - before))
+    starts, ends = offsets.T
+    mask = np.zeros(len(offsets), bool)
+    for start, end in spans:
+        mask |= (ends > start) & (starts < end) & (ends > starts)
+    return mask
 
 
-def _by_rendering(conversation: list[dict], text: str, assets: Any, loss_on: str, shown: Sequence[Shown]) -> tuple[np.ndarray, np.ndarray]:
+def _by_rendering(
+    conversation: list[dict], text: str, offsets: np.ndarray, assets: Any, loss_on: str, show: Callable[..., str]
+) -> np.ndarray:
     """The template does not say: rendering parts of the conversation shows where each turn of the assistant stands."""
-    if not assets.tokenizer.is_fast:
-        raise UserError("the tokenizer cannot say where in the text its tokens stand; add tokenizer.json to the checkpoint folder.")
-    ids, offsets = _tokens(text, assets, return_offsets_mapping=True)
-    starts, ends = np.array(offsets).reshape(-1, 2).T
-    mask = np.zeros(len(ids), bool)
+    starts, ends = offsets.T
+    mask = np.zeros(len(offsets), bool)
     turns = [number for number, message in enumerate(conversation) if message["role"] == "assistant"]
     for number in turns[-1:] if loss_on == "last" else turns:
-        start, end = _span(conversation, number, text, assets, shown)
+        start, end = _span(conversation, number, text, assets, show)
         words = start + len(text[start:end].rstrip())  # a token over the start is the answer's, one over the end if it holds its words
         inside = np.flatnonzero((ends > start) & (ends > starts) & ((ends <= end) | (starts < words)) & (starts < end))
         if len(inside):
             mask[inside[0] : inside[-1] + 1] = True
-    return ids, mask
+    return mask
 
 
-def _span(conversation: list[dict], number: int, text: str, assets: Any, shown: Sequence[Shown]) -> tuple[int, int]:
+def _span(conversation: list[dict], number: int, text: str, assets: Any, show: Callable[..., str]) -> tuple[int, int]:
     """Where in the text a turn of the assistant stands, with what the template ends it with.
 
     Usually the text grows turn by turn: the turn is what follows the prompt that asks for it, up to where the next one begins. Some
-    templates write a turn differently when others follow (reasoning is left out); then it is what changes in the text when its words do.
+    templates write a turn differently when others follow (reasoning is left out, another token ends it); then it is what changes in the
+    text when its words do.
     """
-    after = render(conversation[: number + 1], assets, shown)
+    after = show(conversation[: number + 1])
     eos = assets.tokenizer.eos_token or ""
     shorter = after.removesuffix(eos)  # some end the whole conversation once more
     end = next((len(way) for way in (after, shorter, after.rstrip(), shorter.rstrip()) if text.startswith(way)), None)
-    if number and end is not None and text.startswith(render(conversation[:number], assets, shown).removesuffix(eos).rstrip()):
-        return _common(text, render(conversation[:number], assets, shown, add_generation_prompt=True)), end
+    grows = number and text.startswith(show(conversation[:number]).removesuffix(eos).rstrip())
+    start = _common(text, show(conversation[:number], add_generation_prompt=True)) if grows else None
+    if start is not None and end is not None:
+        return start, end
     marked = [dict(message, content=_MARKER) if i == number else message for i, message in enumerate(conversation)]
-    other = render(marked, assets, shown)
-    start = _common(text, other)
-    end = len(text) - _common(text[:start:-1], other[:start:-1])
-    alone = render(marked[: number + 1], assets, shown)
-    return start, end + _common(text[end:], alone[alone.find(_MARKER) + 1 :])
+    other = show(marked)
+    first = _common(text, other)
+    end = len(text) - _common(text[:first:-1], other[:first:-1])
+    alone = show(marked[: number + 1])
+    return first if start is None else start, end + _common(text[end:], alone[alone.find(_MARKER) + 1 :])
 
 
 _MARKER = "\ue000"  # of private use: no text holds it

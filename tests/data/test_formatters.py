@@ -2,7 +2,8 @@
 
 import pytest
 
-from aligner.data.formatters import find_formatter, place_images, question, split_prompt
+from aligner.data.by_columns import question
+from aligner.data.formatters import find_formatter, place_images, split_prompt
 from aligner.data.kinds import ENCODERS
 from aligner.data.samples import (
     Bad,
@@ -128,7 +129,7 @@ def test_conversations_beside_whole_answers_are_no_prompt():
         ({"prompt": "q", "chosen": None, "rejected": "b"}, "missing column"),
         ({"prompt": "q", "chosen": "a"}, "missing column"),
         ({"prompt": [{"role": "wizard", "content": "q"}], "chosen": "a", "rejected": "b"}, "unknown role"),
-        ({"prompt": [user([{"type": "video", "video": "v"}])], "chosen": "a", "rejected": "b"}, "unknown content"),
+        ({"prompt": [user([{"type": "smell", "smell": "v"}])], "chosen": "a", "rejected": "b"}, "unknown content"),
         ({"prompt": 3, "chosen": ["a"], "rejected": ["b"]}, "unexpected value"),
     ],
 )

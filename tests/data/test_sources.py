@@ -1,7 +1,11 @@
 """Files of every kind open to the same rows; what cannot be opened is named."""
 
+import gzip
 import json
+import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from aligner.data.sources import open_rows
@@ -13,6 +17,13 @@ ROWS = [{"prompt": f"q{i}", "chosen": "é" * i, "rejected": "x"} for i in range(
 
 def lines(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_records(path, records):
+    writer = pytest.importorskip("array_record.python.array_record_module").ArrayRecordWriter(str(path), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
 
 
 def test_every_kind_of_file_gives_the_same_rows(tmp_path):
@@ -32,7 +43,13 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     (tmp_path / "splits").mkdir()
     (tmp_path / "splits" / "train-00000-of-1.jsonl").write_text(lines(ROWS))
     (tmp_path / "splits" / "test.jsonl").write_text(lines(ROWS[:1]))
-    names = ["rows.jsonl", "gaps.jsonl", "rows.json", "held.json", "lines.json", "rows.parquet", "saved", "dict", "folder", "splits"]
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(lines(ROWS).encode()))
+    (tmp_path / "rows.json.gz").write_bytes(gzip.compress(json.dumps(ROWS).encode()))
+    next((tmp_path / "saved").glob("*.arrow")).rename(tmp_path / "rows.arrow")
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    write_records(tmp_path / "rows.array_record", [json.dumps(row).encode() for row in ROWS])
+    names = ["rows.jsonl", "gaps.jsonl", "rows.json", "held.json", "lines.json", "rows.parquet", "saved", "dict", "folder", "splits",
+             "rows.jsonl.gz", "rows.json.gz", "rows.array_record", "rows.arrow"]  # fmt: skip
     for name in names:
         rows = open_rows(source(tmp_path / name))
         assert [rows[i] for i in range(len(rows))] == ROWS, name
@@ -74,8 +91,8 @@ def test_identity_changes_with_the_file(tmp_path):
         ({"a.json": '{"x": 1}'}, {"path": "a.json"}, "must hold a list of rows"),
         ({"a.jsonl": "\n"}, {"path": "a.jsonl"}, "holds no rows"),
         ({"a.parquet": "nonsense"}, {"path": "a.parquet"}, "cannot be read as Parquet"),
-        ({"a.csv": "x"}, {"path": "a.csv"}, "no suffix that is known"),
-        ({"d/a.csv": "x"}, {"path": "d"}, "holds no .json"),
+        ({"a.xls": "x"}, {"path": "a.xls"}, "no suffix that is known"),
+        ({"d/a.xls": "x"}, {"path": "d"}, "holds no .json"),
         ({"d/train.jsonl": "{}", "d/test.jsonl": "{}"}, {"path": "d", "split": "val"}, r"no file of .* is named val\*"),
         ({"a.jsonl": "{}"}, {"path": "a.jsonl", "image_folder": "nowhere"}, "nowhere is no folder"),
         ({"a.jsonl": "{}"}, {"path": "a.jsonl", "size": 0}, "at least 1"),
@@ -120,3 +137,65 @@ def test_text_files_are_documents(tmp_path):
     (tmp_path / "c.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"c.txt: not UTF-8 text"):
         open_rows(source(tmp_path / "c.txt"))
+
+
+def test_tables(tmp_path):
+    (tmp_path / "a.csv").write_text('\ufeffquestion,answer\n"one, two","line\nbreak"\nthree,\n\n')
+    (tmp_path / "b.tsv").write_text("question\tanswer\na, b\tc\n")
+    rows = open_rows(source(tmp_path / "a.csv"))
+    assert [rows[i] for i in range(len(rows))] == [
+        {"question": "one, two", "answer": "line\nbreak"}, {"question": "three", "answer": None},
+    ]  # fmt: skip
+    assert open_rows(source(tmp_path / "b.tsv"))[0] == {"question": "a, b", "answer": "c"}
+    (tmp_path / "c.csv").write_text("a,b\n1,2\n1,2,3\n")
+    with pytest.raises(UserError, match=r"c.csv, line 3: 3 cells, the header has 2 \(a, b\)"):
+        open_rows(source(tmp_path / "c.csv"))
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b"{}" * 1000)[:-9])
+    with pytest.raises(UserError, match=r"d.jsonl.gz: not a whole gzip file"):
+        open_rows(source(tmp_path / "d.jsonl.gz"))
+
+
+def test_array_records(tmp_path, monkeypatch):
+    write_records(tmp_path / "a.array_record", [b"{", b"3"])
+    rows = open_rows(source(tmp_path / "a.array_record"))
+    for index, message in enumerate(["record 0: not valid JSON", "record 1: a row must be an object"]):
+        with pytest.raises(UserError, match=message):
+            rows[index]
+    monkeypatch.setitem(sys.modules, "array_record.python.array_record_data_source", None)
+    with pytest.raises(UserError, match=r"need the package array_record; pip install aligner\[sources\]"):
+        open_rows(source(tmp_path / "a.array_record"))
+
+
+def test_tensorflow_datasets(monkeypatch):
+    example = {"question": b"q", "ids": np.arange(2), "image": np.zeros((2, 3, 3), np.uint8), "raw": b"\xff", "nested": {"n": np.int64(3)}}
+    asked = []
+    fake = SimpleNamespace(data_source=lambda name, **options: asked.append((name, options)) or [example])
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", fake)
+    rows = open_rows(source("tfds:some_set/config:1.0.0@/data", split="train[:5]"))
+    image = rows[0].pop("image")
+    assert rows[0] | {"image": None} == {"question": "q", "ids": [0, 1], "image": None, "raw": b"\xff", "nested": {"n": 3}}
+    assert image.size == (3, 2)
+    assert asked == [("some_set/config:1.0.0", {"split": "train[:5]", "data_dir": "/data", "download": False})]
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(UserError, match=r"tfds:mnist needs the package tensorflow-datasets; pip install aligner\[sources\]"):
+        open_rows(source("tfds:mnist"))
+
+
+def test_the_first_rows_of_a_stream(tmp_path, monkeypatch):
+    import datasets
+
+    read = []
+
+    def endless():
+        for i in range(10**6):
+            read.append(i)
+            yield {"prompt": f"q{i}"}
+
+    features = datasets.Features({"prompt": datasets.Value("string")})
+    stream = datasets.IterableDataset.from_generator(endless, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, streaming, **options: stream)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    for _ in range(2):
+        rows = open_rows(source("owner/set", streaming=True, size=5))
+        assert [rows[i]["prompt"] for i in range(len(rows))] == [f"q{i}" for i in range(5)]
+    assert len(read) < 20, "read once, and no more than asked for"

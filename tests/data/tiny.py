@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from ml_collections import ConfigDict
 
 from aligner.types import Media
+from configs import common
 
 CORPUS = ["what is this picture of a cat and a dog in the house", "USER: ASSISTANT: yes no the answer is one two three"] * 4
 
@@ -64,8 +65,9 @@ def image_model(template=CHATML, size=8, patch=4, **options):
 
 def source(path, **changes):
     """A `config.data.train` section."""
-    made = dict(path=str(path), split="train", subset=None, formatter="auto", image_folder="", sample_by="paragraph", size=None)
-    return ConfigDict(made | changes)
+    made = common.data_source()
+    made.update(dict(path=str(path)) | changes)
+    return made
 
 
 DATA = dict(max_length=4096, max_bad_fraction=1.0, shared_prompt=True, pad_to_multiple=8, workers=2, packing=False, packed_length=None,
