@@ -59,9 +59,9 @@ def page(config: Any, model: Model, datasets: Iterable[Any], rows: int) -> str:
     for dataset in datasets:
         parts.append(f"<h2>{html.escape(dataset.name)}</h2>")
         parts.append("<pre>" + html.escape("\n".join(dataset.report)) + "</pre>")
-        parts.append(drops(dataset.dropped))
+        parts.append(drops(dataset))
         shown = [dataset.row(int(i)) for i in np.linspace(0, dataset.size - 1, min(rows, dataset.size))]
-        parts.append(histogram(dataset, shown))
+        parts.append(histogram(dataset))
         parts += [show_row(row, model) for row in shown]
     template = chat_template(model.assets)
     parts.append("<h2>Chat template</h2><pre>" + html.escape(template or "none: raw text") + "</pre>")
@@ -70,25 +70,35 @@ def page(config: Any, model: Model, datasets: Iterable[Any], rows: int) -> str:
     return head + "\n".join(parts) + "</html>\n"
 
 
-def drops(dropped: Mapping[str, tuple[int, list[int]]]) -> str:
-    """Rows left out, by reason, with a few row numbers."""
-    if not dropped:
+def drops(dataset: Any) -> str:
+    """Rows left out, by reason, each with what was wrong with the first and that row as the dataset has it."""
+    if not dataset.dropped:
         return '<p class="note">No row was dropped.</p>'
-    cells = [(html.escape(reason), count, ", ".join(map(str, ids))) for reason, (count, ids) in dropped.items()]
-    lines = "".join(f"<tr><td>{reason}</td><td>{count}</td><td>{ids}</td></tr>" for reason, count, ids in cells)
-    return f"<table><tr><th>dropped because</th><th>rows</th><th>for example rows</th></tr>{lines}</table>"
+    lines = []
+    for reason, (count, ids) in sorted(dataset.dropped.items(), key=lambda item: -item[1][0]):
+        names = ", ".join(dataset.raw(i)[0] for i in ids)
+        raw = cut(repr(dataset.raw(ids[0])[1]))
+        detail = html.escape(dataset.details.get(reason) or "show it")
+        example = f"<details><summary>{detail}</summary><pre>{html.escape(raw)}</pre></details>"
+        lines.append(f"<tr><td>{html.escape(reason)}</td><td>{count}</td><td>{html.escape(names)}</td><td>{example}</td></tr>")
+    head = "<tr><th>dropped because</th><th>rows</th><th>for example rows</th><th>the first of them</th></tr>"
+    return f"<table>{head}{''.join(lines)}</table>"
 
 
-def histogram(dataset: Any, shown: list[Mapping[str, np.ndarray]], bins: int = 12) -> str:
-    """Lengths of the shown rows against the width that they are padded to."""
-    lengths = np.asarray([int((row["segment_ids"] > 0).sum()) for row in shown])
-    counts, edges = np.histogram(lengths, bins=min(bins, max(len(lengths) // 2, 1)), range=(0, dataset.shape[0]))
+def cut(text: str, most: int = 2000) -> str:
+    """The text, or its beginning and how much is left out."""
+    return text if len(text) <= most else f"{text[:most]} .. ({len(text) - most} characters more)"
+
+
+def histogram(dataset: Any, bins: int = 16) -> str:
+    """Lengths of all rows against the width that they are padded to."""
+    width = dataset.shape[0]
+    counts, edges = np.histogram(dataset.lengths, bins=min(bins, width), range=(0, width))
     most = max(int(counts.max()), 1)
     bars = [f'<div class="bar" style="width:{18 * n / most:.1f}rem"></div>' for n in counts]
     cells = [f"<td>{int(a)} to {int(b)}</td><td>{n}</td><td>{bar}</td>" for a, b, n, bar in zip(edges, edges[1:], counts, bars)]
     lines = "".join(f"<tr>{cell}</tr>" for cell in cells)
-    filled = lengths.mean() / dataset.shape[0]
-    note = f'<p class="note">rows shown fill {filled:.0%} of the {dataset.shape[0]} columns</p>'
+    note = f'<p class="note">{dataset.size} rows, {dataset.fill:.1%} of their {width} columns are filled</p>'
     return f"<table><tr><th>tokens of a row</th><th>rows</th><th></th></tr>{lines}</table>{note}"
 
 

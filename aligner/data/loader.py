@@ -42,6 +42,9 @@ class Dataset:
         fill: share of all columns that hold a token.
         row: number below `size` -> the arrays of that row (aligner.types.Batch without the leading B); -1 gives an empty row.
         workers: threads that read ahead.
+        details: reason -> what was wrong with the first row dropped for it.
+        raw: number in the source -> (what people call the row, the row as the dataset has it).
+        lengths: [size], how many columns of each row hold a token.
     """
 
     name: str
@@ -57,6 +60,9 @@ class Dataset:
     fill: float
     row: Callable[[int], layout.Row]
     workers: int = 8
+    details: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    raw: Callable[[int], tuple[str, Any]] | None = None
+    lengths: np.ndarray | None = None
 
 
 def load_dataset(
@@ -140,7 +146,8 @@ def load_dataset(
             fill_slots(made, media.read_pictures(pictures, model.media, model.assets.processor.image_processor), model.media)
         return made | _values(examples, kind, G, answers)
 
-    fill = float(_columns(sizes, data).sum() / (T * len(plan)))
+    lengths = np.minimum(T, plan.lengths(_columns(sizes, data)))
+    fill = float(lengths.sum() / (T * len(plan)))
     report = [*describe(census, rows, name, rows.formatter, str(model.assets.tokenizer.eos_token))]
     report += ["  every pair makes two rows, one for each answer"] if rows.pairs else []
     report += [f"  every row: T={T} columns, S={S} scored positions, I={I} images"]
@@ -160,6 +167,9 @@ def load_dataset(
         fill=fill,
         row=row,
         workers=data.workers,
+        details=census.details,
+        raw=lambda index: (rows.name(index), rows.raw(index)),
+        lengths=lengths,
     )
 
 

@@ -55,7 +55,7 @@ def check_image(reference: Any, folder: str | Path) -> bytes:
     """
     if isinstance(reference, Image.Image):
         return hashlib.sha256(open_image(reference, folder).tobytes()).digest()
-    data = _data(reference, folder)
+    data = encoded_bytes(reference, folder)
     image = _opened(data, folder, _name(reference))
     try:
         image.draft("RGB", (image.width // 8, image.height // 8))
@@ -96,7 +96,8 @@ def read_pictures(images: list[Image.Image], media: Media, image_processor: Any)
 def _opened(reference: Any, folder: str | Path, name: str = "") -> Image.Image:
     name = name or _name(reference)
     try:
-        image = reference if isinstance(reference, Image.Image) else Image.open(io.BytesIO(_data(reference, folder)), formats=_formats())
+        made = isinstance(reference, Image.Image)
+        image = reference if made else Image.open(io.BytesIO(encoded_bytes(reference, folder)), formats=_formats())
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         # Pillow's own message names an object in memory
         detail = "no image format that is known" if isinstance(error, Image.UnidentifiedImageError) else str(error)
@@ -112,36 +113,41 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)  # some builds of Pillow lack a few
 
 
-def _data(reference: Any, folder: str | Path) -> bytes:
+def encoded_bytes(reference: Any, folder: str | Path, kind: str = "image") -> bytes:
+    """The encoded file that a reference stands for, as `open_image` lists them; also of sounds and clips.
+
+    Raises:
+        Bad: it cannot be found or may not be read.
+    """
     if isinstance(reference, dict):
         reference = reference.get("bytes") or reference.get("path")
     if isinstance(reference, (bytes, bytearray, memoryview)):
         return bytes(reference)
     if not isinstance(reference, (str, os.PathLike)) or not str(reference):
-        raise Bad("unreadable image", f"a {type(reference).__name__} is no image")
+        raise Bad(f"unreadable {kind}", f"a {type(reference).__name__} is no {kind}")
     text = os.fspath(reference)
     if text.startswith("data:") or (len(text) > 64 and text.startswith(_BASE64_STARTS)):
         try:
             return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
         except binascii.Error as error:
             if text.startswith("data:"):
-                raise Bad("unreadable image", f"{_name(text)}: not valid base64 ({error})") from error
+                raise Bad(f"unreadable {kind}", f"{_name(text)}: not valid base64 ({error})") from error
     if "://" in text[:16]:
-        raise Bad("image is a URL", f"{_name(text)}: images are not fetched while training; download them and name the files")
-    path = _inside(text, folder)
+        raise Bad(f"{kind} is a URL", f"{_name(text)}: {kind}s are not fetched while training; download them and name the files")
+    path = _inside(text, folder, kind)
     try:
         return path.read_bytes()
     except (OSError, ValueError) as error:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else str(error)
-        raise Bad("unreadable image", f"{text}: {reason} in {folder}") from error
+        raise Bad(f"unreadable {kind}", f"{text}: {reason} in {folder}") from error
 
 
-def _inside(text: str, folder: str | Path) -> Path:
+def _inside(text: str, folder: str | Path, kind: str) -> Path:
     # Judged by the names alone: a link that the user put into the folder may lead where it likes.
     root = os.path.abspath(folder)
     path = os.path.abspath(os.path.join(root, text))
     if not any(path.startswith(os.path.join(base, "")) for base in (root, os.path.realpath(root))):
-        raise Bad("image outside of the folder", f"{_name(text)} leaves {folder}; set image_folder to a folder that holds it")
+        raise Bad(f"{kind} outside of the folder", f"{_name(text)} leaves {folder}; set image_folder to a folder that holds it")
     return Path(path)
 
 

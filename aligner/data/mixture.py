@@ -38,6 +38,7 @@ class Samples:
         read: number -> sample; raises Bad for a row that cannot be used.
         size: how many.
         folder: number -> where the media that the row names are looked up.
+        raw: number -> the row as the dataset has it.
         name: number -> what people call the row: its number, in a mixture with its file.
         repeats: number -> how often it stands in an epoch (where that is not once).
         description: what was opened, for people.
@@ -47,6 +48,7 @@ class Samples:
     """
 
     read: Callable[[int], Any]
+    raw: Callable[[int], dict[str, Any]]
     size: int
     folder: Callable[[int], Path]
     name: Callable[[int], str]
@@ -159,6 +161,10 @@ def _all(parts: Sequence[_Part], shares: Sequence[tuple], seeds: Sequence[int], 
         part, row = find(index)
         return part.read(row)
 
+    def raw(index: int) -> dict[str, Any]:
+        part, row = find(index)
+        return part.rows[row // 2 if part.pairs else row]
+
     def called(index: int) -> str:
         part, row = find(index)
         return str(row) if len(parts) == 1 else f"{row} of {Path(part.rows.description).name}"
@@ -168,6 +174,7 @@ def _all(parts: Sequence[_Part], shares: Sequence[tuple], seeds: Sequence[int], 
     whole = all(times.sum() == part.size and times.max() == 1 for part, times in zip(parts, repeats))
     return Samples(
         read=read,
+        raw=raw,
         size=ends[-1],
         folder=lambda index: find(index)[0].rows.folder,
         name=called,

@@ -31,6 +31,11 @@ class Plan(NamedTuple):
         """Members of a row, [g,3]."""
         return self.members[self.starts[number] : self.starts[number + 1]]
 
+    def lengths(self, columns: np.ndarray) -> np.ndarray:
+        """How many columns of each row are filled, where whole examples take `columns` [N]."""
+        first, end = self.members[:, 1], self.members[:, 2]
+        return np.add.reduceat(np.where(end < 0, columns[self.members[:, 0]], end - first), self.starts[:-1])
+
     def sums(self, values: np.ndarray) -> np.ndarray:
         """What `values` [N] of whole examples add up to in each row."""
         return np.add.reduceat(values[self.members[:, 0]], self.starts[:-1])

@@ -1,0 +1,144 @@
+"""Look at a dataset, filter it, and write what is kept.
+
+    python -m aligner.data rows.jsonl --stats
+    python -m aligner.data rows.jsonl --out kept.jsonl --exact --near 0.8 --against HumanEval.jsonl.gz --against TruthfulQA.csv
+    python -m aligner.data scored.jsonl --out pairs.jsonl --pairs
+
+Filters are applied in the order of `--help`; each says how many rows it takes out, and which was the first. Rows are written as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aligner.data import filters, formatters, sources
+from aligner.data.samples import Bad, Document, Preference, Prompt, Ranked, Supervised, Unpaired
+from aligner.types import UserError
+
+TAKES = (Preference, Ranked, Unpaired, Supervised, Prompt, Document)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m aligner.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("data", help="a file, folder or Hub dataset, as config.data.train.path")
+    made.add_argument("--out", help="JSONL file to write")
+    made.add_argument("--split", default="train")
+    made.add_argument("--subset")
+    made.add_argument("--size", type=int, help="only the first rows")
+    made.add_argument("--formatter", default="auto", help="as config.data.train.formatter")
+    made.add_argument("--exact", action="store_true", help="the first of rows with the same words")
+    made.add_argument("--prompts", action="store_true", help="the first of rows with the same prompt")
+    made.add_argument("--near", type=float, help="the first of rows whose 5-grams of words overlap by this share, such as 0.8")
+    made.add_argument("--without", action="append", default=[], metavar="WORD", help="rows without this word or phrase; may be repeated")
+    made.add_argument("--ascii", type=float, help="rows with at most this share of characters beyond ASCII, such as 0.05")
+    made.add_argument("--against", action="append", default=[], metavar="FILE", help="rows that share no run of words with this benchmark")
+    made.add_argument("--ngram", type=int, default=13, help="words of such a run")
+    made.add_argument("--pairs", action="store_true", help="write the best and the worst of scored answers as chosen and rejected")
+    made.add_argument("--stats", action="store_true", help="print how many samples there are and how long they are")
+    return made
+
+
+def section(path: str, **changes: Any) -> Any:
+    """A dataset as a config section."""
+    from ml_collections import ConfigDict
+
+    given = dict(path=path, split="train", subset=None, image_folder="", sample_by="paragraph", size=None)
+    return ConfigDict(given | changes, type_safe=False)
+
+
+def strings(value: Any) -> Iterator[str]:
+    """All texts in a row."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from strings(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from strings(item)
+
+
+def benchmark(paths: list[str], size: int) -> Iterator[str]:
+    """The texts of benchmark files that are long enough to know again."""
+    for path in paths:
+        rows = sources.open_rows(section(path), "against")
+        yield from (text for i in range(len(rows)) for text in strings(rows[i]) if len(filters.words_of(text)) >= min(size, 8))
+
+
+def run(args: argparse.Namespace) -> list[str]:
+    """Do what the command says; lines for people.
+
+    Raises:
+        UserError: bad input, or nothing to do.
+    """
+    if not (args.out or args.stats):
+        raise UserError("nothing to do: give --out FILE for what is kept, or --stats")
+    if args.out and Path(args.out).exists():
+        raise UserError(f"{args.out} is there already; name another file with --out, or remove it")
+    rows = sources.open_rows(section(args.data, split=args.split, subset=args.subset, size=args.size), "data")
+    name, to_sample = formatters.find_formatter(args.formatter, rows.columns(), "data", (Ranked,) if args.pairs else TAKES)
+    lines, numbers, samples, dropped = [f"{rows.description}, formatter {name}: {len(rows)} rows"], [], [], {}
+    for index in range(len(rows)):
+        try:
+            samples.append(to_sample(rows[index]))
+            numbers.append(index)
+        except Bad as bad:
+            dropped.setdefault(bad.reason, []).append(index)
+    lines += [f"  cannot be read, {reason}: {len(found)} (first row {found[0]})" for reason, found in dropped.items()]
+    asked, whole = zip(*((asked, f"{asked}\n{answered}") for asked, answered in map(filters.texts_of, samples))) if samples else ((), ())
+    steps = {
+        "--exact": (args.exact, lambda: filters.first_of_equals(whole)),
+        "--prompts": (args.prompts, lambda: filters.first_of_equals(asked)),
+        "--near": (args.near, lambda: filters.first_of_similar(whole, args.near)),
+        "--without": (args.without, lambda: filters.without_words(whole, args.without)),
+        "--ascii": (args.ascii is not None, lambda: filters.mostly_ascii(whole, args.ascii)),
+        "--against": (args.against, lambda: filters.not_in(whole, benchmark(args.against, args.ngram), args.ngram)),
+    }
+    pairs = [filters.pair_of(sample) for sample in samples] if args.pairs else samples
+    steps["--pairs"] = (args.pairs, lambda: np.array([pair is not None for pair in pairs], bool))
+    for option, (wanted, keeps) in steps.items():
+        if wanted and samples:
+            keep = keeps()
+            out = np.flatnonzero(~keep)
+            lines.append(f"  taken out by {option}: {len(out)}" + (f" (first row {numbers[out[0]]})" if len(out) else ""))
+            pick = lambda values, keep=keep: [value for value, kept in zip(values, keep) if kept]
+            numbers, samples, asked, whole, pairs = map(pick, (numbers, samples, asked, whole, pairs))
+    if args.stats:
+        lines += [f"  {key}: {json.dumps(value)}" for key, value in filters.statistics(pairs).items()]
+    if args.out:
+        with open(args.out, "w", encoding="utf-8") as file:
+            for number, pair in zip(numbers, pairs):
+                file.write(line(rows[number], number, pair if args.pairs else None))
+        lines.append(f"  written: {len(numbers)} rows, {args.out}")
+    return lines
+
+
+def line(row: dict[str, Any], number: int, pair: Preference | None) -> str:
+    """A line of the output: the row as it is, or the pair."""
+    if pair is not None:
+        row = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, "margin": pair.margin}
+    try:
+        return json.dumps(row, ensure_ascii=False) + "\n"
+    except TypeError as error:
+        raise UserError(f"row {number} cannot be written as JSON ({error}); filter rows without embedded media") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. Returns the exit code: 0 done, 2 bad input."""
+    try:
+        print(*run(parser().parse_args(argv)), sep="\n")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

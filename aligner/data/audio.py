@@ -1,0 +1,97 @@
+"""Sounds: from whatever a row holds to a waveform at the model's rate, and to the log-mel spectrogram that Whisper's kin hear."""
+
+from __future__ import annotations
+
+import functools
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aligner.data.media import encoded_bytes
+from aligner.data.samples import Bad
+from aligner.types import UserError
+
+RATE = 16_000  # samples a second that speech encoders take
+
+
+def load_audio(reference: Any, folder: str | Path, rate: int = RATE) -> np.ndarray:
+    """Decode a sound.
+
+    Args:
+        reference: a path (relative to `folder`), encoded bytes, {"bytes", "path"}, or {"array", "sampling_rate"} as `datasets` has them.
+        folder: where paths are looked up; paths that leave it are refused.
+        rate: samples a second of the result.
+
+    Returns:
+        float32 [n], channels averaged.
+
+    Raises:
+        Bad: it cannot be found, decoded, or may not be read.
+        UserError: a package is missing.
+    """
+    if isinstance(reference, dict) and reference.get("array") is not None:
+        samples, found = np.asarray(reference["array"], np.float32), int(reference["sampling_rate"])
+        samples = samples if samples.ndim == 1 else samples.mean(axis=int(samples.shape[0] > samples.shape[1]))
+    else:
+        samples, found = _decoded(encoded_bytes(reference, folder, "audio"))
+    if not len(samples) or not np.isfinite(samples).all():
+        raise Bad("unreadable audio", "it holds no samples, or numbers that are not finite")
+    return samples if found == rate else _package("soxr").resample(samples, found, rate).astype(np.float32)
+
+
+def _decoded(data: bytes) -> tuple[np.ndarray, int]:
+    soundfile = _package("soundfile")
+    try:
+        samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        raise Bad("unreadable audio", str(error)) from error
+    return samples.mean(axis=1), rate
+
+
+def _package(name: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError):
+        raise UserError(f"audio needs the package {name}; pip install aligner[audio].") from None
+
+
+def log_mel(samples: np.ndarray, mels: int = 80, seconds: float = 30.0, width: int = 400, hop: int = 160) -> np.ndarray:
+    """The log-mel spectrogram of a waveform at 16 kHz, cut or padded with silence to `seconds` (arXiv 2212.04356, 2.2).
+
+    Args:
+        samples: float [n].
+        mels: number of bands, 80 or 128.
+        seconds: length of the window.
+        width: samples of a frame.
+        hop: samples from a frame to the next.
+
+    Returns:
+        float32 [mels, seconds * 16000 / hop], about -1..1: log10 of the power, at most 8 below its maximum, then (x + 4) / 4.
+    """
+    length = int(seconds * RATE)
+    samples = np.pad(samples[:length].astype(np.float64), (0, max(0, length - len(samples))))
+    framed = np.lib.stride_tricks.sliding_window_view(np.pad(samples, width // 2, mode="reflect"), width)[::hop]
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(width) / width)
+    power = np.abs(np.fft.rfft(framed * window).astype(np.complex64)).astype(np.float64) ** 2
+    logs = np.log10(np.maximum(power[:-1] @ mel_filters(mels, width).T, 1e-10)).T
+    return ((np.maximum(logs, logs.max() - 8.0) + 4.0) / 4.0).astype(np.float32)
+
+
+@functools.cache
+def mel_filters(mels: int, width: int = 400, rate: int = RATE) -> np.ndarray:
+    """[mels, width / 2 + 1]: triangles on Slaney's scale (linear to 1 kHz, then logarithmic) up to half the rate, each of area 1."""
+    step = np.log(6.4) / 27
+
+    def to_hertz(mel: np.ndarray) -> np.ndarray:
+        return np.where(mel < 15, mel * 200 / 3, 1000 * np.exp(step * (mel - 15)))
+
+    top = 15 + np.log(rate / 2 / 1000) / step
+    edges = to_hertz(np.linspace(0, top, mels + 2))
+    bins = np.fft.rfftfreq(width, 1 / rate)
+    rising = (bins - edges[:-2, None]) / np.diff(edges)[:-1, None]
+    falling = (edges[2:, None] - bins) / np.diff(edges)[1:, None]
+    return np.maximum(0, np.minimum(rising, falling)) * (2 / (edges[2:] - edges[:-2]))[:, None]

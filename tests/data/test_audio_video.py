@@ -1,0 +1,115 @@
+"""Sounds and clips decode to what models take; the spectrogram is Whisper's."""
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aligner.data import audio, video
+from aligner.data.samples import Bad
+from aligner.types import UserError
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of real data, ../shared/data, is not here")
+
+
+def tone(rate, seconds=0.5, hertz=440.0):
+    return np.sin(2 * np.pi * hertz * np.arange(int(rate * seconds)) / rate).astype(np.float32)
+
+
+@pytest.mark.parametrize("mels", [80, 128])
+def test_the_spectrogram_is_whispers(mels):
+    from transformers import WhisperFeatureExtractor
+
+    extractor = WhisperFeatureExtractor(feature_size=mels)
+    noise = np.random.default_rng(0).normal(size=20000).astype(np.float32) * 0.1
+    for samples in (tone(16000), noise, np.zeros(100, np.float32)):
+        theirs = extractor._np_extract_fbank_features(np.pad(samples, (0, 480000 - len(samples)))[None], "cpu")[0]
+        assert np.abs(audio.log_mel(samples, mels) - theirs).max() < 1e-5
+    assert audio.log_mel(noise, mels).shape == (mels, 3000)
+    assert np.allclose(audio.mel_filters(mels), extractor.mel_filters.T, atol=1e-8)
+
+
+@shared
+def test_the_filters_are_whispers():
+    stored = np.load(SHARED / "audio" / "mel_filters.npz")
+    for mels in (80, 128):
+        if f"mel_{mels}" in stored:
+            assert np.allclose(audio.mel_filters(mels), stored[f"mel_{mels}"], atol=1e-7)
+
+
+def test_every_kind_of_sound(tmp_path):
+    import soundfile
+
+    wave = np.stack([tone(48000), np.zeros(24000, np.float32)], axis=1)
+    soundfile.write(tmp_path / "a.wav", wave, 48000, subtype="FLOAT")
+    data = (tmp_path / "a.wav").read_bytes()
+    whole = audio.load_audio("a.wav", tmp_path)
+    assert whole.dtype == np.float32 and whole.shape == (8000,)
+    assert np.abs(whole[500:-500] - tone(16000)[500:-500] / 2).max() < 1e-3, "channels averaged, resampled to 16 kHz"
+    array = {"array": wave.mean(axis=1).tolist(), "sampling_rate": 48000}
+    for reference in (data, {"bytes": data, "path": None}, array, {"array": wave.T, "sampling_rate": 48000}):
+        assert np.allclose(audio.load_audio(reference, tmp_path), whole, atol=1e-6)
+    assert len(audio.load_audio("a.wav", tmp_path, rate=48000)) == 24000
+
+
+@pytest.mark.parametrize(
+    ("reference", "reason"),
+    [("none.wav", "unreadable audio"), ("../a.wav", "audio outside of the folder"), (b"no sound", "unreadable audio"),
+     ("https://x.org/a.wav", "audio is a URL"), ({"array": [], "sampling_rate": 16000}, "unreadable audio"), (None, "unreadable audio")],
+)  # fmt: skip
+def test_sounds_that_cannot_be_read(tmp_path, reference, reason):
+    with pytest.raises(Bad) as caught:
+        audio.load_audio(reference, tmp_path)
+    assert caught.value.reason == reason
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "soxr", None)
+    with pytest.raises(UserError, match=r"audio needs the package soxr; pip install aligner\[audio\]"):
+        audio.load_audio({"array": tone(8000), "sampling_rate": 8000}, tmp_path)
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(UserError, match=r"video needs the package av; pip install aligner\[video\]"):
+        video.load_frames(b"", tmp_path)
+
+
+def clip(count=20, rate=10):
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.width = stream.height = 32
+        for i in range(count):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), i * 12, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def test_frames_are_taken_evenly(tmp_path):
+    data = clip()
+    frames, times = video.load_frames(data, tmp_path)
+    assert frames.shape == (20, 32, 32, 3) and np.allclose(times, np.arange(20) / 10)
+    assert np.abs(frames.mean(axis=(1, 2, 3)) - np.arange(20) * 12).max() < 6
+    few, times = video.load_frames(data, tmp_path, count=4)
+    assert np.allclose(times, [0, 0.6, 1.3, 1.9]) and np.array_equal(few, frames[[0, 6, 13, 19]])
+    assert np.allclose(video.load_frames(data, tmp_path, fps=2)[1], [0, 0.5, 1.0, 1.5])
+    assert len(video.load_frames(data, tmp_path, count=100)[0]) == 20
+    for reference, reason in [(b"no clip", "unreadable video"), ("../a.mp4", "video outside of the folder"), (data[:200], "unreadable video")]:
+        with pytest.raises(Bad) as caught:
+            video.load_frames(reference, tmp_path)
+        assert caught.value.reason == reason
+
+
+@shared
+def test_real_sounds_and_clips():
+    speech = audio.load_audio("jfk.flac", SHARED / "audio")
+    assert len(speech) == 11 * 16000 and 0.05 < np.abs(speech).max() <= 1
+    for path in sorted((SHARED / "audio" / "mllm_demo_data").iterdir()):
+        assert len(audio.load_audio(path.name, path.parent)) > 1000
+    for path in sorted((SHARED / "video" / "mllm_demo_data").iterdir())[:2]:
+        frames, times = video.load_frames(path.name, path.parent, count=8)
+        assert len(frames) == 8 and (np.diff(times) > 0).all()

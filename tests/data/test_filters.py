@@ -1,0 +1,86 @@
+"""What filters keep, and the command that applies them."""
+
+import gzip
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from aligner.data import filters
+from aligner.data.__main__ import main
+from aligner.data.samples import Ranked, Supervised
+
+
+def test_duplicates():
+    assert filters.first_of_equals(["A cat.", "a  CAT", "a dog", ""]).tolist() == [True, False, True, True]
+    draw = np.random.default_rng(0)
+    words = [f"w{i}" for i in range(500)]
+    texts = [" ".join(draw.choice(words, 100)) for _ in range(30)]
+    changed = [text.replace(text.split()[50], "other", 1) for text in texts]  # five of 96 5-grams: Jaccard 0.9
+    halves = [" ".join(text.split()[:50] + other.split()[50:]) for text, other in itertools.pairwise(texts)]  # Jaccard 0.3
+    keep = filters.first_of_similar([*texts, *changed, *halves, "short", "short"], 0.8)
+    assert keep[:30].all() and not keep[30:60].any() and keep[60:89].all() and keep[89:].tolist() == [True, False]
+    assert filters.first_of_similar([*texts, *changed], 0.99).all()
+
+
+def test_words_scripts_and_benchmarks():
+    texts = ["I am ChatGPT.", "As an AI, I can", "a chatgpts", "这是一只猫", "café"]
+    assert filters.without_words(texts, ["chatgpt", "as an ai"]).tolist() == [False, False, True, True, True]
+    assert filters.without_words(texts, []).all()
+    assert filters.mostly_ascii(texts, 0.3).tolist() == [True, True, True, False, True]
+    question = "Janet's ducks lay sixteen eggs per day and she eats three for breakfast every morning"
+    texts = [f"Solve: {question.upper()}!", "Janet's ducks lay eggs", "what is two plus two", "He said what is two plus two, no?"]
+    assert filters.not_in(texts, [question, "What is two plus two?"]).tolist() == [False, True, False, False]
+
+
+def test_pairs_of_scored_answers():
+    pair = filters.pair_of(Ranked("p", ("a", "b", "c"), (3.0, 2.0, 1.0)))
+    assert (pair.chosen, pair.rejected, pair.margin) == ("a", "c", 2.0)
+    assert filters.pair_of(Ranked("p", ("a", "b"), (1.0, 1.0))) is None and filters.pair_of(Ranked("p", ("a", "b"), (2.0, 1.0)), 1.0) is None
+
+
+def test_statistics():
+    found = filters.statistics([Supervised("one two", "a b c"), Supervised("one", "a")])
+    assert found["samples"] == {"Supervised": 2}
+    assert found["words asked"] == {"least": 1, "median": 2, "90 %": 2, "most": 3, "sum": 4}
+
+
+def test_the_command(tmp_path, capsys):
+    long = "if a train leaves the station at noon and another one leaves an hour later when do they meet"
+    rows = [
+        {"question": "What is it?", "answer": "a cat"},
+        {"question": "what is it", "answer": "A cat!"},
+        {"question": "what is it?", "answer": "a dog"},
+        {"question": "Who made you?", "answer": "OpenAI did."},
+        {"question": "Now: " + long, "answer": "never"},
+        {"question": None, "answer": "x"},
+        {"question": "q", "answer": "y", "more": 1},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "bench.jsonl.gz").write_bytes(gzip.compress(json.dumps({"q": long.title()}).encode()))
+    out = tmp_path / "out.jsonl"
+    command = [str(tmp_path / "rows.jsonl"), "--out", str(out), "--exact", "--prompts", "--near", "0.9", "--without", "openai", "--stats"]
+    assert main([*command, "--against", str(tmp_path / "bench.jsonl.gz")]) == 0
+    told = capsys.readouterr().out
+    for line in ("7 rows", "cannot be read, unexpected value: 1 (first row 5)", "--exact: 1 (first row 1)", "--prompts: 1 (first row 2)",
+                 "--near: 0", "--without: 1 (first row 3)", "--against: 1 (first row 4)", "written: 2 rows", '"Supervised": 2'):  # fmt: skip
+        assert line in told, told
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [rows[0], rows[6]]
+    assert main(command) == 2 and "is there already" in capsys.readouterr().err
+    assert main([str(tmp_path / "rows.jsonl")]) == 2 and "nothing to do" in capsys.readouterr().err
+
+
+def test_the_command_makes_pairs(tmp_path, capsys):
+    rows = [{"prompt": "q", "completions": ["a", "b"], "scores": scores} for scores in ([1, 3], [2, 2])]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([str(tmp_path / "rows.jsonl"), "--pairs", "--out", str(tmp_path / "pairs.jsonl")]) == 0
+    (made,) = map(json.loads, (tmp_path / "pairs.jsonl").read_text().splitlines())
+    assert made["chosen"] == [{"role": "assistant", "content": "b"}] and made["margin"] == 2.0
+    assert "taken out by --pairs: 1 (first row 1)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("count", [2000])
+def test_many_rows_are_no_quadratic_matter(count):
+    texts = [f"the row number {i} holds the words {i * 7} and {i * 13} and nothing else at all" for i in range(count)]
+    assert filters.first_of_similar(texts, 0.95).sum() > 0.9 * count
