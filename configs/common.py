@@ -303,7 +303,6 @@ def experiment(algorithm: ConfigDict, model: str, dataset: str, train: str = "tr
         config.data.eval.path, config.data.eval.split = dataset, held_out
     config.data.max_length = 2048
     config.data.batch_size = 64
-    config.data.max_bad_fraction = 0.2  # what is beyond max_length is left out, not cut
     config.optim.schedule = "cosine"
     config.train.remat = "full"
     config.checkpoint.export = True

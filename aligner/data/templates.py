@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ DEFAULT_TEMPLATE = (
     "{% else %}{{ ('USER: ' if message['role'] == 'user' else '') + message['content'] + ' ' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+_PARTS = re.compile(r"\btype\b|content['\"]?\]?\s*\[")  # a template that looks at a part's type, or at a part
 _RENDERING = threading.Lock()
 # Not the row's fault: the census stops at it.
 NO_IMAGES = "the model takes no images"
@@ -184,7 +186,7 @@ def _rendered(conversation: list[dict], assets: Any, marks: bool, options: Mappi
     from transformers.utils.chat_template_utils import render_jinja_template
 
     # Processors' templates want lists of parts; tokenizers' (and ours) want strings.
-    structured = assets.processor is not None and "type" in (assets.processor.chat_template or "")
+    structured = assets.processor is not None and _PARTS.search(assets.processor.chat_template or "") is not None
     messages = []
     for message in conversation:
         content = message["content"]
