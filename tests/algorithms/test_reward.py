@@ -106,9 +106,10 @@ def compute(name: str, loss: str, variant=({}, {}, None)):
     algorithm, answers, changes = LOSSES[loss]
     batch, train, mesh = variant
     f = family(name, answers)
-    return loss_and_gradients(
-        f, make_batch(f, **batch), config(algorithm, train, **changes), sharding.make_mesh(mesh) if mesh else one_device()
-    )
+    made = config(algorithm, train, **changes)
+    made.model.dtype = made.model.param_dtype = "float64"  # a tower's biases have gradients that all but cancel: float32 leaves 1e-5 of them
+    with jax.enable_x64(True):
+        return loss_and_gradients(f, make_batch(f, **batch), made, sharding.make_mesh(mesh) if mesh else one_device(), "float64")
 
 
 baseline = functools.cache(compute)
