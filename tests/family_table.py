@@ -28,6 +28,7 @@ NAMES = [
     ("Qwen2-VL, 2.5-VL, 3-VL", ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "images; no videos"),
     ("Gemma 3, PaliGemma 1, 2", ("gemma3", "paligemma"), "the prompt, or each image, sees all of itself; no pan-and-scan"),
     ("Idefics2, Idefics3, SmolVLM", ("idefics2", "idefics3", "smolvlm"), "images; no videos"),
+    ("Llama 3.2 Vision", ("mllama",), "images"),
     ("InternVL", ("internvl",), "the `-hf` checkpoints; images"),
     ("put together from parts", ("vision_llm",), "`python -m aligner.convert build`; ours alone, with two layers between it is a `llava`"),
 ]  # fmt: skip

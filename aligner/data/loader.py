@@ -275,9 +275,10 @@ def check_assets(model: Model) -> None:
     picture = media.read_pictures([probe], model.media, assets.processor.image_processor)[0]
     found, wanted = picture.arrays["pixel_values"].shape[1:], blank(model.media, 1, 1)["pixel_values"].shape[1:]
     if found != wanted:
+        written = lambda shape: " x ".join(map(str, shape[:2] if shape[2:] == (3,) else shape))
         raise UserError(
-            f"the image processor gives images of {' x '.join(map(str, found))}, the model's vision tower takes "
-            f"{' x '.join(map(str, wanted))}; set size and crop_size in preprocessor_config.json."
+            f"the image processor gives images of {written(found)}, the model's vision tower takes {written(wanted)}; set size and "
+            "crop_size in preprocessor_config.json."
         )
 
 

@@ -8,9 +8,11 @@ from aligner.types import Model, UserError
 
 # model_type -> the file of this package that makes it
 VISION_LANGUAGE = {
-    **{"llava": "llava", "llava_next": "llava_next", "llava_next_video": "llava_next", "llava_onevision": "llava_next"},
-    **{"qwen2_vl": "qwen_vl", "qwen2_5_vl": "qwen_vl", "qwen3_vl": "qwen_vl", "paligemma": "gemma_vl", "gemma3": "gemma_vl"},
-    **{"idefics2": "idefics2", "idefics3": "idefics", "smolvlm": "idefics", "internvl": "internvl", "vision_llm": "vision_llm"},
+    **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), "llava_next"),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "qwen_vl"),
+    **dict.fromkeys(("paligemma", "gemma3"), "gemma_vl"),
+    **dict.fromkeys(("idefics3", "smolvlm"), "idefics"),
+    **{name: name for name in ("llava", "idefics2", "internvl", "mllama", "vision_llm")},
 }
 SUPPORTED = (
     *("baichuan", "bloom", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neox", "granite", "llama", "mistral"),

@@ -14,7 +14,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from aligner.models import moe, rope
+from aligner.models import cross, moe, rope
 from aligner.models.attention import Spec, alibi_slopes, attention, dense, spec_of
 from aligner.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear, RMSNorm, at_least_float32, pick, rngs, stack
 from aligner.sharding import constrain
@@ -80,6 +80,8 @@ class DecoderConfig:
     both_ways: str = ""  # what is not seen backwards only: "prompt", or "pictures", each within itself
     picture_tokens: int = 1  # of a picture, where those see each other
     split_media: bool = False  # text reads text and pictures by two softmaxes, pictures read pictures alone (MMCA, arXiv 2309.14327)
+    cross_layers: tuple[int, ...] = ()  # where, counting all layers, those stand that look at pictures instead of text
+    extra_embeddings: int = 0  # rows of the embedding beyond the vocabulary, which the head does not have
     deepstack: int = 0  # so many first layers are each followed by features of their own, which come beside those that are merged in
 
 
@@ -156,9 +158,11 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], specs: tuple[Spec, ...], tables: tuple[tuple[Array, Array], ...], deep, window, kind, number
-    ):
+        self, x: Float[Array, "B T D"], specs: tuple[Spec, ...], tables: tuple[tuple[Array, Array], ...], deep: tuple[Array, ...] | None,
+        here: cross.Seen | None, window: Array, kind: Array, number: Array, crossing: Array,
+    ):  # fmt: skip
         c = self.config
+        x = cross.before(c, MLP, x, here, crossing)
 
         def normed(name: str, y: Array) -> Array:
             return make_norm(c, name)(y) if name else y
@@ -191,13 +195,16 @@ class DecoderModel(nn.Module):
     @nn.compact
     def __call__(self, batch: Batch, features: Float[Array, "B F D"] | None) -> Float[Array, "B T D"]:
         c, positions = self.config, batch["positions"]
-        x = Embed(c.vocab_size, c.embedding_size or c.hidden_size, c.initializer_range, name="embed_tokens")(batch["tokens"])
+        rows, size = c.vocab_size + c.extra_embeddings, c.embedding_size or c.hidden_size
+        x = Embed(rows, size, c.initializer_range, name="embed_tokens")(batch["tokens"])
         if c.embedding_scale != 1.0:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         if "embedding_noise" in batch:  # [B,T,D], from an algorithm that trains with it
             x = x + batch["embedding_noise"].astype(x.dtype)
-        deep = None
-        if features is not None:
+        deep = here = None
+        if c.cross_layers:
+            here = self.crossed(x, features, batch)
+        elif features is not None:
             features, *deep = jnp.split(features, 1 + c.deepstack, axis=-1)
             x = merge(x, features, batch["media_index"])
             deep = tuple(merge(jnp.zeros_like(x), more, batch["media_index"]) for more in deep) or None
@@ -215,13 +222,32 @@ class DecoderModel(nn.Module):
         spec = spec_of(batch).replace(blocks=both_ways(c, batch), media=media)
         specs = tuple(dense(spec, window) for window in c.windows)
         numbers = [jnp.asarray(of or (0,) * c.num_hidden_layers, jnp.int32) for of in (c.window_of_layer, c.rope_of_layer)]
-        layers = stack(Layer, c.num_hidden_layers, self.remat, in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0, 0))
-        x, load = layers(c, name="layers")(x, specs, tables, deep, *numbers, jnp.arange(c.num_hidden_layers))
+        numbers += [jnp.arange(c.num_hidden_layers), jnp.asarray(crossings(c), jnp.int32)]
+        layers = stack(Layer, c.num_hidden_layers, self.remat, in_axes=(nn.broadcast,) * 4 + (0,) * 4)
+        x, load = layers(c, name="layers")(x, specs, tables, deep, here, *numbers)
         if load is not None:
             for name, value in zip(("router_count", "router_probability"), load):
                 self.sow("aux", name, jnp.sum(value, axis=0))
         x = make_norm(c, c.final_norm)(x) if c.final_norm else x
         return Linear(c.embedding_size, init_scale=c.initializer_range, name="project_out")(x) if c.embedding_size else x
+
+
+    def crossed(self, x: Float[Array, "B T D"], states: Float[Array, "B S D"] | None, batch: Batch) -> cross.Seen | None:
+        """What the cross layers look at; None, and they are passed over, where there are no pictures."""
+        c = self.config
+        if self.is_initializing():
+            one = jnp.ones((1, 1, 1))
+            nothing = cross.Seen(None, jnp.zeros((1, 1, c.hidden_size)), jnp.ones((1, 1, 1, 1), bool), one, one)
+            stack(cross.CrossLayer, len(c.cross_layers), "none", in_axes=(nn.broadcast,))(c, MLP, name="cross_layers")(x, nothing)
+        if states is None:
+            return None
+        return cross.seen(self.variables["params"]["cross_layers"], states.astype(x.dtype), batch)
+
+
+def crossings(config: DecoderConfig) -> list[int]:
+    """For every layer of the decoder's own, the number of the cross layer right before it, or -1."""
+    own = [i for i in range(config.num_hidden_layers + len(config.cross_layers)) if i not in config.cross_layers]
+    return [config.cross_layers.index(i - 1) if i - 1 in config.cross_layers else -1 for i in own]
 
 
 class CausalLM(nn.Module):

@@ -59,6 +59,7 @@ class VisionConfig:
     gated_mlp: bool = False
     qk_norm: bool = False  # of all heads together
     layer_scale: bool = False
+    gated: bool = False  # attention and MLP by one number each, through tanh
     groups_of_layer: tuple[int, ...] = ()  # which of `Patches.groups` each layer attends within; () means all the first
     mask_token: bool = False  # a leaf that only pre-training reads
     places_by_fraction: bool = False  # which row of the table a patch has goes by fractions of the image's sides (NaViT)
@@ -193,11 +194,13 @@ class MLP(nn.Module):
 
 
 class LayerScale(nn.Module):
-    on: bool
+    config: VisionConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "N P D"]) -> Float[Array, "N P D"]:
-        return x * leaf(self, "lambda1", nn.initializers.ones, (x.shape[-1],)).astype(x.dtype) if self.on else x
+        if self.config.gated:
+            return x * jnp.tanh(leaf(self, "gate", nn.initializers.constant(math.pi / 4), (1,)).astype(x.dtype))
+        return x * leaf(self, "lambda1", nn.initializers.ones, (x.shape[-1],)).astype(x.dtype) if self.config.layer_scale else x
 
 
 class Layer(nn.Module):
@@ -207,7 +210,7 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "N P D"], specs: tuple[Spec | None, ...], tables: tuple[Array, Array] | None, group: Array):
         c = self.config
-        scale = lambda y, name: LayerScale(c.layer_scale, name=name)(y)
+        scale = lambda y, name: LayerScale(c, name=name)(y)
         y = Attention(c, name="self_attn")(make_norm(c, "layer_norm1")(x), pick(specs, group), tables)
         x = x + scale(y, "layer_scale1")
         x = x + scale(MLP(c, name="mlp")(make_norm(c, "layer_norm2")(x)), "layer_scale2")

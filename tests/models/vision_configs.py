@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -39,6 +40,8 @@ _Q3 = dict(depth=3, hidden_size=16, out_hidden_size=16, intermediate_size=24, nu
 _Q3T = mrope(2, 1, 1, mrope_interleaved=True) | dict(head_dim=8)
 _G3 = dict(head_dim=8, query_pre_attn_scalar=8, sliding_window=5, layer_types=["sliding_attention", "full_attention"])
 _INTERN = {k: v for k, v in V.items() if k not in ("image_size", "patch_size")} | dict(image_size=[8, 8], patch_size=[2, 2])
+_MLLAMA = dict(hidden_size=12, intermediate_size=20, num_hidden_layers=3, num_global_layers=1, attention_heads=3, image_size=8, patch_size=4,
+               max_num_tiles=2, supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]], intermediate_layers_indices=[0, 2], vision_output_dim=36)
 _PERCEIVER = dict(hidden_size=16, resampler_n_latents=4, resampler_depth=1, resampler_n_heads=2, resampler_head_dim=6, num_key_value_heads=1)
 
 CASES: dict[str, list[Case]] = {
@@ -100,13 +103,18 @@ CASES: dict[str, list[Case]] = {
         Case(("mistral", {}), ("", dict(V, image_size=14)), dict(scale_factor=1)),
     ],
     "smolvlm": [Case(("llama", dict(tie_word_embeddings=True)), ("", V), dict(scale_factor=4))],
+    "mllama": [
+        Case(("", dict(num_hidden_layers=4, cross_attention_layers=[1])), ("", _MLLAMA)),
+        Case(("", dict(num_hidden_layers=5, cross_attention_layers=[0, 3])), ("", dict(_MLLAMA, intermediate_layers_indices=[2, 0, 1], vision_output_dim=48))),
+        Case(("", dict(num_hidden_layers=5, cross_attention_layers=[1, 3])), ("", dict(_MLLAMA, num_global_layers=2))),
+    ],
     "internvl": [
         Case(("qwen2", {}), ("", _INTERN), dict(tie_word_embeddings=False)),
         Case(("qwen3", dict(head_dim=8)), ("", dict(_INTERN, norm_type="rms_norm", use_qk_norm=True, attention_bias=True))),
         Case(("llama", {}), ("", dict(_INTERN, use_mean_pooling=False)), dict(vision_feature_layer=-2, downsample_ratio=0.25)),
     ],
 }  # fmt: skip
-INDEXED = ("llava", "llava_next", "llava_next_video", "llava_onevision", "paligemma", "gemma3")  # image_token_index, not image_token_id
+INDEXED = ("mllama", "llava", "llava_next", "llava_next_video", "llava_onevision", "paligemma", "gemma3")  # image_token_index, not image_token_id
 
 
 def hf_config(family: str, case: Case) -> Any:
@@ -193,6 +201,16 @@ def processed(family: str, hf: Any, rows: list[int], rng: np.random.Generator) -
                 canvas[place, : sum(map(len, used))] = np.concatenate(used)
         mask = (canvas != 0).any(axis=2).astype(np.int64)
         return dict(pixel_values=canvas, pixel_attention_mask=mask), by_row({n: each * count for n, count in tiles.items()})
+    if family == "mllama":
+        most = max(1, *(len(ROWS[row]) for row in rows))
+        canvas, ratios = np.zeros((len(rows), most, 2, 3, size, size), np.float32), np.zeros((len(rows), most), np.int64)
+        mask, kinds = np.zeros((len(rows), most, 2), np.int64), {0: 2, 1: 1, 2: 3}
+        mask[..., 0] = 1
+        for place, row in enumerate(rows):
+            for slot, n in enumerate(ROWS[row]):
+                used = 1 + (kinds[n] > 1)
+                canvas[place, slot, :used], ratios[place, slot], mask[place, slot, :used] = one(n, used, 3, size, size), kinds[n], 1
+        return dict(pixel_values=canvas, aspect_ratio_ids=ratios, aspect_ratio_mask=mask), by_row(dict.fromkeys(range(3), 1))
     if family == "idefics2":
         canvas = np.zeros((len(rows), max(1, *(len(ROWS[row]) for row in rows)), 3, size, size), np.float32)
         mask = np.zeros((*canvas.shape[:2], size, size), np.int64)
@@ -239,4 +257,11 @@ def batch(family: str, hf: Any, rows: list[int], padding: str = "right") -> dict
         out["token_type_ids"] = (at >= ends[:, None] - 3).astype(np.int64)
     if any(ROWS[row] for row in rows):
         out |= made
+    if family == "mllama" and "pixel_values" in out:
+        seen = np.zeros((*ids.shape, *out["aspect_ratio_mask"].shape[1:]), np.int64)
+        for place in range(len(rows)):
+            starts = [*np.flatnonzero(ids[place] == IMG), longest]
+            for slot, (start, end) in enumerate(pairwise(starts)):
+                seen[place, start:end, slot] = out["aspect_ratio_mask"][place, slot]
+        out["cross_attention_mask"] = seen
     return out

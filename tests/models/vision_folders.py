@@ -42,6 +42,7 @@ PROCESSORS: dict[str, tuple[str, str, dict]] = {
     "idefics3": ("idefics3", "Idefics3", _IDEFICS),
     "smolvlm": ("smolvlm", "SmolVLM", _IDEFICS),
     "idefics2": ("idefics2", "Idefics2", dict(size={"shortest_edge": 4, "longest_edge": 8}, do_image_splitting=False)),
+    "mllama": ("mllama", "Mllama", _SQUARE | dict(max_image_tiles=2)),
     "internvl": ("got_ocr2", "GotOcr2", _SQUARE | dict(crop_to_patches=True, max_patches=4)),
 }
 PIXTRAL = ("pixtral", "Pixtral", dict(patch_size=2, size={"longest_edge": 8}))
