@@ -24,12 +24,15 @@ class Spec:
     Attributes:
         segment_ids, role, positions: [B, T] as in a batch.
         mask: the same thing dense, [B, 1, T, T]; made once per forward pass by `dense` for the reference backend.
+        key_positions: [B, C] of the columns of a cache, -1 where nothing stands; the keys are then those, one text a row. None: the
+            keys are the batch's own columns.
     """
 
     segment_ids: Int[Array, "B T"]
     role: Int[Array, "B T"]
     positions: Int[Array, "B T"]
-    mask: Bool[Array, "B 1 T T"] | None = None
+    mask: Bool[Array, "B 1 T S"] | None = None
+    key_positions: Int[Array, "B C"] | None = None
 
 
 def spec_of(batch: Batch) -> Spec:
@@ -42,6 +45,10 @@ def dense(spec: Spec, window: int | None = None) -> Spec:
     Args:
         window: a key further back than this many positions (not columns) is not visible; None has no limit.
     """
+    if spec.key_positions is not None:
+        distance = spec.positions[:, :, None] - spec.key_positions[:, None, :]
+        visible = (spec.key_positions[:, None, :] >= 0) & (distance >= 0)
+        return spec.replace(mask=(visible if window is None else visible & (distance < window))[:, None])
     segment, role = spec.segment_ids, spec.role
     column = jnp.arange(segment.shape[1])
     visible = segment[:, :, None] == segment[:, None, :]
@@ -62,8 +69,8 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
 
 def attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     spec: Spec | None,
     scale: float,
     softcap: float | None = None,
@@ -85,7 +92,8 @@ def attention(
         if softcap is not None:
             logits = softcap * jnp.tanh(logits / softcap)
         if slopes is not None:
-            distance = spec.positions[:, :, None] - spec.positions[:, None, :]
+            keys = spec.positions if spec.key_positions is None else spec.key_positions
+            distance = spec.positions[:, :, None] - keys[:, None, :]
             logits -= jnp.asarray(slopes, wide).reshape(-1, groups, 1, 1) * distance[:, None, None].astype(wide)
         if spec is not None:
             mask = (spec if spec.mask is not None else dense(spec)).mask

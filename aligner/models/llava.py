@@ -146,8 +146,7 @@ def make(hf: Any) -> Model:
         }
 
     def apply(params, batch, *, features=None, cache=None, key=None, remat="none") -> Output:
-        hidden = decoder.CausalLM(text, remat).apply({"params": params["language_model"]}, batch, features, rngs=rngs(key))
-        return Output(hidden, {}, cache)
+        return decoder.run(text, params["language_model"], batch, features, cache, key, remat)
 
     base = families.conversion(hf.text_config.model_type, text, "language_model/", "language_model.")
     tower = {"vision_tower/vision_model/encoder/layers": "vision_tower.vision_model.encoder.layers.{i}"}
