@@ -16,7 +16,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from aligner.data.samples import Bad, Document, Preference, Ranked, Supervised, TwoSided, Unpaired, is_conversation, parts_of
+from aligner.data.samples import Bad, Document, Preference, Prompt, Ranked, Supervised, TwoSided, Unpaired, is_conversation, parts_of
 from aligner.types import UserError
 
 Formatter = Callable[[dict[str, Any]], Any]
@@ -32,6 +32,7 @@ _ROLES = {
 _FORMATTERS: dict[str, tuple[tuple[str, ...], type, Formatter]] = {}
 
 PAIRS = (Preference, Ranked)
+PROMPTS = (Prompt, Supervised, Preference, Ranked, Unpaired, Document)  # whatever holds something to answer
 
 
 def formatter(name: str, needs: tuple[str, ...], makes: type = Preference) -> Callable[[Formatter], Formatter]:
@@ -418,3 +419,20 @@ def aligner(row: dict[str, Any]) -> Supervised:
 def text(row: dict[str, Any]) -> Document:
     """Plain text in the column `text`: a document."""
     return Document(place_images(row["text"], images_in(row)))
+
+
+# --- what is answered ------------------------------------------------------------------------------------------------------------
+
+
+@formatter("prompt", needs=("prompt",), makes=Prompt)
+def prompt(row: dict[str, Any]) -> Prompt:
+    """A `prompt` as a string (plain text, no chat template; a user's message where it has images and no mark for them) or messages.
+
+    What a reward may compare the answer to stands in `ground_truth`, `solution` or `answer`.
+    """
+    text, images = row["prompt"], images_in(row)
+    if isinstance(text, str) and not (images and MARK not in text):
+        text = place_images(text, images)
+    else:
+        text = place_images(messages_of(text, role="user"), images)
+    return Prompt(text, next((row[name] for name in ("ground_truth", "solution", "answer") if row.get(name) is not None), None))

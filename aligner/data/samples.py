@@ -229,6 +229,34 @@ def as_supervised(sample: Any) -> Supervised:
     return sample
 
 
+def as_prompt(sample: Any) -> Prompt:
+    """What is to be answered: a Prompt as it is, of a pair, ranking or judged answer its prompt, of a conversation all before the
+    assistant's last message, a document whole.
+
+    Raises:
+        Bad: the sample holds none, or nothing but white space.
+    """
+    match sample:
+        case Prompt():
+            found = sample
+        case Preference() | Ranked() | Unpaired():
+            found = Prompt(sample.prompt)
+        case Supervised(conversation=text, prompt=""):
+            answered = is_conversation(text) and len(text) > 1 and text[-1]["role"] == "assistant"
+            found = Prompt(text[:-1] if answered else text)
+        case Supervised():
+            found = Prompt(sample.prompt)
+        case Document():
+            found = Prompt(sample.text)
+        case _:
+            raise Bad("not a prompt", f"the formatter returned a {type(sample).__name__}")
+    if not found.prompt or is_blank(found.prompt):
+        raise Bad("empty prompt", "there is nothing to answer")
+    if is_conversation(found.prompt) and found.prompt[-1]["role"] == "assistant":
+        raise Bad("not a prompt", "the conversation ends with the assistant's message, which is nothing to answer")
+    return found
+
+
 def as_document(sample: Any) -> Document:
     """Running text.
 

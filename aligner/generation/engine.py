@@ -78,6 +78,8 @@ def make_engine(model: Model, sampling: Sampling, *, rows: int = 8, dtype: str =
     """The programs for a model and a manner of sampling; they are compiled when they are first needed."""
     if sampling.stop_strings and detokenize is None:
         raise ValueError("stop strings need `detokenize`")
+    if model.media:
+        sampling = dataclasses.replace(sampling, suppress_tokens=(*sampling.suppress_tokens, model.media.placeholder))
     return Engine(
         model,
         sampling,
@@ -151,7 +153,9 @@ def generate(
             state = state.replace(done=jnp.asarray(ended))
 
 
-def generate_all(engine: Engine, params: Params, prompts: Sequence[Prompt], key: jax.Array, n: int = 1, **options) -> list[list[Completion]]:
+def generate_all(
+    engine: Engine, params: Params, prompts: Sequence[Prompt], key: jax.Array, n: int = 1, **options: Any
+) -> list[list[Completion]]:
     """`generate` to the end: for every prompt its n answers."""
     found = {(place, sample): completion for place, sample, completion in generate(engine, params, prompts, key, n, **options)}
     return [[found[place, sample] for sample in range(n)] for place in range(len(prompts))]

@@ -32,6 +32,7 @@ class Sampling:
         repetition_penalty: logits of tokens that stand in the prompt or the answer are divided by it, negative ones multiplied; 1 is off.
         stop_tokens: ids that end an answer and belong to it.
         stop_strings: texts that end an answer and belong to it.
+        suppress_tokens: ids that are never chosen; the model's image placeholder always is one, for it stands for pixels.
     """
 
     max_new_tokens: int = 128
@@ -42,6 +43,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     stop_tokens: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
+    suppress_tokens: tuple[int, ...] = ()
 
 
 def check(sampling: Sampling, where: str = "config.generation.") -> None:
@@ -79,6 +81,8 @@ def sample(
     if sampling.repetition_penalty != 1.0 and seen is not None:
         penalty = sampling.repetition_penalty
         chosen_from = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    if sampling.suppress_tokens:
+        chosen_from = chosen_from.at[:, jnp.asarray(sampling.suppress_tokens)].set(-jnp.inf)
     if sampling.temperature == 0:
         tokens = jnp.argmax(chosen_from, axis=-1).astype(jnp.int32)
     else:

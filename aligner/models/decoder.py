@@ -189,7 +189,7 @@ class Layer(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], specs: tuple[Spec, ...], tables: tuple[tuple[Array, Array], ...], window, kind, memory=None):
+    def __call__(self, x: Float[Array, "B T D"], specs: tuple[Spec, ...], tables: tuple, window, kind, memory: tuple | None = None):
         c = self.config
 
         def normed(name: str, y: Array) -> Array:
