@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, default=0, help="only the k likeliest tokens; 0 is off (default: %(default)s)")
     add("--top-p", type=float, default=1.0, help="only the fewest tokens of this probability together (default: %(default)s)")
     add("--min-p", type=float, default=0.0, help="only tokens so likely relative to the likeliest (default: %(default)s)")
-    add("--repetition-penalty", type=float, default=1.0, help="divides the logits of tokens that stand there already (default: %(default)s)")
+    add("--repetition-penalty", type=float, default=1.0, help="divides logits of tokens that stand there (default: %(default)s)")
     add("--stop", action="append", default=[], help="text that ends an answer; may be given several times")
     add("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
     add("--split", default="train", help="split of a Hub dataset (default: %(default)s)")

@@ -30,7 +30,7 @@ class State:
         tokens, logps: [B, N] written so far.
         length: [B] how many those are.
         done: [B] whether a row is finished, or empty.
-        keys: [B] key of each row's draws: what a row becomes does not depend on its neighbours.
+        uniform: [B, N] what each row's draws go by: what a row becomes does not depend on its neighbours.
         seen: [B, V] tokens of prompt and answer; None without a repetition penalty.
     """
 
@@ -41,7 +41,7 @@ class State:
     logps: Float[Array, "B N"]
     length: Int[Array, "B"]
     done: Bool[Array, "B"]
-    keys: Array
+    uniform: Float[Array, "B N"]
     seen: Bool[Array, "B V"] | None
 
 
@@ -65,7 +65,7 @@ def empty_state(model: Model, sampling: Sampling, params: Params, rows: int, col
         logps=jnp.zeros(new, jnp.float32),
         length=zeros,
         done=jnp.ones(rows, bool),
-        keys=jax.random.split(jax.random.key(0), rows),
+        uniform=jnp.zeros(new, jnp.float32),
         seen=jnp.zeros((rows, config.vocab_size), bool) if sampling.repetition_penalty != 1.0 else None,
     )
 
@@ -106,7 +106,7 @@ def fill(model: Model, params: Params, state: State, batch: Batch, source: Int[A
         values=tuple(place(a, b, 2) for a, b in zip(old.values, new.values)),
         positions=place(old.positions, new.positions, 1, -1),
     )
-    data = choose(jax.random.key_data(state.keys), jax.random.key_data(keys))
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, state.uniform.shape[1:]))(keys)
     return state.replace(
         cache=cache,
         hidden=choose(state.hidden, output.hidden[:, -1][prompt]),
@@ -115,7 +115,7 @@ def fill(model: Model, params: Params, state: State, batch: Batch, source: Int[A
         logps=choose(state.logps, 0.0),
         length=choose(state.length, 0),
         done=choose(state.done, False),
-        keys=jax.random.wrap_key_data(data),
+        uniform=choose(state.uniform, uniform),
         seen=seen,
     )
 
@@ -137,7 +137,7 @@ def decode(model: Model, sampling: Sampling, params: Params, state: State, limit
     def write(carry: tuple[Array, State]) -> tuple[Array, State]:
         step, state = carry
         logits = dense_logits(state.hidden, head)
-        uniform = jax.vmap(lambda key, count: jax.random.uniform(jax.random.fold_in(key, count)))(state.keys, state.length)
+        uniform = jnp.take_along_axis(state.uniform, state.length[:, None], axis=1, mode="clip")[:, 0]
         token, logp = sample(sampling, logits, uniform, state.seen)
         going = ~state.done
         token = jnp.where(going, token, 0)
