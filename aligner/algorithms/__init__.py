@@ -10,7 +10,10 @@ from aligner.types import Algorithm, Mean, Model, Term, UserError
 
 # name -> file of this folder
 FILES = {name: name for name in ("dpo", "dpo_ranked", "kto", "orpo", "cpo", "sso", "reward", "cost", "distillation", "sft")}
-FILES |= {"cpt": "sft"}
+FILES |= {"cpt": "sft", "grpo": "grpo", "ppo": "ppo"}
+FILES |= {name: "grpo" for name in ("rloo", "reinforce", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax")}
+
+ONLINE = tuple(name for name, file in FILES.items() if file in ("grpo", "ppo"))  # these learn from what the policy itself writes
 
 SCORING = ("reward", "cost")  # these train a score head, fresh where the checkpoint has none
 
