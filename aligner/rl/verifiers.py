@@ -25,7 +25,8 @@ def format(prompts: list, completions: list[str], **columns: Any) -> list[float]
 
 def same(truth: Any, text: str) -> bool:
     """Whether a text comes to the same value as the truth, which may be a number, a text with it, or LaTeX."""
-    found, wanted = last_value(text), last_value(str(truth))
+    truth = str(truth)
+    found, wanted = last_value(text), last_value(truth if "####" in truth or "\\boxed" in truth else f"\\boxed{{{truth}}}")
     if found is not None and found == wanted:
         return True
     try:
@@ -40,9 +41,14 @@ def last_value(text: str) -> Fraction | str | None:
     inside = _boxed(text)
     if inside is None and "####" in text:
         inside = text.rpartition("####")[2]
-    numbers = re.findall(_NUMBER, _plain(text if inside is None else inside))
-    if not numbers:
-        return None if inside is None else re.sub(r"\s", "", inside)
+    if inside is None:
+        numbers = re.findall(_NUMBER, _plain(text))
+        if not numbers:
+            return None
+    else:
+        numbers = [_plain(inside).strip().strip("$%.").strip()]
+        if not re.fullmatch(_NUMBER, numbers[0]):
+            return re.sub(r"\s", "", inside)
     try:
         return Fraction(numbers[-1].replace(",", "").replace(" ", ""))
     except (ValueError, ZeroDivisionError):
