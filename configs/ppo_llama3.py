@@ -48,8 +48,8 @@ def tiny(config: ConfigDict) -> ConfigDict:
     config.data.batch_size = 128
     config.data.max_bad_fraction = 0.0
     config.data.pad_to_multiple = 8
-    config.algorithm.reward_funcs = ("{workdir}/reward/export", "math")
-    config.algorithm.reward_weights = (1.0, 0.0)
+    config.algorithm.reward_funcs = ("{workdir}/reward/export", "scripts.online_demo:silent", "math")
+    config.algorithm.reward_weights = (1.0, 1.0, 0.0)
     config.algorithm.num_mini_batches = 2
     config.algorithm.num_iterations = 2
     config.algorithm.beta = 0.0

@@ -17,7 +17,8 @@ WORDS = (*SPECIAL_TOKENS, *map(str, range(2 * HIGHEST + 1)), "+", "=", "?", "col
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['content'] is string %}{{ ' ' + message['content'] }}"
-    "{% else %}{% for part in message['content'] %}{{ ' <image>' if part['type'] == 'image' else ' ' + part['text'] }}{% endfor %}{% endif %}"
+    "{% else %}{% for part in message['content'] %}"
+    "{{ ' <image>' if part['type'] == 'image' else ' ' + part['text'] }}{% endfor %}{% endif %}"
     "{% if message['role'] == 'assistant' %}{{ ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 
@@ -44,13 +45,13 @@ def write_lines(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def make_sums(folder: str | Path, seed: int = 0, scored: int = 6000) -> None:
+def make_sums(folder: str | Path, seed: int = 0, scored: int = 9000) -> None:
     """train.jsonl with every sum of two numbers once, as a prompt with its answer; scored.jsonl with answers and whether they are right.
 
     Args:
         folder: must not exist yet.
         seed: of which wrong answers there are.
-        scored: rows of scored.jsonl: a third right, a third wrong by one number, a third any two words.
+        scored: rows of scored.jsonl: a third right, a third another number, the rest one or two words, the right one mostly among them.
     """
     rng = np.random.default_rng([seed, 3])
     pairs = [(a, b) for a in range(HIGHEST + 1) for b in range(HIGHEST + 1)]
@@ -59,7 +60,9 @@ def make_sums(folder: str | Path, seed: int = 0, scored: int = 6000) -> None:
         rows = []
         for i in range(scored):
             a, b = pairs[rng.integers(len(pairs))]
-            words = rng.choice(WORDS[len(SPECIAL_TOKENS) :], 2).tolist()
+            words = rng.choice(WORDS[len(SPECIAL_TOKENS) :], rng.integers(1, 3)).tolist()
+            if len(words) == 2 and i % 2:
+                words[rng.integers(2)] = str(a + b)
             text = (str(a + b), str(rng.integers(2 * HIGHEST + 1)), " ".join(words))[i % 3]
             rows.append({"prompt": question(a, b), "completion": text, "score": float(text == str(a + b))})
         write_lines(folder / "scored.jsonl", rows)
@@ -83,6 +86,11 @@ def make_colours(folder: str | Path, rows: int = 512, seed: int = 0) -> None:
 def last_word(prompts: list, completions: list[str], *, ground_truth: list[str], **columns) -> list[float]:
     """A reward: 1 where an answer ends with the right word."""
     return [float(text.split()[-1:] == [truth]) for text, truth in zip(completions, ground_truth)]
+
+
+def silent(prompts: list, completions: list[str], **columns) -> list[float]:
+    """A reward: -1 where nothing is said, which no marked answer has taught a reward model to dislike."""
+    return [0.0 if text.strip() else -1.0 for text in completions]
 
 
 def setup_sums(config) -> None:
@@ -114,7 +122,7 @@ def train_reward_model(model: Path, rows: Path, workdir: Path) -> None:
     config.data.pad_to_multiple = 8
     config.optim.learning_rate = 3e-3
     config.optim.schedule = "cosine"
-    config.train.steps = 600
+    config.train.steps = 900
     config.checkpoint.export = True
     run(config.lock(), workdir)
 
