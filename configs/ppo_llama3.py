@@ -50,12 +50,13 @@ def tiny(config: ConfigDict) -> ConfigDict:
     config.data.pad_to_multiple = 8
     config.algorithm.reward_funcs = ("{workdir}/reward/export", "scripts.online_demo:silent", "math")
     config.algorithm.reward_weights = (1.0, 1.0, 0.0)
+    config.algorithm.num_generations = 2
     config.algorithm.num_mini_batches = 2
     config.algorithm.num_iterations = 2
     config.algorithm.beta = 0.0
     config.algorithm.entropy_coef = 0.01
     config.generation.max_new_tokens = 2
-    config.generation.batch_size = 256
+    config.generation.batch_size = 512
     config.optim.learning_rate = 1e-3
     config.train.steps = 600
     config.train.eval_every = 100

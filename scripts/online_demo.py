@@ -51,7 +51,7 @@ def make_sums(folder: str | Path, seed: int = 0, scored: int = 9000) -> None:
     Args:
         folder: must not exist yet.
         seed: of which wrong answers there are.
-        scored: rows of scored.jsonl: a third right, a third another number, the rest one or two words, the right one mostly among them.
+        scored: rows of scored.jsonl, one or two words each; those are right whose last word is, every other one.
     """
     rng = np.random.default_rng([seed, 3])
     pairs = [(a, b) for a in range(HIGHEST + 1) for b in range(HIGHEST + 1)]
@@ -60,11 +60,10 @@ def make_sums(folder: str | Path, seed: int = 0, scored: int = 9000) -> None:
         rows = []
         for i in range(scored):
             a, b = pairs[rng.integers(len(pairs))]
-            words = rng.choice(WORDS[len(SPECIAL_TOKENS) :], rng.integers(1, 3)).tolist()
-            if len(words) == 2 and i % 2:
-                words[rng.integers(2)] = str(a + b)
-            text = (str(a + b), str(rng.integers(2 * HIGHEST + 1)), " ".join(words))[i % 3]
-            rows.append({"prompt": question(a, b), "completion": text, "score": float(text == str(a + b))})
+            first, last, number = *rng.choice(WORDS[len(SPECIAL_TOKENS) :], 2), str(rng.integers(2 * HIGHEST + 1))
+            last = (str(a + b), number, str(a + b), str(last))[i % 4]
+            text = f"{first} {last}" if rng.random() < 0.7 else last
+            rows.append({"prompt": question(a, b), "completion": text, "score": float(last == str(a + b))})
         write_lines(folder / "scored.jsonl", rows)
 
 
