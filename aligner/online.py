@@ -26,6 +26,7 @@ from aligner.generation.sampling import Sampling, stop_tokens
 from aligner.generation.sampling import check as check_sampling
 from aligner.likelihood import cast
 from aligner.rl import advantages, rollouts, table
+from aligner.rl.engines import Local, Server
 from aligner.rl.prompts import load_prompts
 from aligner.rl.rewards import make_rewards
 from aligner.run import (
@@ -136,23 +137,23 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         text = lambda tokens: model.assets.tokenizer.decode(tokens, skip_special_tokens=True)
         rows = -(-config.generation.batch_size // mesh.size) * mesh.size
         weights = np.array(c.reward_weights or (1.0,) * len(rewards), np.float64)
-        engine = lambda manner: make_engine(model, manner, rows=rows, dtype=config.model.dtype, detokenize=text)
-        writer = rollouts.Writer(engine(manner), rewards, weights, c.reward_timeout)
-        greedy = writer._replace(engine=engine(Sampling(manner.max_new_tokens, 0.0, stop_tokens=manner.stop_tokens)))
         key = jax.random.key(config.seed)
+        local = lambda manner: Local(make_engine(model, manner, rows=rows, dtype=config.model.dtype, detokenize=text), key)
+        export = lambda params, folder: convert.save(model, lora.merge(params) if adapters else params, folder)
+        served = config.generation.server and server_of(config, manner, directory / "served", export)
+        writer = rollouts.Writer(served or local(manner), text, rewards, weights, c.reward_timeout)
+        greedy = writer._replace(engine=local(Sampling(manner.max_new_tokens, 0.0, stop_tokens=manner.stop_tokens)))
         # the policy that wrote is asked again where it will have moved on, or where its own word is part of the reward
-        asks = updates > 1 or c.name == "ppo" or c.beta > 0 or c.top_entropy_quantile < 1 or c.name in PENALISED
+        asks = bool(served) or updates > 1 or c.name == "ppo" or c.beta > 0 or c.top_entropy_quantile < 1 or c.name in PENALISED
 
         def policy() -> Any:
-            return writer.engine.prepare(lora.combine(without_critic(train_state.trainable), base))
+            return lora.combine(without_critic(train_state.trainable), base)
 
         def roll_out(iteration: int) -> tuple[dict[str, np.ndarray], dict, dict]:
             """(batch, host state after it, metrics) of a rollout by the policy as it is now."""
             begun = time.monotonic()
-            params = policy()
-            groups, position = rollouts.collect(
-                writer, params, prompts, key, host["position"], size, c.num_generations, c.get("dynamic_sampling", 0)
-            )
+            writer.engine.update(policy(), iteration)
+            groups, position = rollouts.collect(writer, prompts, host["position"], size, c.num_generations, c.get("dynamic_sampling", 0))
             wrote = time.monotonic()
             batch = rollouts.lay_out(groups, model, config.data.shared_prompt, config.data.pad_to_multiple)
             if asks:
@@ -160,10 +161,11 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                 batch |= rollouts.asked(lambda part: ask(train_state.trainable, fixed, put(part, {}, mesh)), batch, per_call)
             baseline = None
             if c.name == "remax":
-                alone = rollouts.write(greedy, params, [group.item for group in groups], key, range(len(groups)), 1)
+                greedy.engine.update(policy(), iteration)
+                alone = rollouts.write(greedy, [group.item for group in groups], range(len(groups)), 1)
                 baseline = np.array([advantages.combine(group.rewards, weights)[0] for group in alone])
             batch, found, after = rollouts.learnable(config, groups, baseline, batch, weights, host)
-            if updates == 1 and c.name != "ppo":
+            if updates == 1 and c.name != "ppo" and not served:
                 batch.pop("old_logps", None)  # the policy itself is the one that wrote
             total = advantages.combine(np.stack([group.rewards for group in groups]), weights)
             table.write_parquet(directory / COMPLETIONS / f"{iteration:06d}.parquet", iteration * updates, groups, c.reward_funcs)
@@ -174,7 +176,8 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
 
         def evaluate() -> dict[str, float]:
             items = [held_out.item(place) for place in range(held_out.size)]
-            groups = rollouts.write(greedy, policy(), items, key, range(len(items)), 1)
+            greedy.engine.update(policy(), step)
+            groups = rollouts.write(greedy, items, range(len(items)), 1)
             worth = advantages.combine(np.stack([group.rewards for group in groups]), weights)
             length = np.mean([len(group.answers[0].tokens) for group in groups])
             return {"reward": float(np.nanmean(worth)), "completions/mean_length": float(length)}
@@ -247,6 +250,14 @@ def sampling_of(config: ConfigDict, model: Any) -> Sampling:
     manner = Sampling(**{name: g[name] for name in names}, stop_tokens=stop_tokens(model.assets), stop_strings=tuple(g.stop_strings))
     check_sampling(manner)
     return manner
+
+
+def server_of(config: ConfigDict, manner: Sampling, folder: Path, export: Any) -> Server:
+    """The server that `config.generation.server` names, "vllm:http://HOST:8000" or "sglang:http://HOST:30000"."""
+    kind, _, url = config.generation.server.partition(":")
+    if kind not in ("vllm", "sglang") or not url.startswith("http"):
+        raise UserError(f"config.generation.server is {config.generation.server!r}; it must be like vllm:http://HOST:8000 or sglang:http://..")
+    return Server(url, kind, manner, folder, export, every=config.generation.server_every, seed=config.seed)
 
 
 def whole(trainable: Mapping[str, Any], fixed: Mapping[str, Any], config: ConfigDict) -> tuple[dict, dict]:

@@ -326,6 +326,9 @@ def base() -> ConfigDict:
     config.generation.repetition_penalty = 1.0  # divides logits of tokens that stand there already; 1 is off
     config.generation.stop_strings = ()  # texts that end an answer
     config.generation.batch_size = 32  # texts written at once
+    config.generation.server = ""  # "vllm:http://HOST:8000" or "sglang:http://HOST:30000" writes instead of this process
+    config.generation.server_every = 1  # rollouts after which the server's weights are refreshed from WORKDIR/served
+    config.generation.importance_cap = 3.0  # a server's tokens weigh as much as the policy thinks them likelier than it did, at most this
 
     config.lora = ConfigDict()
     config.lora.rank = 0  # 0: no adapters, the model itself trains; else only adapters of this rank (and modules_to_save) do

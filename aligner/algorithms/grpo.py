@@ -69,6 +69,8 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
         if c.off_policy_mask_threshold is not None:
             drift = -spread(summed(jax.lax.stop_gradient(logps) - old) / jnp.maximum(lengths, 1), batch)
             losses = losses * ((advantages >= 0) | (drift <= c.off_policy_mask_threshold))
+        if config.generation.server:  # the one that wrote lags behind, and rounds otherwise
+            losses = losses * jnp.minimum(jnp.exp(jax.lax.stop_gradient(old) - batch["sampling_logps"]), config.generation.importance_cap)
         if "sure" in batch:
             losses = jnp.where(batch["sure"] > 0, 0, losses)
         if in_loss:

@@ -12,18 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from aligner.algorithms import ppo
 from aligner.data import layout
-from aligner.generation.engine import Completion, Engine, bucket, generate_all
+from aligner.generation.engine import Completion, bucket
 from aligner.losses.policy_gradient import kl
 from aligner.rl import advantages as adv
 from aligner.rl import rewards
+from aligner.rl.engines import RolloutEngine
 from aligner.rl.prompts import Item, Prompts
-from aligner.types import Model, Params
+from aligner.types import Model
 
 
 class Group(NamedTuple):
@@ -39,28 +39,24 @@ class Writer(NamedTuple):
     """What writes and values answers.
 
     Attributes:
-        engine: of the sampler.
+        engine: what writes, with the policy's parameters.
+        detokenize: token ids -> text.
         rewards: reward functions.
         weights: [K] of them.
         timeout: seconds for each.
     """
 
-    engine: Engine
+    engine: RolloutEngine
+    detokenize: Callable[[np.ndarray], str]
     rewards: list[rewards.Reward]
     weights: np.ndarray
     timeout: float
 
 
-def write(writer: Writer, params: Params, items: Sequence[Item], key: jax.Array, ids: Sequence[int], n: int) -> list[Group]:
-    """Answer every prompt n times, and value the answers.
-
-    Args:
-        writer, params: params from `writer.engine.prepare`.
-        items: prompts.
-        key, ids: as in `aligner.generation.engine.generate`.
-    """
-    found = generate_all(writer.engine, params, [item.prompt for item in items], key, n, ids=ids)
-    texts = [[writer.engine.detokenize(answer.tokens) for answer in answers] for answers in found]
+def write(writer: Writer, items: Sequence[Item], ids: Sequence[int], n: int) -> list[Group]:
+    """Answer every prompt n times, and value the answers; `ids` are the prompts' numbers in the run."""
+    found = writer.engine.generate([item.prompt for item in items], n, ids)
+    texts = [[writer.detokenize(answer.tokens) for answer in answers] for answers in found]
     prompts = [item.text for item in items for _ in range(n)]
     names = dict.fromkeys(name for item in items for name in item.columns)
     columns = {name: [item.columns.get(name) for item in items for _ in range(n)] for name in names}
@@ -68,9 +64,7 @@ def write(writer: Writer, params: Params, items: Sequence[Item], key: jax.Array,
     return [Group(*group) for group in zip(items, found, texts, values.reshape(len(items), n, -1))]
 
 
-def collect(
-    writer: Writer, params: Params, prompts: Prompts, key: jax.Array, position: int, count: int, n: int, tries: int = 0
-) -> tuple[list[Group], int]:
+def collect(writer: Writer, prompts: Prompts, position: int, count: int, n: int, tries: int = 0) -> tuple[list[Group], int]:
     """Groups for `count` prompts from `position` on, and where the next rollout starts.
 
     With `tries`, prompts whose answers are all worth the same are replaced by the next ones so many times (dynamic sampling, DAPO): there
@@ -81,7 +75,7 @@ def collect(
     for left in range(tries, -1, -1):
         ids = range(position, position + count - len(kept))
         position = ids.stop
-        found = write(writer, params, [prompts.item(place) for place in ids], key, ids, n)
+        found = write(writer, [prompts.item(place) for place in ids], ids, n)
         tells = [tries == 0 or np.ptp(np.nan_to_num(adv.combine(group.rewards, writer.weights))) > 0 for group in found]
         kept += [group for group, good in zip(found, tells) if good]
         spare += [group for group, good in zip(found, tells) if not good]

@@ -56,6 +56,7 @@ def settings(demo, name, **changes):
     config.generation.batch_size = 16
     config.log.every = 1
     config.log.completions = 0
+    config.optim.warmup = 0.0
     config.checkpoint.every = 3
     config.checkpoint.export = False
     config.train.steps = 6
@@ -79,7 +80,7 @@ def test_a_run_killed_within_a_ppo_rollout_goes_on_bit_for_bit(demo, tmp_path, m
     online.run(config, tmp_path / "whole")
     shown = []
     original = rollouts.collect
-    monkeypatch.setattr(rollouts, "collect", lambda *a: (shown.append(a[4]), original(*a))[1])
+    monkeypatch.setattr(rollouts, "collect", lambda *a: (shown.append(a[2]), original(*a))[1])
     finite, count = online.check_finite, 0
 
     def kill(step, *rest):

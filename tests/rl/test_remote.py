@@ -80,7 +80,7 @@ def test_asked_again_until_the_server_is_there(serve):
 
 def test_a_server_that_died_is_told_in_one_sentence():
     start = time.monotonic()
-    with pytest.raises(UserError, match="gives no answer after 3 tries .*give the same command again"):
+    with pytest.raises(UserError, match=r"gives no answer after 3 tries .*give the same command again"):
         make_remote_reward("http://127.0.0.1:9/reward", timeout=1, retries=2, wait=0.01)(["a"], ["b"])
     assert time.monotonic() - start < 10
 
@@ -88,5 +88,5 @@ def test_a_server_that_died_is_told_in_one_sentence():
 def test_nonsense_is_refused(serve):
     with pytest.raises(UserError, match="answered without `rewards`; its keys are scores"):
         make_remote_reward(serve(answers((200, {"scores": [1]}))), wait=0.01)(["a"], ["b"])
-    with pytest.raises(UserError, match="400: .*bad"):
+    with pytest.raises(UserError, match=r"400: .*bad"):
         make_remote_reward(serve(answers((400, {"error": "bad"}))), wait=0.01)(["a"], ["b"])
