@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from aligner import algorithms, checkpoint, convert, lora, metrics, optim, sharding, state, workdir
 from aligner.algorithms import ppo
-from aligner.algorithms.grpo import PENALISED
+from aligner.algorithms.grpo import PENALISED, reference_params
 from aligner.console import Stopped, catch_signals, progress, say, short, tracing
 from aligner.convert import peft
 from aligner.generation.engine import make_engine
@@ -97,7 +97,8 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     steps = config.train.steps or max(1, int(config.train.epochs * prompts.size / size * updates))
     schedule = optim.make_schedule(config.optim, steps)
     optimizer = optim.make_optimizer(config.optim, schedule, model.trained_layers)
-    rewards = make_rewards(c.reward_funcs, dtype=config.model.dtype, folder=prompts.folder, timeout=c.reward_timeout)
+    names = (*c.reward_funcs, *c.get("cost_funcs", ()))
+    rewards = make_rewards(names, dtype=config.model.dtype, folder=prompts.folder, timeout=c.reward_timeout)
     workdir.check_source(directory, model, convert.fingerprint(disk), adapters)
     model.assets.copy_to(directory / workdir.ASSETS)
     workdir.record(config, directory)
@@ -113,13 +114,15 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         fixed = {"base": base}
         if config.reference.kind == "base":
             fixed["initial"] = frozen_copy(config, {path: leaf for path, leaf in lora.flatten(trainable).items() if path in adapters.saved})
-        elif c.beta > 0:
+        elif c.beta > 0 and algorithm.rollout:
             fixed["reference"] = lora.combine(frozen_copy(config, lora.flatten(trainable)), base)
         if critic:
             trainable = {**trainable, ppo.CRITIC: load_frozen(master(config), *critic, mesh)}
         train_state = state.create(trainable, optimizer, algorithm.carry, config.seed, mesh)
         del trainable
+        fixed |= {name: load_frozen(config, *other, mesh) for name, other in algorithm.others.items()}
         host = {"position": 0, "beta": float(c.beta), "running": [0, 0.0, 0.0], "num_tokens": 0}
+        host |= {"lagrangian": float(c.lagrangian_init)} if c.get("cost_funcs") else {}
         restored = checkpoint.restore(checkpoints, state.abstract(train_state))
         if restored:
             train_state, kept = restored
@@ -136,15 +139,18 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         ask = jit(asked, out_shardings=sharding.replicated(mesh))
         text = lambda tokens: model.assets.tokenizer.decode(tokens, skip_special_tokens=True)
         rows = -(-config.generation.batch_size // mesh.size) * mesh.size
-        weights = np.array(c.reward_weights or (1.0,) * len(rewards), np.float64)
+        weights = np.zeros(len(names))  # costs have none: they stand in the bound
+        weights[: len(c.reward_funcs)] = c.reward_weights or 1.0
         key = jax.random.key(config.seed)
-        local = lambda manner: Local(make_engine(model, manner, rows=rows, dtype=config.model.dtype, detokenize=text), key)
+        local = lambda manner, key=key: Local(make_engine(model, manner, rows=rows, dtype=config.model.dtype, detokenize=text), key)
         export = lambda params, folder: convert.save(model, lora.merge(params) if adapters else params, folder)
         served = config.generation.server and server_of(config, manner, directory / "served", export)
         writer = rollouts.Writer(served or local(manner), text, rewards, weights, c.reward_timeout)
+        other = writer._replace(engine=local(manner, jax.random.fold_in(key, 1)))
         greedy = writer._replace(engine=local(Sampling(manner.max_new_tokens, 0.0, stop_tokens=manner.stop_tokens)))
         # the policy that wrote is asked again where it will have moved on, or where its own word is part of the reward
-        asks = bool(served) or updates > 1 or c.name == "ppo" or c.beta > 0 or c.top_entropy_quantile < 1 or c.name in PENALISED
+        wants = bool(served) or updates > 1 or c.beta > 0 or c.get("top_entropy_quantile", 1.0) < 1 or c.name in (*PENALISED, "ppo")
+        asks = algorithm.rollout is not None and wants
 
         def policy() -> Any:
             return lora.combine(without_critic(train_state.trainable), base)
@@ -153,7 +159,14 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             """(batch, host state after it, metrics) of a rollout by the policy as it is now."""
             begun = time.monotonic()
             writer.engine.update(policy(), iteration)
-            groups, position = rollouts.collect(writer, prompts, host["position"], size, c.num_generations, c.get("dynamic_sampling", 0))
+            if c.get("xpo_alpha"):  # one answer by the policy, one by the reference
+                other.engine.update(reference_params(config, whole(train_state.trainable, fixed, config)[1]), iteration)
+                groups, position = rollouts.collect(writer, prompts, host["position"], size, 1)
+                places = range(host["position"], position)
+                groups = rollouts.joined(groups, rollouts.write(other, [group.item for group in groups], places, 1))
+            else:
+                tries = c.get("dynamic_sampling", 0)
+                groups, position = rollouts.collect(writer, prompts, host["position"], size, c.num_generations, tries)
             wrote = time.monotonic()
             batch = rollouts.lay_out(groups, model, config.data.shared_prompt, config.data.pad_to_multiple)
             if asks:
@@ -168,7 +181,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             if updates == 1 and c.name != "ppo" and not served:
                 batch.pop("old_logps", None)  # the policy itself is the one that wrote
             total = advantages.combine(np.stack([group.rewards for group in groups]), weights)
-            table.write_parquet(directory / COMPLETIONS / f"{iteration:06d}.parquet", iteration * updates, groups, c.reward_funcs)
+            table.write_parquet(directory / COMPLETIONS / f"{iteration:06d}.parquet", iteration * updates, groups, names)
             if config.log.completions and iteration * updates % config.log.every == 0:
                 say(*table.table(groups, total, config.log.completions))
             found |= {"time/rollout": wrote - begun, "time/scoring": time.monotonic() - wrote}

@@ -272,6 +272,42 @@ def ppo() -> ConfigDict:
     return config
 
 
+def ppo_lagrangian() -> ConfigDict:
+    """config.algorithm for PPO under a bound on costs (Safe RLHF, arXiv 2310.12773)."""
+    config = ppo()
+    config.cost_funcs = ()  # as reward_funcs: what answers cost; positive is harmful
+    config.cost_limit = 0.0  # the mean cost that is aimed at
+    config.lagrangian_init = 1.0  # the multiplier at first: the reward is (reward - multiplier * cost) / (1 + multiplier)
+    config.lagrangian_lr = 0.1  # the logarithm of the multiplier moves so much for each unit of mean cost above the limit
+    config.lagrangian_max = 20.0
+    return config
+
+
+def online_dpo() -> ConfigDict:
+    """config.algorithm for DPO on pairs that the policy writes and the rewards judge; TRL's defaults."""
+    config = ConfigDict(_online("online_dpo"))
+    config.update(dict(num_generations=2, beta=0.1))
+    config.loss_type = "sigmoid"  # or ipo; both on summed log-ratios
+    config.xpo_alpha = 0.0  # XPO: weight of making less likely what the reference writes, which then writes one of the two answers
+    return config
+
+
+def xpo() -> ConfigDict:
+    """config.algorithm for XPO."""
+    config = online_dpo()
+    config.xpo_alpha = 1e-5
+    return config
+
+
+def on_policy_distillation() -> ConfigDict:
+    """config.algorithm for following a teacher on what the student itself writes (GKD, arXiv 2306.13649, with lambda = 1)."""
+    config = ConfigDict(_online("on_policy_distillation"))
+    config.update(dict(num_generations=1, beta=1.0))  # as in `distillation`: 1 is the reverse KL
+    config.teacher = ""  # checkpoint folder or Hub id, of the same vocabulary
+    config.temperature = 1.0  # all logits are divided by it
+    return config
+
+
 def base() -> ConfigDict:
     """The defaults of every section; TRL's values where TRL has the setting."""
     config = ConfigDict()

@@ -52,8 +52,10 @@ def grpo(arrays: dict[str, np.ndarray], changes: dict[str, Any]) -> tuple[Any, A
     from scripts.make_trl_vectors import bare
 
     c = {"loss_type": "grpo", "beta": 0.0, "epsilon": 0.2, "epsilon_high": None, "delta": None, "importance_sampling_level": "token",
-         "use_bias_correction_kl": False, "entropy_coef": 0.0, "off_policy_mask_threshold": None, "sapo_temperature_pos": 1.0,
-         "sapo_temperature_neg": 1.05, "vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0} | changes  # fmt: skip
+         "use_bias_correction_kl": False, "entropy_coef": 0.0, "off_policy_mask_threshold": None,
+         "sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05, "vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0,
+         "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0}  # fmt: skip
+    c |= changes
     tensors = {name: torch.tensor(array) for name, array in arrays.items()}
     logps = tensors["logps"].requires_grad_()
     trainer = bare(
@@ -113,7 +115,8 @@ def main() -> None:
             gradient = np.vectorize(lambda x: float(f"{x:.10g}"))(logps.grad.numpy()).tolist()
             found.append({"algorithm": algorithm, "case": case, "settings": changes, "loss": loss.item(), "gradient": gradient})
     lists = {name: array.tolist() for name, array in arrays.items()}
-    (out / "trl_losses_policy.json").write_text(json.dumps({"trl": trl.__version__, "longest": LONGEST, "batch": lists, "cases": found}) + "\n")
+    stored = {"trl": trl.__version__, "longest": LONGEST, "batch": lists, "cases": found}
+    (out / "trl_losses_policy.json").write_text(json.dumps(stored) + "\n")
     print(f"{len(found)} cases of TRL {trl.__version__}")
 
 

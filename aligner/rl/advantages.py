@@ -20,6 +20,8 @@ def combine(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
     Returns:
         [N, n], NaN where no function gave a value.
     """
+    if not rewards.shape[-1]:
+        return np.zeros(rewards.shape[:-1])
     total = np.nansum(rewards * weights, axis=-1)
     return np.where(np.isnan(rewards).all(axis=-1), np.nan, total)
 

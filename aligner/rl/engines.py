@@ -50,8 +50,8 @@ class Server:
     """
 
     def __init__(
-        self, url: str, kind: str, sampling: Sampling, folder: Path, export: Callable[[Params, Path], None], *, every: int = 1, seed: int = 0,
-        timeout: float = 600.0, retries: int = 4, wait: float = 1.0,
+        self, url: str, kind: str, sampling: Sampling, folder: Path, export: Callable[[Params, Path], None], *,
+        every: int = 1, seed: int = 0, timeout: float = 600.0, retries: int = 4, wait: float = 1.0,
     ):  # fmt: skip
         """
         Args:
@@ -88,8 +88,9 @@ class Server:
             raise UserError(f"{self.url}: pictures cannot be sent to a server yet; leave config.generation.server empty")
         s = self.sampling
         body = {
-            "model": str(self.folder), "prompt": prompt.tokens.tolist(), "n": n, "max_tokens": s.max_new_tokens, "temperature": s.temperature,
-            "top_p": s.top_p, "min_p": s.min_p, "repetition_penalty": s.repetition_penalty, "logprobs": 0, "seed": self.seed + int(number),
+            "model": str(self.folder), "prompt": prompt.tokens.tolist(), "n": n, "max_tokens": s.max_new_tokens,
+            "temperature": s.temperature, "top_p": s.top_p, "min_p": s.min_p, "repetition_penalty": s.repetition_penalty,
+            "logprobs": 0, "seed": self.seed + int(number),
             "stop_token_ids": list(s.stop_tokens), "stop": list(s.stop_strings) or None, "return_token_ids": True,
         }  # fmt: skip
         if s.top_k:

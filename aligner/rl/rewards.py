@@ -102,7 +102,7 @@ def value(
                 where = f"the answer {_short(completion)} to the prompt {_short(prompt)}"
                 raise UserError(f"reward {reward.name} gave {one!r} for {where}; it must give a finite number, or None where it has none")
         found.append([np.nan if one is None else float(one) for one in values])
-    return np.array(found, np.float64).T
+    return np.array(found, np.float64).T if found else np.zeros((len(completions), 0))
 
 
 class _Failed(Exception):

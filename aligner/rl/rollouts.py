@@ -61,7 +61,14 @@ def write(writer: Writer, items: Sequence[Item], ids: Sequence[int], n: int) -> 
     names = dict.fromkeys(name for item in items for name in item.columns)
     columns = {name: [item.columns.get(name) for item in items for _ in range(n)] for name in names}
     values = rewards.value(writer.rewards, prompts, [text for of_prompt in texts for text in of_prompt], columns, writer.timeout)
-    return [Group(*group) for group in zip(items, found, texts, values.reshape(len(items), n, -1))]
+    return [Group(*group) for group in zip(items, found, texts, values.reshape(len(items), n, len(writer.rewards)))]
+
+
+def joined(first: Sequence[Group], second: Sequence[Group]) -> list[Group]:
+    """The answers of both to the same prompts, the first's before the second's."""
+    return [
+        Group(a.item, a.answers + b.answers, a.texts + b.texts, np.concatenate([a.rewards, b.rewards])) for a, b in zip(first, second)
+    ]
 
 
 def collect(writer: Writer, prompts: Prompts, position: int, count: int, n: int, tries: int = 0) -> tuple[list[Group], int]:
@@ -148,7 +155,13 @@ def learnable(
         estimator = c.get("kl_estimator", "k1")
         drift = of_answers(np.asarray(kl(batch["old_logps"].astype(np.float64), batch["reference_logps"], estimator)), groups)
         found["objective/kl"] = float(np.mean([np.sum(one) for answers in drift for one in answers]))
-    if c.name == "ppo":
+    if c.get("cost_funcs"):
+        total, found, host = _bounded(c, total, each, found, host)
+    if c.name == "on_policy_distillation":
+        columns = {}
+    elif c.name == "online_dpo":
+        columns = _pairs(c, total)
+    elif c.name == "ppo":
         columns, host = _ppo(c, total, stopped, drift, batch, groups, S, host)
     else:
         columns = {"advantages": _per_answer(c, total, each, weights, greedy, drift, lengths, S)}
@@ -187,6 +200,28 @@ def _per_answer(c: ConfigDict, total, each, weights, greedy, drift, lengths, S: 
     return at_tokens([[np.full(m, v) for m, v in zip(*row)] for row in zip(lengths, values)], S)
 
 
+def _pairs(c: ConfigDict, total: np.ndarray) -> dict[str, np.ndarray]:
+    """Online DPO's columns: which answer of a prompt is the best, which the worst; neither where all are worth the same or one is not
+    known."""
+    known = ~np.isnan(total).any(axis=1) & (np.ptp(total, axis=1) > 0)
+    mark = lambda places: ((np.arange(total.shape[1]) == places[:, None]) & known[:, None])[:, None].astype(np.float32)
+    filled = np.nan_to_num(total)
+    by_reference = np.broadcast_to(np.arange(total.shape[1]) == (1 if c.xpo_alpha else -1), total.shape)[:, None].astype(np.float32)
+    return {"chosen": mark(filled.argmax(axis=1)), "rejected": mark(filled.argmin(axis=1)), "by_reference": by_reference}
+
+
+def _bounded(c: ConfigDict, total: np.ndarray, each: np.ndarray, found: dict, host: dict) -> tuple[np.ndarray, dict, dict]:
+    """PPO-Lagrangian (Safe RLHF, section 3.3): rewards less the multiplier times the costs, and the multiplier moved on.
+
+    The costs are the last of the rewards; one critic learns the sum, where Safe RLHF has two.
+    """
+    costs = np.nansum(each[..., -len(c.cost_funcs) :], axis=-1)
+    multiplier, mean = host["lagrangian"], float(np.mean(costs))
+    moved = min(multiplier * float(np.exp(c.lagrangian_lr * (mean - c.cost_limit))), c.lagrangian_max)
+    found = {**found, "cost": mean, "lagrangian": multiplier}
+    return (total - multiplier * costs) / (1 + multiplier), found, {**host, "lagrangian": moved}
+
+
 def _ppo(c: ConfigDict, total, stopped, drift, batch, groups, S: int, host: dict) -> tuple[dict[str, np.ndarray], dict]:
     """PPO's columns: the reward at the last token less the KL at every token, GAE, whitened advantages."""
     scores, running = ppo.clip_and_scale(np.nan_to_num(total), c, host["running"])
@@ -214,7 +249,7 @@ def report(total: np.ndarray, each: np.ndarray, lengths: np.ndarray, stopped: np
     """TRL's metrics of a rollout."""
     spread = np.nan_to_num(np.nanstd(total, axis=1, ddof=1)) if total.shape[1] > 1 else np.zeros(len(total))
     found = {
-        "reward": float(np.nanmean(total)),
+        "reward": float(np.nanmean(total)) if not np.isnan(total).all() else 0.0,
         "reward_std": float(spread.mean()) if total.shape[1] > 1 else float(np.nanstd(total)),
         "frac_reward_zero_std": float(np.mean(spread < 1e-9)),
         "completions/mean_length": float(lengths.mean()),
@@ -222,7 +257,7 @@ def report(total: np.ndarray, each: np.ndarray, lengths: np.ndarray, stopped: np
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": float(1 - stopped.mean()),
     }
-    for k, name in enumerate(c.reward_funcs):
+    for k, name in enumerate((*c.reward_funcs, *c.get("cost_funcs", ()))):
         short = str(name).rpartition(":")[2].rstrip("/").rpartition("/")[2]
         if not np.isnan(each[..., k]).all():
             found |= {f"rewards/{short}/mean": float(np.nanmean(each[..., k])), f"rewards/{short}/std": float(np.nanstd(each[..., k]))}

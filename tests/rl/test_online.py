@@ -81,7 +81,7 @@ def test_a_run_killed_within_a_ppo_rollout_goes_on_bit_for_bit(demo, tmp_path, m
     shown = []
     original = rollouts.collect
     monkeypatch.setattr(rollouts, "collect", lambda *a: (shown.append(a[2]), original(*a))[1])
-    finite, count = online.check_finite, 0
+    finite = online.check_finite
 
     def kill(step, *rest):
         if step == 5:

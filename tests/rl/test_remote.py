@@ -37,7 +37,7 @@ def answers(*responses):
     """A server that gives these (status, body) in turn, the last one for ever; None says nothing and hangs up."""
 
     class Handler(BaseHTTPRequestHandler):
-        left = list(responses)
+        left = list(responses)  # noqa: RUF012
 
         def do_POST(self):
             self.rfile.read(int(self.headers["Content-Length"]))
