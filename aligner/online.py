@@ -27,6 +27,7 @@ from aligner.generation.sampling import check as check_sampling
 from aligner.likelihood import cast
 from aligner.rl import advantages, rollouts, table
 from aligner.rl.engines import Local, Server
+from aligner.rl.environments import find_environment
 from aligner.rl.prompts import load_prompts
 from aligner.rl.rewards import make_rewards
 from aligner.run import (
@@ -97,8 +98,10 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     steps = config.train.steps or max(1, int(config.train.epochs * prompts.size / size * updates))
     schedule = optim.make_schedule(config.optim, steps)
     optimizer = optim.make_optimizer(config.optim, schedule, model.trained_layers)
+    environment = find_environment(c.environment) if c.environment else None
     names = (*c.reward_funcs, *c.get("cost_funcs", ()))
     rewards = make_rewards(names, dtype=config.model.dtype, folder=prompts.folder, timeout=c.reward_timeout)
+    names += ("environment",) if environment else ()
     workdir.check_source(directory, model, convert.fingerprint(disk), adapters)
     model.assets.copy_to(directory / workdir.ASSETS)
     workdir.record(config, directory)
@@ -141,11 +144,14 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         rows = -(-config.generation.batch_size // mesh.size) * mesh.size
         weights = np.zeros(len(names))  # costs have none: they stand in the bound
         weights[: len(c.reward_funcs)] = c.reward_weights or 1.0
+        weights[len(rewards) :] = 1.0
+        tokenize = lambda words: np.array(model.assets.tokenizer(words, add_special_tokens=False)["input_ids"], np.int32)
+        episodes = dict(environment=environment, turns=c.max_turns, tokenize=tokenize)
         key = jax.random.key(config.seed)
         local = lambda manner, key=key: Local(make_engine(model, manner, rows=rows, dtype=config.model.dtype, detokenize=text), key)
         export = lambda params, folder: convert.save(model, lora.merge(params) if adapters else params, folder)
         served = config.generation.server and server_of(config, manner, directory / "served", export)
-        writer = rollouts.Writer(served or local(manner), text, rewards, weights, c.reward_timeout)
+        writer = rollouts.Writer(served or local(manner), text, rewards, weights, c.reward_timeout, **episodes)
         other = writer._replace(engine=local(manner, jax.random.fold_in(key, 1)))
         greedy = writer._replace(engine=local(Sampling(manner.max_new_tokens, 0.0, stop_tokens=manner.stop_tokens)))
         # the policy that wrote is asked again where it will have moved on, or where its own word is part of the reward

@@ -178,6 +178,8 @@ def _online(name: str) -> dict:
         # (prompts, completions, **columns) -> list of float or None, "math" or "format" (aligner/rl/verifiers.py), or an http:// address
         reward_funcs=(),
         reward_weights=(),  # one number for each; () weighs all 1
+        environment="",  # "package.module:Name" makes an episode of several turns (aligner/rl/environments.py); its rewards are added
+        max_turns=4,  # of the policy in an episode, each of at most generation.max_new_tokens
         reward_timeout=60.0,  # seconds that a reward function may take for a rollout
         num_generations=8,  # answers to each prompt: a group
         num_iterations=1,  # passes over a rollout

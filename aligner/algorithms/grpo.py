@@ -154,7 +154,7 @@ def check_online(config: ConfigDict) -> None:
     for name in ("num_generations", "num_iterations", "num_mini_batches"):
         if c[name] < 1:
             raise UserError(f"config.algorithm.{name} is {c[name]}; it must be at least 1")
-    if not c.reward_funcs and c.name != "on_policy_distillation":
+    if not c.reward_funcs and not c.environment and c.name != "on_policy_distillation":
         raise UserError('config.algorithm.reward_funcs is empty: say what answers are worth, such as ("math",) or a reward model\'s path')
     if c.reward_weights and len(c.reward_weights) != len(c.reward_funcs):
         weights, names = tuple(c.reward_weights), tuple(c.reward_funcs)

@@ -40,11 +40,18 @@ class Completion(NamedTuple):
         tokens: int32 [m], what ended it among them.
         logps: float32 [m], the model's log-probabilities of them at the sampling temperature.
         stopped: it ended by itself, not at `max_new_tokens`.
+        own: bool [m], which tokens the model wrote; None: all. The others are an environment's, their logps 0.
     """
 
     tokens: np.ndarray
     logps: np.ndarray
     stopped: bool
+    own: np.ndarray | None = None
+
+    @property
+    def written(self) -> np.ndarray:
+        """bool [m]: which tokens the model wrote."""
+        return np.ones(len(self.tokens), bool) if self.own is None else self.own
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from aligner.losses.policy_gradient import kl
 from aligner.rl import advantages as adv
 from aligner.rl import rewards
 from aligner.rl.engines import RolloutEngine
+from aligner.rl.environments import Environment, play
 from aligner.rl.prompts import Item, Prompts
 from aligner.types import Model
 
@@ -44,6 +45,9 @@ class Writer(NamedTuple):
         rewards: reward functions.
         weights: [K] of them.
         timeout: seconds for each.
+        environment: makes an episode's environment, where answers have several turns; its rewards are added as one more.
+        turns: of the policy, at most.
+        tokenize: text -> token ids, for what the environment says.
     """
 
     engine: RolloutEngine
@@ -51,17 +55,26 @@ class Writer(NamedTuple):
     rewards: list[rewards.Reward]
     weights: np.ndarray
     timeout: float
+    environment: Callable[[], Environment] | None = None
+    turns: int = 1
+    tokenize: Callable[[str], np.ndarray] | None = None
 
 
 def write(writer: Writer, items: Sequence[Item], ids: Sequence[int], n: int) -> list[Group]:
     """Answer every prompt n times, and value the answers; `ids` are the prompts' numbers in the run."""
-    found = writer.engine.generate([item.prompt for item in items], n, ids)
+    earned = np.zeros((len(items), n, 0))
+    if writer.environment:
+        found, worth = play(writer.engine, writer.environment, items, ids, n, writer.turns, writer.tokenize, writer.detokenize)
+        earned = worth[..., None]
+    else:
+        found = writer.engine.generate([item.prompt for item in items], n, ids)
     texts = [[writer.detokenize(answer.tokens) for answer in answers] for answers in found]
     prompts = [item.text for item in items for _ in range(n)]
     names = dict.fromkeys(name for item in items for name in item.columns)
     columns = {name: [item.columns.get(name) for item in items for _ in range(n)] for name in names}
     values = rewards.value(writer.rewards, prompts, [text for of_prompt in texts for text in of_prompt], columns, writer.timeout)
-    return [Group(*group) for group in zip(items, found, texts, values.reshape(len(items), n, len(writer.rewards)))]
+    values = np.concatenate([values.reshape(len(items), n, len(writer.rewards)), earned], axis=-1)
+    return [Group(*group) for group in zip(items, found, texts, values)]
 
 
 def joined(first: Sequence[Group], second: Sequence[Group]) -> list[Group]:
@@ -93,7 +106,10 @@ def collect(writer: Writer, prompts: Prompts, position: int, count: int, n: int,
 
 def lay_out(groups: Sequence[Group], model: Model, shared: bool, multiple: int) -> dict[str, np.ndarray]:
     """The groups as a batch, a row each, with `sampling_logps` [B,S] and `learn` [B,S]."""
-    encoded = [group.item.encoded._replace(answers=tuple(answer.tokens for answer in group.answers)) for group in groups]
+    encoded = []
+    for group in groups:
+        answers, own = (tuple(getattr(answer, name) for answer in group.answers) for name in ("tokens", "written"))
+        encoded.append(group.item.encoded._replace(answers=answers, scored=own))
     T, S, I = (max(sizes) for sizes in zip(*(layout.shape_of(one, shared) for one in encoded)))
     T, S = (layout.round_up(bucket(size), multiple) for size in (T, S))
     rows = []
@@ -103,7 +119,7 @@ def lay_out(groups: Sequence[Group], model: Model, shared: bool, multiple: int) 
             row["pixel_values"][: len(group.item.prompt.pixels)] = group.item.prompt.pixels
         rows.append(row)
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    batch["sampling_logps"] = at_tokens([[answer.logps for answer in group.answers] for group in groups], S)
+    batch["sampling_logps"] = at_tokens([[answer.logps[answer.written] for answer in group.answers] for group in groups], S)
     batch["learn"] = (batch["score_segment"] > 0).astype(np.float32)
     return batch
 
@@ -119,7 +135,7 @@ def at_tokens(values: Sequence[Sequence[np.ndarray]], S: int) -> np.ndarray:
 
 def of_answers(column: np.ndarray, groups: Sequence[Group]) -> list[list[np.ndarray]]:
     """The inverse of `at_tokens`, in float64."""
-    cuts = [np.cumsum([len(answer.tokens) for answer in group.answers]) for group in groups]
+    cuts = [np.cumsum([answer.written.sum() for answer in group.answers]) for group in groups]
     return [np.split(np.asarray(row[: cut[-1]], np.float64), cut[:-1]) for row, cut in zip(column, cuts)]
 
 
@@ -144,7 +160,7 @@ def learnable(
     """
     c = config.algorithm
     S, longest = batch["score_from"].shape[1], config.generation.max_new_tokens
-    lengths = np.array([[len(answer.tokens) for answer in group.answers] for group in groups])
+    lengths = np.array([[answer.written.sum() for answer in group.answers] for group in groups])
     stopped = np.array([[answer.stopped for answer in group.answers] for group in groups])
     each = np.stack([group.rewards for group in groups])  # [B, n, K]
     raw = adv.combine(each, weights)
@@ -213,9 +229,10 @@ def _pairs(c: ConfigDict, total: np.ndarray) -> dict[str, np.ndarray]:
 def _bounded(c: ConfigDict, total: np.ndarray, each: np.ndarray, found: dict, host: dict) -> tuple[np.ndarray, dict, dict]:
     """PPO-Lagrangian (Safe RLHF, section 3.3): rewards less the multiplier times the costs, and the multiplier moved on.
 
-    The costs are the last of the rewards; one critic learns the sum, where Safe RLHF has two.
+    The costs stand after the rewards; one critic learns the sum, where Safe RLHF has two.
     """
-    costs = np.nansum(each[..., -len(c.cost_funcs) :], axis=-1)
+    start = len(c.reward_funcs)
+    costs = np.nansum(each[..., start : start + len(c.cost_funcs)], axis=-1)
     multiplier, mean = host["lagrangian"], float(np.mean(costs))
     moved = min(multiplier * float(np.exp(c.lagrangian_lr * (mean - c.cost_limit))), c.lagrangian_max)
     found = {**found, "cost": mean, "lagrangian": multiplier}
@@ -257,7 +274,7 @@ def report(total: np.ndarray, each: np.ndarray, lengths: np.ndarray, stopped: np
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": float(1 - stopped.mean()),
     }
-    for k, name in enumerate((*c.reward_funcs, *c.get("cost_funcs", ()))):
+    for k, name in enumerate((*c.reward_funcs, *c.get("cost_funcs", ()), *(("environment",) if c.environment else ()))):
         short = str(name).rpartition(":")[2].rstrip("/").rpartition("/")[2]
         if not np.isnan(each[..., k]).all():
             found |= {f"rewards/{short}/mean": float(np.nanmean(each[..., k])), f"rewards/{short}/std": float(np.nanstd(each[..., k]))}
