@@ -79,45 +79,45 @@ def run(config: ConfigDict, workdir: Path, rounds: int, prompts: str, reward_mod
 def write_pairs(path: Path, model: Any, prompts: str, reward_model: str, n: int, options: dict[str, Any]) -> None:
     """A round's pairs: of the model's answers by a reward model, or the dataset's answer and the model's."""
     from aligner import generate
+    from aligner.data import formatters, sources
+    from aligner.data.samples import Supervised
+    from aligner.score import source
 
     arguments = {"model": model, "data": prompts, "n": n, **options}
     arguments |= {"reward-model": reward_model, "write": "preference"} if reward_model else {}
     out = path if reward_model else path.with_name("answers.jsonl")
     command = [part for name, value in {**arguments, "out": out}.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    args = generate.parser().parse_args(command)
     if not out.exists():
-        generate.run(generate.parser().parse_args(command))
-    if not reward_model:
-        lines = [pair for record in map(json.loads, out.read_text(encoding="utf-8").splitlines()) if (pair := spin_pair(record))]
-        if not lines:
-            raise UserError(f"{prompts} holds no answers for --spin to prefer; give conversations that end with the assistant's message")
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-        os.replace(temporary, path)
+        generate.run(args)
+    if reward_model:
+        return
+    rows = sources.open_rows(source(args), "data")
+    _, to_sample = formatters.find_formatter("auto", rows.columns(), "data", (Supervised,))
+    records = map(json.loads, out.read_text(encoding="utf-8").splitlines())
+    lines = [pair for row, record in zip(map(rows.__getitem__, range(len(rows))), records) if (pair := spin_pair(to_sample, row, record))]
+    if not lines:
+        raise UserError(f"{prompts} holds no answers for --spin to prefer; give conversations that end with the assistant's message")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    os.replace(temporary, path)
 
 
-def spin_pair(record: dict[str, Any]) -> dict[str, Any] | None:
-    """(the dataset's answer, the model's) of a line that `aligner.generate` wrote; None where one is missing or both are the same."""
-    from aligner.data import formatters
-    from aligner.data.samples import Bad, Supervised, as_supervised, is_conversation
+def spin_pair(to_sample: Any, row: dict[str, Any], record: dict[str, Any]) -> dict[str, Any] | None:
+    """The answer of a dataset's row and the model's (a line of `aligner.generate`); None where one is missing or both are the same."""
+    from aligner.data.samples import Bad, as_supervised, is_conversation
 
-    if "completions" not in record:
-        return None
-    prompt, written = record["prompt"], record["completions"][0]
-    columns = [name for name in record if name not in ("completions", "completion_lengths", "stopped", "not_answered")]
-    if any(name in record for name in ("messages", "conversations", "completion", "response", "answer", "output")):
-        columns.remove("prompt") if not record.keys() & {"completion", "response"} else None
     try:
-        _, to_sample = formatters.find_formatter("auto", columns, "data.train", (Supervised,))
-        sample = as_supervised(to_sample({name: record[name] for name in columns}))
-    except (Bad, UserError):
+        text = as_supervised(to_sample(row)).conversation
+    except Bad:
         return None
-    real = sample.conversation[-1:] if is_conversation(sample.conversation) else sample.conversation
-    real = real[0]["content"] if isinstance(real, list) and real and "content" in real[0] else real
-    if not isinstance(real, str) or real.strip() == written.strip():
+    real = text[-1]["content"] if is_conversation(text) and text[-1]["role"] == "assistant" else text
+    written = record.get("completions", [None])[0]
+    if not isinstance(real, str) or written is None or real.strip() == written.strip():
         return None
-    message = (lambda text: [{"role": "assistant", "content": text}]) if isinstance(prompt, list) else (lambda text: text)
+    message = (lambda text: [{"role": "assistant", "content": text}]) if isinstance(record["prompt"], list) else (lambda text: text)
     kept = {name: record[name] for name in ("image", "images") if name in record}
-    return {**kept, "prompt": prompt, "chosen": message(real), "rejected": message(written)}
+    return {**kept, "prompt": record["prompt"], "chosen": message(real), "rejected": message(written)}
 
 
 def main(argv: list[str]) -> int:

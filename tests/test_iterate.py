@@ -5,6 +5,7 @@ import json
 import pytest
 
 from aligner import iterate
+from aligner.data.formatters import messages, prompt_completion
 from aligner.types import UserError
 from configs import common
 from scripts.make_tiny_checkpoint import make_llama
@@ -12,14 +13,15 @@ from scripts.online_demo import make_words, question
 
 
 def test_self_play_prefers_the_datasets_answer():
-    record = {"prompt": question(1, 2), "completions": ["5"], "completion_lengths": [2], "stopped": [True],
-              "messages": [*question(1, 2), {"role": "assistant", "content": "3"}]}  # fmt: skip
-    pair = iterate.spin_pair(record)
+    row = {"messages": [*question(1, 2), {"role": "assistant", "content": "3"}]}
+    record = {**row, "prompt": question(1, 2), "completions": ["5"]}
+    pair = iterate.spin_pair(messages, row, record)
     assert pair["chosen"] == [{"role": "assistant", "content": "3"}] and pair["rejected"] == [{"role": "assistant", "content": "5"}]
-    assert iterate.spin_pair({**record, "completions": ["3"]}) is None, "nothing to prefer"
-    assert iterate.spin_pair({"prompt": "x", "not_answered": "too long"}) is None
-    plain = {"prompt": "1 + 2 =", "completion": " 3", "completions": [" 5"]}
-    assert iterate.spin_pair(plain) == {"prompt": "1 + 2 =", "chosen": " 3", "rejected": " 5"}
+    assert iterate.spin_pair(messages, row, {**record, "completions": ["3"]}) is None, "nothing to prefer"
+    assert iterate.spin_pair(messages, row, {"prompt": "x", "not_answered": "too long"}) is None
+    plain = {"prompt": "1 + 2 =", "completion": " 3"}
+    found = iterate.spin_pair(prompt_completion, plain, {**plain, "completions": [" 5"]})
+    assert found == {"prompt": "1 + 2 =", "chosen": " 3", "rejected": " 5"}
 
 
 def test_one_judge_it_must_be(tmp_path):
