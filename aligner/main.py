@@ -18,6 +18,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from aligner.commandline import parse
+from aligner.hugepages import restart_with_huge_pages
 from aligner.types import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :ARGUMENT if it takes one.", lock_config=True)
@@ -71,4 +72,5 @@ def cli() -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     cli()

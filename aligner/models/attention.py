@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from aligner.models.layers import at_least_float32
 from aligner.types import Batch
+
+BLOCK, MAX_BLOCKS = 128, 8  # queries that are multiplied with their keys at once, and how many such products there are at most
 
 
 @struct.dataclass
@@ -86,18 +87,57 @@ def attention(
         groups = heads // k.shape[2]
         # the scale goes into q: [B,T,N,H] is smaller than [B,N,T,T]
         q = (q * jnp.asarray(scale, q.dtype)).reshape(batch, length, k.shape[2], groups, width)
-        wide = jnp.promote_types(q.dtype, jnp.float32)
-        precision = None if q.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-        logits = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=wide, precision=precision)
-        if softcap is not None:
-            logits = softcap * jnp.tanh(logits / softcap)
-        if slopes is not None:
-            keys = spec.positions if spec.key_positions is None else spec.key_positions
-            distance = spec.positions[:, :, None] - keys[:, None, :]
-            logits -= jnp.asarray(slopes, wide).reshape(-1, groups, 1, 1) * distance[:, None, None].astype(wide)
-        if spec is not None:
+        q = q.transpose(0, 2, 3, 1, 4)  # [B,K,G,T,H]: with heads leading the products need no copies of their own
+        k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
+        if spec is None:
+            out = _attend(q, k, v, None, None, softcap)
+        else:
             mask = (spec if spec.mask is not None else dense(spec)).mask
-            logits = jnp.where(mask[:, :, None], logits, jnp.finfo(wide).min)
-        weights = jax.nn.softmax(at_least_float32(logits), axis=-1).astype(v.dtype)
-        out = jnp.einsum("bkgts,bskh->btkgh", weights, v, preferred_element_type=wide, precision=precision)
-        return out.astype(q.dtype).reshape(batch, length, heads, width)
+            cached = spec.key_positions is not None
+            keys = spec.key_positions if cached else spec.positions
+            bend = None if slopes is None else (jnp.asarray(slopes, jnp.float32).reshape(-1, groups, 1, 1), spec.positions, keys)
+            # no query sees a later column: each block of queries is multiplied by the columns up to its end alone; a cache's columns
+            # are in no such order
+            size = length if cached else max(BLOCK, -(-length // MAX_BLOCKS))
+            ends = [min(start + size, length) for start in range(0, length, size)]
+            spans = [(start, end, k.shape[2] if cached else end) for start, end in zip([0, *ends], ends)]
+            blocks = [
+                _attend(q[..., start:end, :], k[:, :, :to], v[:, :, :to], mask[..., start:end, :to], _bias(bend, start, end, to), softcap)
+                for start, end, to in spans
+            ]
+            out = jnp.concatenate(blocks, axis=3) if len(blocks) > 1 else blocks[0]
+        return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+
+
+def _bias(bend: tuple | None, start: int, end: int, to: int) -> Float[Array, "B K G t s"] | None:
+    """ALiBi's part of the logits of the queries from `start` to `end` and the keys up to `to`."""
+    if bend is None:
+        return None
+    slopes, positions, keys = bend
+    distance = positions[:, start:end, None] - keys[:, None, :to]
+    return -slopes * distance[:, None, None].astype(slopes.dtype)
+
+
+def _attend(
+    q: Float[Array, "B K G t H"],
+    k: Float[Array, "B K s H"],
+    v: Float[Array, "B K s H"],
+    mask: Bool[Array, "B 1 t s"] | None,
+    bias: Float[Array, "B K G t s"] | None,
+    softcap: float | None,
+) -> Float[Array, "B K G t H"]:
+    """Softmax of all logits of these queries and keys at once; q is already scaled."""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    precision = None if q.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    flat = q.reshape(*q.shape[:2], -1, q.shape[-1])  # the heads that share a key are one matrix
+    logits = jnp.einsum("bkth,bksh->bkts", flat, k, preferred_element_type=wide, precision=precision)
+    logits = logits.reshape(*q.shape[:-1], k.shape[2])
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    if bias is not None:
+        logits = logits + bias.astype(wide)
+    if mask is not None:
+        logits = jnp.where(mask[:, :, None], logits, jnp.finfo(wide).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype).reshape(*flat.shape[:-1], k.shape[2])
+    out = jnp.einsum("bkts,bksh->bkth", weights, v, preferred_element_type=wide, precision=precision)
+    return out.astype(q.dtype).reshape(q.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -155,6 +156,12 @@ class Attention(nn.Module):
         return Linear(c.hidden_size, c.o_bias, c.initializer_range, name=c.o_name)(out), memory
 
 
+@functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
+def gate(act: str, x: Array, up: Array | float = 1) -> Array:
+    """act(x) * up; the backward pass keeps the two and nothing between."""
+    return ACTIVATIONS[act](x) * up
+
+
 class MLP(nn.Module):
     config: DecoderConfig
 
@@ -163,7 +170,7 @@ class MLP(nn.Module):
         c = self.config
         *into, out = c.mlp_names
         y = [Linear(c.intermediate_size, c.mlp_bias, c.initializer_range, name=name)(x) for name in into]
-        y = ACTIVATIONS[c.hidden_act](y[0]) * (y[1] if c.gated_mlp else 1)
+        y = gate(c.hidden_act, *y)
         return Linear(c.hidden_size, c.mlp_bias, c.initializer_range, name=out)(constrain(y, "batch", None, "mlp"))
 
 

