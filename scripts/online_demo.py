@@ -45,13 +45,13 @@ def write_lines(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def make_sums(folder: str | Path, seed: int = 0, scored: int = 9000) -> None:
+def make_sums(folder: str | Path, seed: int = 0, scored: int = 12000) -> None:
     """train.jsonl with every sum of two numbers once, as a prompt with its answer; scored.jsonl with answers and whether they are right.
 
     Args:
         folder: must not exist yet.
         seed: of which wrong answers there are.
-        scored: rows of scored.jsonl, one or two words each; those are right whose last word is, every other one.
+        scored: rows of scored.jsonl, one or two words each; right where the last word is: two fifths; a fifth miss it narrowly.
     """
     rng = np.random.default_rng([seed, 3])
     pairs = [(a, b) for a in range(HIGHEST + 1) for b in range(HIGHEST + 1)]
@@ -61,7 +61,8 @@ def make_sums(folder: str | Path, seed: int = 0, scored: int = 9000) -> None:
         for i in range(scored):
             a, b = pairs[rng.integers(len(pairs))]
             first, last, number = *rng.choice(WORDS[len(SPECIAL_TOKENS) :], 2), str(rng.integers(2 * HIGHEST + 1))
-            last = (str(a + b), number, str(a + b), str(last))[i % 4]
+            near = str(np.clip(a + b + rng.choice([-3, -2, -1, 1, 2, 3]), 0, 2 * HIGHEST))
+            last = (str(a + b), number, str(a + b), near, str(last))[i % 5]
             text = f"{first} {last}" if rng.random() < 0.7 else last
             rows.append({"prompt": question(a, b), "completion": text, "score": float(last == str(a + b))})
         write_lines(folder / "scored.jsonl", rows)
@@ -121,7 +122,7 @@ def train_reward_model(model: Path, rows: Path, workdir: Path) -> None:
     config.data.pad_to_multiple = 8
     config.optim.learning_rate = 3e-3
     config.optim.schedule = "cosine"
-    config.train.steps = 900
+    config.train.steps = 1500
     config.checkpoint.export = True
     run(config.lock(), workdir)
 

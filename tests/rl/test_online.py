@@ -183,3 +183,42 @@ def test_minibatches_deal_every_group_out_once_a_pass():
     seen = [rollouts.minibatch(batch, 0, 3, update, 2)["tokens"] for update in range(4)]
     assert sorted(np.concatenate(seen[:2])) == sorted(np.concatenate(seen[2:])) == list(range(8))
     assert seen[0].tolist() != seen[2].tolist()
+
+
+def costly(prompts, completions, **columns):
+    """A cost that differs among answers."""
+    return [float(text.count("7")) + 0.1 for text in completions]
+
+
+OTHERS = {
+    "reinforce": dict(num_generations=1, beta=0.1),
+    "reinforce_plus_plus": dict(num_generations=2, beta=0.1),
+    "reinforce_plus_plus_baseline": dict(beta=0.1),
+    "remax": dict(num_generations=1),
+    "grpo": dict(dynamic_sampling=1, top_entropy_quantile=0.5, mask_truncated_completions=True, overlong_buffer=2, num_iterations=2),
+    "online_dpo": dict(),
+    "xpo": dict(xpo_alpha=0.1),
+    "on_policy_distillation": dict(reward_funcs=()),
+    "ppo_lagrangian": dict(cost_funcs=("tests.rl.test_online:costly",), kl_target=0.1, standardize_rewards=True, reward_clip=2.0,
+                           missing_eos_penalty=1.0, whiten_rewards=True, critic_warmup=1, dual_clip=3.0),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_other_algorithm_takes_two_steps(demo, tmp_path, name):
+    config = settings(demo, "grpo", train__steps=2).copy_and_resolve_references().unlock()
+    rewards = config.algorithm.reward_funcs
+    config.algorithm = getattr(common, name)()
+    config.algorithm.update({"reward_funcs": rewards, **OTHERS[name]})
+    if name == "on_policy_distillation":
+        config.algorithm.teacher = str(demo / "model")
+    online.run(config.lock(), tmp_path / name)
+    found = records(tmp_path / name)
+    assert [record["step"] for record in found] == [1, 2] and all(np.isfinite(record["loss"]) for record in found)
+    if name == "ppo_lagrangian":
+        assert found[1]["lagrangian"] > found[0]["lagrangian"] == 1.0 and found[0]["cost"] > 0
+    if name == "xpo":
+        assert found[0]["sampling/sampling_logp_difference/max"] < 1e-4, "only the policy's own answers are compared"
+    if name == "on_policy_distillation":
+        assert found[0]["loss"] == pytest.approx(0, abs=1e-6), "the teacher is the student itself"
