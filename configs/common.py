@@ -321,7 +321,8 @@ def base() -> ConfigDict:
     config.model.param_dtype = "float32"  # dtype of the master parameters that train; frozen ones are kept in `dtype`
 
     config.reference = ConfigDict()
-    # precomputed: log-probabilities once before training; copy: a frozen copy in memory; base: the base with its adapters off
+    # precomputed: log-probabilities once before training (online algorithms: as copy); copy: a frozen copy in memory; base: the base
+    # with its adapters off
     config.reference.kind = "precomputed"
     config.reference.model = ""  # another checkpoint as the reference; "" is the policy at step 0
     config.reference.cache = ""  # folder for precomputed columns; "" is WORKDIR/reference

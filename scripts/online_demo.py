@@ -102,10 +102,11 @@ def setup_sums(config) -> None:
         make_sums(data, seed=config.seed)
     for name in config.algorithm.reward_funcs:
         if name.endswith("reward/export") and not Path(name).exists():
-            train_reward_model(model, data / "scored.jsonl", Path(name).parent)
+            steps = min(1500, 25 * config.train.steps)  # a run that is only a try need not wait for it
+            train_reward_model(model, data / "scored.jsonl", Path(name).parent, steps)
 
 
-def train_reward_model(model: Path, rows: Path, workdir: Path) -> None:
+def train_reward_model(model: Path, rows: Path, workdir: Path, steps: int) -> None:
     """A reward model that says how likely an answer is to be right, learnt from answers that are marked."""
     from aligner.run import run
     from configs import common
@@ -122,7 +123,7 @@ def train_reward_model(model: Path, rows: Path, workdir: Path) -> None:
     config.data.pad_to_multiple = 8
     config.optim.learning_rate = 3e-3
     config.optim.schedule = "cosine"
-    config.train.steps = 1500
+    config.train.steps = steps
     config.checkpoint.export = True
     run(config.lock(), workdir)
 

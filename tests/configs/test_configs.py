@@ -32,4 +32,5 @@ def test_two_steps(config: Path, tmp_path: Path):
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if record["split"] == "train"] == [1, 2]
     assert {record["step"] for record in records if record["split"] == "eval"} == {2}
-    assert all(record["loss"] == record["loss"] and abs(record["loss"]) < 100 for record in records)
+    losses = [record["loss"] for record in records if "loss" in record]  # held-out answers of online training have a reward alone
+    assert all(loss == loss and abs(loss) < 100 for loss in losses) and len(losses) >= 2
