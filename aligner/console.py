@@ -35,7 +35,7 @@ def bar(total: int, title: str, unit: str, start: int = 0, **options) -> tqdm:
 
 
 def short(values: Mapping[str, float]) -> str:
-    names = ("loss", "rewards/accuracies", "rewards/margins", "accuracy", "margin")
+    names = ("loss", "reward", "rewards/accuracies", "rewards/margins", "accuracy", "margin")
     return ", ".join(f"{name} {values[name]:.4g}" for name in names if name in values)
 
 
@@ -51,9 +51,9 @@ def progress(start: int, total: int) -> Iterator[Callable]:
 
         def update(step: int, values: Mapping[str, float]) -> None:
             shown = {"loss": f"{values['loss']:.4f}"}
-            for name in ("rewards/accuracies", "accuracy"):
+            for name in ("rewards/accuracies", "accuracy", "reward"):
                 if name in values:
-                    shown["accuracy"] = f"{values[name]:.2f}"
+                    shown[name.rpartition("/")[2].replace("accuracies", "accuracy")] = f"{values[name]:.2f}"
             seen.append((time.monotonic(), values["num_tokens"] + (seen[-1][1] if seen else 0)))
             if len(seen) > 1:
                 shown["tok/s"] = f"{(seen[-1][1] - seen[0][1]) / (seen[-1][0] - seen[0][0]):,.0f}"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from aligner.logprobs import dense_logits, token_stats
-from aligner.types import Batch, Int, Model, Params, Scores
+from aligner.types import Batch, Head, Int, Model, Params, Scores
 
 
 def cast(params: Params, dtype: str) -> Params:
@@ -22,7 +22,9 @@ def cast(params: Params, dtype: str) -> Params:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def make_likelihood(model: Model, answers: int, stats: Sequence[str] = ("logp",), remat: str = "none") -> Callable[..., Scores]:
+def make_likelihood(
+    model: Model, answers: int, stats: Sequence[str] = ("logp",), remat: str = "none", temperature: float = 1.0
+) -> Callable[..., Scores]:
     """The likelihood of a text model, with or without media.
 
     Args:
@@ -30,6 +32,7 @@ def make_likelihood(model: Model, answers: int, stats: Sequence[str] = ("logp",)
         answers: R, how many answers an example has.
         stats: token statistics besides "logp" to return, by their names in `aligner.logprobs`.
         remat: what the backward pass recomputes, a key of `aligner.models.layers.REMAT`.
+        temperature: that the logits are divided by.
 
     Returns:
         (params, batch, key) -> Scores; parameters already in the dtype of the computation.
@@ -40,12 +43,17 @@ def make_likelihood(model: Model, answers: int, stats: Sequence[str] = ("logp",)
         features = model.encode(params, batch, key, remat=remat)
         output = model.apply(params, batch, features=features, key=key, remat=remat)
         hidden = jnp.take_along_axis(output.hidden, batch["score_from"][..., None], axis=1)
-        tokens = token_stats(hidden, model.head(params), batch["score_token"], names)
+        tokens = token_stats(hidden, tempered(model.head(params), temperature), batch["score_token"], names)
         scored = batch["score_segment"] > 0
         tokens = {name: jnp.where(scored, value, 0) for name, value in tokens.items()}
         return Scores(sum_answers(tokens["logp"], batch, answers), answer_lengths(batch, answers), tokens, output.aux)
 
     return likelihood
+
+
+def tempered(head: Head, temperature: float) -> Head:
+    """The head whose logits are divided by a temperature."""
+    return head._replace(scale=head.scale / temperature, softcap=head.softcap and head.softcap / temperature)
 
 
 def make_scorer(model: Model, answers: int, remat: str = "none") -> Callable[..., Scores]:
@@ -99,6 +107,12 @@ def sum_answers(values: Float[Array, "B S"], batch: Batch, answers: int) -> Floa
     member = answer_members(batch, answers, values.dtype)
     total = jnp.einsum("bs,bsx->bx", values, member, precision=jax.lax.Precision.HIGHEST)
     return total.reshape(*batch["example_id"].shape, answers)
+
+
+def spread(values: Float[Array, "B G R"], batch: Batch) -> Float[Array, "B S"]:
+    """Each answer's value at each of its scored tokens, 0 elsewhere."""
+    member = answer_members(batch, values.shape[-1], values.dtype)
+    return jnp.einsum("bx,bsx->bs", values.reshape(len(values), -1), member, precision=jax.lax.Precision.HIGHEST)
 
 
 def answer_lengths(batch: Batch, answers: int) -> Float[Array, "B G R"]:

@@ -53,11 +53,13 @@ def main(argv: list[str]) -> int:
         example = "python -m aligner.main --config configs/dpo_llava.py:tiny --workdir runs/quickstart"
         raise UserError(f"{missing} is missing; for example: {example}")
     start_jax()
+    from aligner import algorithms, online  # after the flags, so that a typo is told at once
     from aligner.console import Stopped
-    from aligner.run import run  # after the flags, so that a typo is told at once
+    from aligner.run import run as train
 
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells a dozen lines for every save
     try:
+        run = online.run if CONFIG.value.algorithm.name in algorithms.ONLINE else train
         run(CONFIG.value, WORKDIR.value)
     except Stopped as stopped:
         print(f"stopped; the same command goes on from here: {WORKDIR.value}", file=sys.stderr)

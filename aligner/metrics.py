@@ -130,7 +130,7 @@ def _wandb(workdir, config):
         yield run
 
 
-CURVES = ("loss", "rewards/accuracies", "rewards/margins", "accuracy", "logps/chosen", "grad_norm", "learning_rate")
+CURVES = ("loss", "reward", "rewards/accuracies", "rewards/margins", "accuracy", "logps/chosen", "grad_norm", "learning_rate")
 
 
 def draw_curves(workdir: str | Path) -> Path | None:

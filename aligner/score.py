@@ -216,7 +216,12 @@ def make_score(model: Any, kind: str) -> Any:
 
 
 def line(row: dict[str, Any], found: dict[str, Any]) -> str:
-    """A line of the output. Columns that JSON cannot hold, such as embedded images, are left out of it."""
+    """A line of the output."""
+    return json.dumps({**json_able(row), **found}, ensure_ascii=False) + "\n"
+
+
+def json_able(row: dict[str, Any]) -> dict[str, Any]:
+    """The columns that JSON can hold; embedded images are not."""
     kept = {}
     for name, value in row.items():
         try:
@@ -224,7 +229,7 @@ def line(row: dict[str, Any], found: dict[str, Any]) -> str:
         except TypeError:
             continue
         kept[name] = value
-    return json.dumps({**kept, **found}, ensure_ascii=False) + "\n"
+    return kept
 
 
 def main(argv: list[str] | None = None) -> int:

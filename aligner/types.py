@@ -227,6 +227,8 @@ class Algorithm:
         whole_batch: the objective is not a sum over rows (a sort, a batch mean inside a nonlinearity): under accumulation it is then
             evaluated on the scores of the whole batch, exactly.
         sync: (weight a, every N steps): the reference becomes a * policy + (1 - a) * reference; None keeps it fixed.
+        rollout: (params, fixed, batch) -> {column: [B,S]}: what an online algorithm asks of the policy that wrote the answers, of its
+            reference and of its critic, before it learns from them; None learns from a dataset.
         others: further frozen models, name -> (model, its checkpoint): `score` finds their parameters in `fixed`.
     """
 
@@ -239,6 +241,7 @@ class Algorithm:
     needs: str = "preference"
     whole_batch: bool = False
     sync: tuple[float, int] | None = None
+    rollout: Callable[..., dict[str, Array]] | None = None
     others: Mapping[str, tuple[Model, Any]] = dataclasses.field(default_factory=dict)
 
 

@@ -29,6 +29,8 @@ def resolve(config: ConfigDict, workdir: str | Path) -> ConfigDict:
     def one(value: Any) -> Any:
         if isinstance(value, str):
             return value.replace("{workdir}", str(workdir))
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(one, value))
         return {key: one(child) for key, child in value.items()} if isinstance(value, Mapping) else value
 
     resolved = config.copy_and_resolve_references()
@@ -101,7 +103,8 @@ def restore_params(workdir: str | Path, step: int | None = None) -> tuple[Model,
 
     config = read_config(workdir)
     model, adapters, trainable, step = restore_trainable(workdir, step)
-    leaves = {path: leaf for path, leaf in flatten(trainable).items() if path.rpartition("/")[2] not in lora.TRAINED}
+    ours = lambda path: path.rpartition("/")[2] not in lora.TRAINED and not path.startswith("critic/")
+    leaves = {path: leaf for path, leaf in flatten(trainable).items() if ours(path)}
     missing = flatten(convert.abstract_params(model)).keys() - leaves.keys()
     if missing:  # frozen: read again as they stand on disk, so that they are exported unchanged
         original, disk = convert.open_model(config["model"]["path"], config["model"]["revision"], model.has_score_head)

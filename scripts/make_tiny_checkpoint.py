@@ -335,6 +335,7 @@ def make_llama(
     heads: int = 4,
     kv_heads: int = 2,
     tie_word_embeddings: bool = False,
+    tokenizer=None,
 ) -> None:
     """Write a small random Llama or Qwen: config, generation config, weights, tokenizer, chat template.
 
@@ -344,17 +345,20 @@ def make_llama(
         seed: the weights follow from it.
         vocab_size: rows of the embedding; the tokenizer has at most so many tokens.
         hidden_size, intermediate_size, layers, heads, kv_heads, tie_word_embeddings: of the decoder; intermediate None is 2 * hidden_size.
+        tokenizer: another than the demo's, with its own chat template; its size is that of the vocabulary.
 
     Raises:
         UserError: the folder is there already.
     """
     with new_folder(folder) as folder:
+        vocab_size = len(tokenizer) if tokenizer else vocab_size
         config = llama_config(model_type, vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=intermediate_size,
                               layers=layers, heads=heads, kv_heads=kv_heads, tie=tie_word_embeddings)  # fmt: skip
         config.architectures = [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[model_type]]
         write_model(folder, config, llama_weights(np.random.default_rng([seed, 0]), config))
-        tokenizer = make_tokenizer(vocab_size)
-        tokenizer.chat_template = LLAMA_TEMPLATE
+        if tokenizer is None:
+            tokenizer = make_tokenizer(vocab_size)
+            tokenizer.chat_template = LLAMA_TEMPLATE
         tokenizer.save_pretrained(folder)
 
 
@@ -374,6 +378,8 @@ def make_llava(
     vision_intermediate_size: int | None = None,
     vision_layers: int = 3,
     vision_heads: int = 4,
+    tokenizer=None,
+    template: str = LLAVA_TEMPLATE,
 ) -> None:
     """Write a small random LLaVA-1.5: config, generation config, weights, tokenizer, processor, chat template.
 
@@ -386,6 +392,7 @@ def make_llava(
         vocab_size, hidden_size, intermediate_size, layers, heads, kv_heads: of the decoder, as in `make_llama`.
         image_size, patch_size: pixels; an image has (image_size / patch_size) ** 2 features.
         vision_hidden_size, vision_intermediate_size, vision_layers, vision_heads: of the vision tower; None as above.
+        tokenizer, template: others than the demo's; the tokenizer's size is that of the vocabulary.
 
     Raises:
         UserError: the folder is there already.
@@ -393,6 +400,8 @@ def make_llava(
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlavaConfig, LlavaProcessor
 
     with new_folder(folder) as folder:
+        tokenizer = tokenizer or make_tokenizer(vocab_size)
+        vocab_size = max(len(tokenizer), vocab_size if template == LLAVA_TEMPLATE else 0)
         text = llama_config(vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=intermediate_size, layers=layers,
                             heads=heads, kv_heads=kv_heads)  # fmt: skip
         vision = CLIPVisionConfig(
@@ -429,11 +438,11 @@ def make_llava(
             image_processor=CLIPImageProcessorPil(
                 size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
             ),
-            tokenizer=make_tokenizer(vocab_size),
+            tokenizer=tokenizer,
             patch_size=patch_size,
             vision_feature_select_strategy="default",
             num_additional_image_tokens=1,  # the class token, which "default" takes away again
-            chat_template=LLAVA_TEMPLATE,
+            chat_template=template,
         )
         processor.save_pretrained(folder)
 

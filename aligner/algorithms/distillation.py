@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from aligner.algorithms.grpo import check_online
 from aligner.likelihood import answer_lengths
 from aligner.logprobs import divergence
 from aligner.types import Algorithm, Batch, Mean, Model, Scores, Term, UserError
@@ -25,6 +26,8 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
 def distil(config: ConfigDict, model: Model, teacher: Model) -> Algorithm:
     """The mean over scored tokens of the divergence from `fixed["teacher"]`, with TRL's GKD names `beta` and `temperature`."""
     c = config.algorithm
+    if c.name == "on_policy_distillation":
+        check_online(config)
     if not 0 <= c.beta <= 1:
         raise UserError(f"config.algorithm.beta is {c.beta}; distillation needs it in [0, 1]: 0 is forward KL, 1 reverse KL")
     if not c.temperature > 0:
@@ -48,7 +51,7 @@ def distil(config: ConfigDict, model: Model, teacher: Model) -> Algorithm:
         terms = {"divergence": Term(1.0, jnp.sum(scores.tokens["divergence"]), count)}
         return terms, {"agreement": Mean(jnp.sum(scores.tokens["agreement"]), count)}, carry
 
-    return Algorithm(score, objective, needs="supervised")
+    return Algorithm(score, objective, needs="prompt" if c.name == "on_policy_distillation" else "supervised")
 
 
 def check_same_tokens(model: Model, teacher: Model) -> None:

@@ -115,7 +115,7 @@ def _look(
 ) -> tuple[list[int], bytes, bytes]:
     """(a row of `sizes`, digest, the example as bytes where it is kept)."""
     lengths = [len(answer) for answer in encoded.answers]
-    longest = len(encoded.prompt) + max(lengths)
+    longest = len(encoded.prompt) + max(lengths, default=0)
     if max_length is not None and longest > max_length:
         raise Bad("too long", f"{longest} tokens, config.data.max_length is {max_length}")
     digest = hashlib.sha256(np.int64([index, len(encoded.prompt), *lengths]).tobytes())
@@ -193,7 +193,8 @@ def describe(census: Census, rows: Samples, name: str, formatter: str, eos: str)
     for line in _reasons(census, rows):
         yield f"  dropped, {line}"
     prompt, _, scored, answers, images, ends = census.sizes.T
-    yield f"  prompt {int(np.median(prompt))} tokens (longest {prompt.max()}), an answer {scored.sum() / answers.sum():.0f} on average"
+    answer = f", an answer {scored.sum() / answers.sum():.0f} on average" if answers.any() else ""
+    yield f"  prompt {int(np.median(prompt))} tokens (longest {prompt.max()}){answer}"
     if images.any() and not images.all():
         yield f"  {int((images == 0).sum())} rows without an image"
     if not ends.all():

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from aligner.data.conversations import MARK, assistant, messages_of, place_images, place_media, split_prompt, user, without_none
-from aligner.data.samples import Bad, Preference, Ranked, check, is_conversation
+from aligner.data.samples import Bad, Document, Preference, Prompt, Ranked, Supervised, Unpaired, check, is_conversation
 from aligner.types import UserError
 
 __all__ = ["MARK", "assistant", "find_formatter", "formatter", "known", "messages_of", "place_images", "place_media",
@@ -44,6 +44,7 @@ class Variant(NamedTuple):
 _FORMATTERS: dict[str, list[Variant]] = {}
 
 PAIRS = (Preference, Ranked)
+PROMPTS = (Prompt, Supervised, Preference, Ranked, Unpaired, Document)  # whatever holds something to answer
 
 
 def formatter(name: str, needs: tuple[str, ...] = (), makes: type = Preference, auto: bool = True) -> Callable[[Formatter], Formatter]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from aligner.data import samples, templates, turns
+from aligner.data.formatters import PROMPTS
 from aligner.data.samples import Document, Preference, Ranked, Supervised, Triple, TwoSided, Unpaired
 from aligner.types import Model
 
@@ -78,6 +79,11 @@ def _scored(sample: Any, model: Model, data: Any) -> templates.Encoded:
     return encoded._replace(values={"scores": sample.scores})
 
 
+def _prompt(sample: Any, model: Model, data: Any) -> templates.Encoded:
+    sample = samples.as_prompt(sample)
+    return templates.encode_prompt(sample.prompt, model.assets, model.media, sample.template)
+
+
 ENCODERS = {
     "supervised": Kind((Supervised, Document, Preference, Ranked), _supervised),  # R=1
     "text": Kind((Document,), _document),  # R=1; cut into full rows
@@ -92,5 +98,6 @@ ENCODERS = {
     "triple": Kind((Triple,), _triple),  # R=3: chosen, rejected, gold
     "ranked": Kind((Ranked, Preference), _ranked),  # as many as the longest list has; shorter ones lack the last
     "ranked_last": Kind((Ranked, Preference), _ranked, last=True),
+    "prompt": Kind(PROMPTS, _prompt),  # R=0: what is answered in training
     "scored_last": Kind((Ranked,), _scored, {"scores": (ANSWERS,)}, last=True),
 }

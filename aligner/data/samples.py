@@ -318,6 +318,34 @@ def as_supervised(sample: Any) -> Supervised:
     return sample
 
 
+def as_prompt(sample: Any) -> Prompt:
+    """What is to be answered: a Prompt as it is, of a pair, ranking or judged answer its prompt, of a conversation all before the
+    assistant's last messages, a document whole.
+
+    Raises:
+        Bad: the sample holds none, or nothing but white space.
+    """
+    match sample:
+        case Prompt():
+            found = sample
+        case Preference() | Ranked() | Unpaired():
+            found = Prompt(sample.prompt, template=sample.template)
+        case Supervised(conversation=text, prompt="") if is_conversation(text):
+            last = max((i for i, message in enumerate(text) if message["role"] != "assistant"), default=-1)
+            found = Prompt(text[: last + 1], template=sample.template)
+        case Supervised():
+            found = Prompt(sample.prompt or sample.conversation, template=sample.template)
+        case Document():
+            found = Prompt(sample.text)
+        case _:
+            raise Bad("not a prompt", f"the formatter returned a {type(sample).__name__}")
+    if not found.prompt or is_blank(found.prompt):
+        raise Bad("empty prompt", "there is nothing to answer")
+    if is_conversation(found.prompt) and found.prompt[-1]["role"] == "assistant":
+        raise Bad("not a prompt", "the conversation ends with the assistant's message, which is nothing to answer")
+    return found
+
+
 def as_document(sample: Any) -> Document:
     """Running text.
 
@@ -328,20 +356,4 @@ def as_document(sample: Any) -> Document:
         raise Bad("not running text", f"the formatter returned a {type(sample).__name__}; a Document of one string is needed")
     if is_blank(sample.text):
         raise Bad("empty text", "there is only white space")
-    return sample
-
-
-def as_prompt(sample: Any) -> Prompt:
-    """What is asked: a Prompt as it is, of every other sample what stands before its answers.
-
-    Raises:
-        Bad: nothing stands there.
-    """
-    if isinstance(sample, Supervised) and not sample.prompt and is_conversation(sample.conversation):
-        last = max((i for i, message in enumerate(sample.conversation) if message["role"] != "assistant"), default=-1)
-        sample = Prompt(sample.conversation[: last + 1], template=sample.template)
-    if not isinstance(sample, Prompt) and not isinstance(sample, Document) and hasattr(sample, "prompt"):
-        sample = Prompt(sample.prompt, template=getattr(sample, "template", {}))
-    if not isinstance(sample, Prompt) or is_blank(sample.prompt):
-        raise Bad("empty prompt", f"a {type(sample).__name__} without a prompt")
     return sample

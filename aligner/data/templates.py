@@ -129,6 +129,28 @@ def check_media(text: Any) -> tuple[Any, ...]:
     return images_of(text)
 
 
+def encode_prompt(prompt: Any, assets: Any, media: Media | None = None, options: Mapping[str, Any] | None = None) -> Encoded:
+    """Tokens of a prompt alone, as the model meets it before it answers: a conversation with the generation prompt, or plain text.
+
+    Raises:
+        Bad: the template refuses the conversation, or placeholders and images do not match.
+    """
+    images = check_media(prompt)
+    shown = media_files.shown(images, assets, media)
+    if is_conversation(prompt):
+        text = render(prompt, assets, shown, add_generation_prompt=True, **(options or {}))
+        special = adds_special_tokens(text, assets)
+    else:
+        text, special = write(_plain(prompt, assets), assets, shown), True
+    tokens = np.array(assets.tokenizer([text], add_special_tokens=special, verbose=False)["input_ids"][0], np.int32)
+    eos = assets.tokenizer.eos_token
+    if eos is not None and len(tokens) and tokens[-1] == assets.tokenizer.eos_token_id and not text.rstrip().endswith(eos):
+        tokens = tokens[:-1]  # some tokenizers end every text
+    if not len(tokens):
+        raise Bad("empty prompt", "the prompt has no tokens")
+    return Encoded(tokens[expansion(tokens, shown, media, len(images))], (), images, slots=slots_of(shown))
+
+
 def chat_template(assets: Any) -> str:
     """The template that conversations are rendered by: the processor's, else the tokenizer's, else DEFAULT_TEMPLATE."""
     template = (assets.processor is not None and assets.processor.chat_template) or assets.tokenizer.chat_template or DEFAULT_TEMPLATE

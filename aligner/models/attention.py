@@ -28,21 +28,24 @@ class Spec:
         blocks: [B, T]; tokens of a segment with the same number above 0 see each other both ways; a window limits how far back.
         media: [B, T] bool; keys that are media and keys that are text are read by a softmax each, the two results added, and media reads
             media alone; None reads all by one.
+        key_positions: [B, C] of the columns of a cache, -1 where nothing stands; the keys are then those, one text a row. None: the
+            keys are the batch's own columns.
         causal: False lets everything in a segment see everything; there are no roles then.
     """
 
     segment_ids: Int[Array, "B T"]
     role: Int[Array, "B T"] | None = None
     positions: Int[Array, "B T"] | None = None
-    mask: Bool[Array, "B 1 T T"] | None = None
+    mask: Bool[Array, "B 1 T S"] | None = None
     blocks: Int[Array, "B T"] | None = None
     media: Bool[Array, "B T"] | None = None
+    key_positions: Int[Array, "B C"] | None = None
     causal: bool = struct.field(pytree_node=False, default=True)
 
     @property
     def backwards(self) -> bool:
-        """Whether no query sees a later column."""
-        return self.causal and self.blocks is None
+        """Whether the keys are the queries' own columns and no query sees a later one."""
+        return self.causal and self.blocks is None and self.key_positions is None
 
 
 def spec_of(batch: Batch) -> Spec:
@@ -55,6 +58,10 @@ def dense(spec: Spec, window: int | None = None) -> Spec:
     Args:
         window: a key further back than this many positions (not columns) is not visible; None has no limit.
     """
+    if spec.key_positions is not None:
+        distance = spec.positions[:, :, None] - spec.key_positions[:, None, :]
+        visible = (spec.key_positions[:, None, :] >= 0) & (distance >= 0)
+        return spec.replace(mask=(visible if window is None else visible & (distance < window))[:, None])
     segment, role = spec.segment_ids, spec.role
     column = jnp.arange(segment.shape[1])
     visible = segment[:, :, None] == segment[:, None, :]
@@ -86,8 +93,8 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
 
 def attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     spec: Spec | None,
     scale: float,
     softcap: float | None = None,
@@ -109,7 +116,8 @@ def attention(
             out = _attend(q, k, v, (), None, softcap)
         else:
             mask = (spec if spec.mask is not None else dense(spec)).mask
-            bend = None if slopes is None else (jnp.asarray(slopes, jnp.float32).reshape(-1, groups, 1, 1), spec.positions)
+            keys = spec.positions if spec.key_positions is None else spec.key_positions
+            slopes = None if slopes is None else jnp.asarray(slopes, jnp.float32).reshape(-1, groups, 1, 1)
             # where no query sees a later column, each block of queries is multiplied by the columns up to its end alone
             size = max(BLOCK, -(-length // MAX_BLOCKS)) if spec.backwards else length
             ends = [min(start + size, length) for start in range(0, length, size)]
@@ -118,18 +126,15 @@ def attention(
                 here, upto = slice(start, end), slice(0, end if spec.backwards else k.shape[2])
                 part = mask[..., here, upto]
                 seen = (part,) if spec.media is None else apart(part, spec.media[:, here], spec.media[:, upto])
-                blocks.append(_attend(q[..., here, :], k[:, :, upto], v[:, :, upto], seen, _bias(bend, start, end), softcap))
+                bias = None if slopes is None else bend(slopes, spec.positions[:, here], keys[:, upto])
+                blocks.append(_attend(q[..., here, :], k[:, :, upto], v[:, :, upto], seen, bias, softcap))
             out = jnp.concatenate(blocks, axis=3) if len(blocks) > 1 else blocks[0]
         return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
 
 
-def _bias(bend: tuple | None, start: int, end: int) -> Float[Array, "B K G t s"] | None:
-    """ALiBi's part of the logits of the queries from `start` to `end`."""
-    if bend is None:
-        return None
-    slopes, positions = bend
-    distance = positions[:, start:end, None] - positions[:, None, :end]
-    return -slopes * distance[:, None, None].astype(slopes.dtype)
+def bend(slopes: Float[Array, "K G 1 1"], queries: Int[Array, "B t"], keys: Int[Array, "B s"]) -> Float[Array, "B K G t s"]:
+    """ALiBi's part of the logits, from the positions of queries and keys."""
+    return -slopes * (queries[:, :, None] - keys[:, None, :])[:, None, None].astype(slopes.dtype)
 
 
 def _attend(

@@ -11,14 +11,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from aligner.models import cross, moe, rope
 from aligner.models.attention import Spec, alibi_slopes, attention, dense, spec_of
 from aligner.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear, RMSNorm, at_least_float32, pick, rngs, stack
 from aligner.sharding import constrain
-from aligner.types import Batch, Conversion, Head, Model, Output, Params
+from aligner.types import Batch, Conversion, Head, Model, Output, Params, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,44 @@ class DecoderConfig:
     deepstack: int = 0  # so many first layers are each followed by features of their own, which come beside those that are merged in
 
 
+@struct.dataclass
+class Cache:
+    """Keys and values of the tokens so far, for writing one text a row token by token.
+
+    Attributes:
+        keys, values: of every layer, [B, K, C, H] each: one array a layer, so that a step writes into it where it lies.
+        positions: [B, C] of the columns, -1 where nothing stands.
+        column: where the next tokens go.
+    """
+
+    keys: tuple[Float[Array, "B K C H"], ...]
+    values: tuple[Float[Array, "B K C H"], ...]
+    positions: Int[Array, "B C"]
+    column: Int[Array, ""]
+
+
+def empty_cache(config: DecoderConfig, rows: int, columns: int, dtype: Any) -> Cache:
+    """A cache in which nothing stands."""
+    zeros = lambda: constrain(jnp.zeros((rows, config.num_key_value_heads, columns, config.head_dim), dtype), "batch", "heads", None, None)
+    layers = range(config.num_hidden_layers)
+    nothing = jnp.full((rows, columns), -1, jnp.int32)
+    return Cache(tuple(zeros() for _ in layers), tuple(zeros() for _ in layers), nothing, jnp.zeros((), jnp.int32))
+
+
+def unroll(params: Params) -> Params:
+    """The tree of a decoder, or of a model that has one, with the decoder's layers apart instead of stacked, as a cached pass reads them.
+
+    A tree that already is so is returned as it is.
+    """
+    if not {"embed_tokens", "layers"} <= params.keys():
+        return {name: unroll(child) if isinstance(child, Mapping) else child for name, child in params.items()}
+    layers = params["layers"]
+    if "0" in layers:
+        return params
+    count = jax.tree.leaves(layers)[0].shape[0]
+    return {**params, "layers": {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(count)}}
+
+
 def make_norm(config: DecoderConfig, name: str) -> nn.Module:
     """The family's norm under a name."""
     if config.norm == "layer":
@@ -96,7 +135,8 @@ class Attention(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], spec: Spec, cos: Array | None, sin: Array | None) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], spec: Spec, cos: Array | None, sin: Array | None, memory: tuple | None = None):
+        """The output, and of `memory` (keys, values, column) the keys and values with this call's written in; None without memory."""
         c = self.config
 
         def project(name: str, heads: int, norm: str | None = None) -> Float[Array, "B T N H"]:
@@ -110,11 +150,16 @@ class Attention(nn.Module):
         v = project("v_proj", c.num_key_value_heads)
         if cos is not None:
             q, k = (rope.rotate(y, cos, sin, c.rotary_interleaved) for y in (q, k))
+        if memory is not None:
+            *memory, column = memory
+            write = lambda into, new: jax.lax.dynamic_update_slice(into, new.swapaxes(1, 2).astype(into.dtype), (0, 0, column, 0))
+            memory = tuple(map(write, memory, (k, v)))
+            k, v = (y.swapaxes(1, 2) for y in memory)
         scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
         slopes = alibi_slopes(c.num_attention_heads) if c.alibi else None
         out = attention(q, k, v, spec, scale=scale, softcap=c.attention_softcap, slopes=slopes)
         out = checkpoint_name(out.reshape(*x.shape[:2], -1), "context")
-        return Linear(c.hidden_size, c.o_bias, c.initializer_range, name=c.o_name)(out)
+        return Linear(c.hidden_size, c.o_bias, c.initializer_range, name=c.o_name)(out), memory
 
 
 @functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
@@ -152,14 +197,14 @@ class SparseMLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One layer; what it collects is a sparse MLP's load, None without."""
+    """One layer. Beside the states it gives a sparse MLP's load, None without; where it is given a memory, that with its own written in."""
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], specs: tuple[Spec, ...], tables: tuple[tuple[Array, Array], ...], deep: tuple[Array, ...] | None,
-        here: cross.Seen | None, window: Array, kind: Array, number: Array, crossing: Array,
+        here: cross.Seen | None, window: Array, kind: Array, number: Array, crossing: Array, memory: tuple | None = None,
     ):  # fmt: skip
         c = self.config
         x = cross.before(c, MLP, x, here, crossing)
@@ -172,10 +217,10 @@ class Layer(nn.Module):
 
         into = normed(c.attention_norm, x)
         cos, sin = pick(tables, kind) if tables else (None, None)
-        y = Attention(c, name="self_attn")(into, pick(specs, window), cos, sin)
+        y, memory = Attention(c, name="self_attn")(into, pick(specs, window), cos, sin, memory)
         if c.parallel:
             x = x + y + MLP(c, name="mlp")(normed(c.mlp_norm, x) if c.mlp_norm else into)
-            return constrain(x, "batch", None, None), None
+            return constrain(x, "batch", None, None), memory
         x = add(x, y, c.attention_out_norm)
         into, load = normed(c.mlp_norm, x), None
         if c.experts:
@@ -185,7 +230,24 @@ class Layer(nn.Module):
         x = add(x, y, c.mlp_out_norm)
         if deep is not None:
             x = x + pick((*deep, jnp.zeros_like(deep[0])), jnp.minimum(number, len(deep)))
-        return constrain(x, "batch", None, None), load
+        return constrain(x, "batch", None, None), load if memory is None else memory
+
+
+class Unrolled(nn.Module):
+    """The layers one after the other, each with its part of a cache."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], specs: tuple[Spec, ...], tables: tuple, deep, cache: Cache) -> tuple[Array, Cache]:
+        c, kept = self.config, []
+        numbers = [of or (0,) * c.num_hidden_layers for of in (c.window_of_layer, c.rope_of_layer)]
+        for i, (window, kind) in enumerate(zip(*numbers)):
+            memory = (cache.keys[i], cache.values[i], cache.column)
+            x, memory = Layer(c, name=str(i))(x, specs[window : window + 1], tables[kind : kind + 1], deep, None, 0, 0, i, -1, memory)
+            kept.append(memory)
+        keys, values = zip(*kept)
+        return x, cache.replace(keys=keys, values=values, column=cache.column + x.shape[1])
 
 
 class DecoderModel(nn.Module):
@@ -193,8 +255,10 @@ class DecoderModel(nn.Module):
     remat: str = "none"
 
     @nn.compact
-    def __call__(self, batch: Batch, features: Float[Array, "B F D"] | None) -> Float[Array, "B T D"]:
+    def __call__(self, batch: Batch, features: Float[Array, "B F D"] | None, cache: Cache | None = None):
         c, positions = self.config, batch["positions"]
+        if cache is not None and (c.cross_layers or c.both_ways or c.split_media):
+            raise UserError("generation is not there yet for decoders that look at pictures both ways or by layers of their own")
         rows, size = c.vocab_size + c.extra_embeddings, c.embedding_size or c.hidden_size
         x = Embed(rows, size, c.initializer_range, name="embed_tokens")(batch["tokens"])
         if c.embedding_scale != 1.0:
@@ -220,16 +284,23 @@ class DecoderModel(nn.Module):
         tables = tuple(rope.tables(kind, width, c.max_position_embeddings, turning, batch["segment_ids"], x.dtype) for kind in c.rope)
         media = batch["media_index"] >= 0 if c.split_media and "media_index" in batch else None
         spec = spec_of(batch).replace(blocks=both_ways(c, batch), media=media)
+        if cache is not None:
+            here = jnp.where(batch["segment_ids"] > 0, positions, -1)
+            cache = cache.replace(positions=jax.lax.dynamic_update_slice(cache.positions, here, (0, cache.column)))
+            spec = spec.replace(key_positions=cache.positions)
         specs = tuple(dense(spec, window) for window in c.windows)
-        numbers = [jnp.asarray(of or (0,) * c.num_hidden_layers, jnp.int32) for of in (c.window_of_layer, c.rope_of_layer)]
-        numbers += [jnp.arange(c.num_hidden_layers), jnp.asarray(crossings(c), jnp.int32)]
-        layers = stack(Layer, c.num_hidden_layers, self.remat, in_axes=(nn.broadcast,) * 4 + (0,) * 4)
-        x, load = layers(c, name="layers")(x, specs, tables, deep, here, *numbers)
-        if load is not None:
-            for name, value in zip(("router_count", "router_probability"), load):
-                self.sow("aux", name, jnp.sum(value, axis=0))
+        if cache is not None:
+            x, cache = Unrolled(c, name="layers")(x, specs, tables, deep, cache)
+        else:
+            numbers = [jnp.asarray(of or (0,) * c.num_hidden_layers, jnp.int32) for of in (c.window_of_layer, c.rope_of_layer)]
+            numbers += [jnp.arange(c.num_hidden_layers), jnp.asarray(crossings(c), jnp.int32)]
+            layers = stack(Layer, c.num_hidden_layers, self.remat, in_axes=(nn.broadcast,) * 4 + (0,) * 4)
+            x, load = layers(c, name="layers")(x, specs, tables, deep, here, *numbers)
+            if load is not None:
+                for name, value in zip(("router_count", "router_probability"), load):
+                    self.sow("aux", name, jnp.sum(value, axis=0))
         x = make_norm(c, c.final_norm)(x) if c.final_norm else x
-        return Linear(c.embedding_size, init_scale=c.initializer_range, name="project_out")(x) if c.embedding_size else x
+        return (Linear(c.embedding_size, init_scale=c.initializer_range, name="project_out")(x) if c.embedding_size else x), cache
 
 
     def crossed(self, x: Float[Array, "B T D"], states: Float[Array, "B S D"] | None, batch: Batch) -> cross.Seen | None:
@@ -257,12 +328,19 @@ class CausalLM(nn.Module):
     remat: str = "none"
 
     @nn.compact
-    def __call__(self, batch: Batch, features: Float[Array, "B F D"] | None = None) -> Float[Array, "B T D"]:
+    def __call__(self, batch: Batch, features: Float[Array, "B F D"] | None = None, cache: Cache | None = None):
         c = self.config
-        x = DecoderModel(c, self.remat, name="model")(batch, features)
+        x, cache = DecoderModel(c, self.remat, name="model")(batch, features, cache)
         if self.is_initializing() and not c.tie_word_embeddings:
             Linear(c.vocab_size, c.head_bias, c.initializer_range, name="lm_head")(x)
-        return x
+        return x, cache
+
+
+def run(config: DecoderConfig, params: Params, batch: Batch, features=None, cache: Cache | None = None, key=None, remat="none") -> Output:
+    """A pass of the decoder; with a cache, of the tokens that come next, and the cache with them in it."""
+    params = params if cache is None else unroll(params)
+    (hidden, cache), variables = CausalLM(config, remat).apply({"params": params}, batch, features, cache, rngs=rngs(key), mutable=["aux"])
+    return Output(hidden, {name: value for name, (value,) in variables.get("aux", {}).get("model", {}).items()}, cache)
 
 
 def both_ways(config: DecoderConfig, batch: Batch) -> Array | None:
@@ -308,11 +386,6 @@ def text_batch(inputs: Mapping[str, Any], positions_from_mask: bool = False) -> 
     return {name: jnp.asarray(array) for name, array in arrays.items()}
 
 
-def aux_of(variables: Mapping[str, Any]) -> dict[str, Array]:
-    """What the layers noted beside the hidden states, by name."""
-    return {name: value for name, (value,) in variables.get("aux", {}).get("model", {}).items()}
-
-
 def dummy_batch() -> Batch:
     """The smallest batch, for `init`."""
     return text_batch({"input_ids": np.zeros((1, 1), np.int32)})
@@ -337,8 +410,7 @@ def make(config: DecoderConfig, family: str, conversion: Conversion) -> Model:
     """A text model: what families.py read from a Hugging Face config, as functions."""
 
     def apply(params, batch, *, features=None, cache=None, key=None, remat="none") -> Output:
-        hidden, variables = CausalLM(config, remat).apply({"params": params}, batch, features, rngs=rngs(key), mutable=["aux"])
-        return Output(hidden, aux_of(variables), cache)
+        return run(config, params, batch, features, cache, key, remat)
 
     return Model(
         family=family,

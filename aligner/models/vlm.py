@@ -162,9 +162,7 @@ def assemble(
         return encode(params, batch, rngs(key), remat) if "pixel_values" in batch else None
 
     def apply(params, batch, *, features=None, cache=None, key=None, remat="none") -> Output:
-        language = {"params": params["language_model"]}
-        hidden, variables = decoder.CausalLM(text, remat).apply(language, batch, features, rngs=rngs(key), mutable=["aux"])
-        return Output(hidden, decoder.aux_of(variables), cache)
+        return decoder.run(text, params["language_model"], batch, features, cache, key, remat)
 
     def inputs(processed: Mapping[str, Any]) -> dict[str, Array]:
         batch = decoder.text_batch(processed, text.positions_from_mask)

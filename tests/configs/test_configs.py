@@ -100,6 +100,7 @@ def test_two_steps(name, demo, tmp_path, monkeypatch):
     records = metrics.read(tmp_path)
     assert [record["step"] for record in records if record["split"] == "train"] == [1, 2]
     assert {record["step"] for record in records if record["split"] == "eval"} == {2}
-    assert all(math.isfinite(record["loss"]) and abs(record["loss"]) < 100 for record in [*records, last])
+    losses = [record["loss"] for record in [*records, last] if "loss" in record]  # held-out answers of online training have a reward alone
+    assert all(math.isfinite(loss) and abs(loss) < 100 for loss in losses) and len(losses) >= 2
     assert all(record["grad_norm"] > 0 for record in records if record["split"] == "train")
     assert (tmp_path / "export").exists() == config.checkpoint.export

@@ -1,0 +1,248 @@
+"""Answer a dataset's prompts from the command line; keep the best of several by a reward model; make training rows of them.
+
+    python -m aligner.generate --model DIR --data prompts.jsonl --out answers.jsonl
+    python -m aligner.generate --model DIR --data prompts.jsonl --out best.jsonl --n 8 --reward-model RM --write best
+    python -m aligner.generate --model DIR --data prompts.jsonl --out sft.jsonl --n 8 --reward-model RM --write sft --min-reward 0.5
+    python -m aligner.generate --model DIR --data prompts.jsonl --out pairs.jsonl --n 8 --reward-model RM --write preference
+
+Prompts are ShareGPT conversations, messages, rows with a `prompt`, or plain text; an answer that stands there already is left out.
+What --write makes of every row of the dataset:
+
+    answers      the row itself, with `completions`, `completion_lengths`, `stopped`, and `rewards` where there is a reward model;
+                 a row that cannot be answered has `not_answered`, why
+    best         the row itself, with `completion` and `reward` of its best answer (best of n)
+    sft          `prompt`, `completion` of the best answer, if its reward is at least --min-reward (rejection sampling)
+    preference   `prompt`, `chosen`, `rejected`: its best and worst answer, if their rewards differ by more than --min-margin
+
+A killed run goes on where it stopped when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from aligner.types import UserError
+
+WRITES = ("answers", "best", "sft", "preference")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser("python -m aligner.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = top.add_argument
+    add("--model", required=True, help="checkpoint folder or Hub id")
+    add("--data", required=True, help=".json, .jsonl, .parquet or .txt file, a folder of them, or a Hub dataset id")
+    add("--out", required=True, help="file to write, .jsonl; must not exist yet")
+    add("--write", choices=WRITES, default="answers", help="what becomes of a row (default: %(default)s)")
+    add("--n", type=int, default=1, help="answers to each prompt (default: %(default)s)")
+    add("--reward-model", default="", help="checkpoint folder or Hub id of a reward model that scores the answers")
+    add("--min-reward", type=float, help="--write sft: rows whose best answer has less are left out")
+    add("--min-margin", type=float, default=0.0, help="--write preference: the least difference of rewards (default: %(default)s)")
+    add("--max-new-tokens", type=int, default=256, help="tokens of an answer (default: %(default)s)")
+    add("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default: %(default)s)")
+    add("--top-k", type=int, default=0, help="only the k likeliest tokens; 0 is off (default: %(default)s)")
+    add("--top-p", type=float, default=1.0, help="only the fewest tokens of this probability together (default: %(default)s)")
+    add("--min-p", type=float, default=0.0, help="only tokens so likely relative to the likeliest (default: %(default)s)")
+    add("--repetition-penalty", type=float, default=1.0, help="divides logits of tokens that stand there (default: %(default)s)")
+    add("--stop", action="append", default=[], help="text that ends an answer; may be given several times")
+    add("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    add("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
+    add("--formatter", default="auto", help="how a row becomes a prompt, as in configs (default: %(default)s)")
+    add("--image-folder", default="", help="images named in the rows are looked up here (default: the folder of the file)")
+    add("--size", type=int, help="answer only the first rows")
+    add("--max-prompt-length", type=int, default=4096, help="longer prompts are not answered (default: %(default)s)")
+    add("--batch-size", type=int, default=16, help="texts written at once on all devices (default: %(default)s)")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation (default: %(default)s)")
+    add("--fsdp", type=int, default=1, help="devices over which the parameters are split (default: %(default)s)")
+    return top
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Answer a dataset.
+
+    Args:
+        args: as `parser` gives them.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        UserError: bad input, or a half-written file of another command stands in the way.
+    """
+    import jax
+
+    from aligner import convert, sharding
+    from aligner.console import bar, say
+    from aligner.data import formatters, loader, sources
+    from aligner.generation import engine as engines
+    from aligner.generation import sampling
+    from aligner.rl.reward_model import make_reward_model
+    from aligner.score import resume, source
+
+    out = Path(args.out)
+    check(args, out)
+    model, disk = convert.open_model(args.model)
+    if model.has_score_head:
+        raise UserError(f"{args.model} has a score head, so it cannot write; score rows with python -m aligner.score")
+    rows = sources.open_rows(source(args), "data")
+    name, to_sample = formatters.find_formatter(args.formatter, rows.columns(), "data", formatters.PROMPTS)
+    loader.check_assets(model)
+    manner = sampling.Sampling(
+        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty, stop_tokens=sampling.stop_tokens(model.assets), stop_strings=tuple(args.stop),
+    )  # fmt: skip
+    partial = out.with_name(out.name + ".partial")
+    free = ("out", "write", "min_reward", "min_margin", "batch_size", "fsdp", "size", "model", "data")
+    settings = {key: value for key, value in vars(args).items() if key not in free}
+    done = resume(partial, dict(settings, model=convert.fingerprint(disk), rows=rows.identity, formatter=name, sampling=str(manner)))
+    say(f"{rows.description}, formatter {name}: {len(rows)} rows" + (f", {done} of them done before" if done else ""))
+
+    mesh = sharding.make_mesh({"data": -1, "fsdp": args.fsdp})
+    width = -(-args.batch_size // mesh.size) * mesh.size
+    text = lambda tokens: model.assets.tokenizer.decode(tokens, skip_special_tokens=True)
+    with jax.set_mesh(mesh):
+        shardings = sharding.param_shardings(convert.abstract_params(model), model.sharding_rules, mesh)
+        engine = engines.make_engine(model, manner, rows=width, dtype=args.dtype, detokenize=text)
+        params = engine.prepare(convert.load_params(model, disk, args.dtype, shardings))
+        reward = make_reward_model(args.reward_model, dtype=args.dtype, folder=rows.folder) if args.reward_model else None
+        answer = lambda block: answer_rows(block, rows, to_sample, engine, params, reward, args)
+        step = max(32, 4 * width // args.n)
+        with bar(len(rows), "answering", "row", done) as progress, partial.open("a", encoding="utf-8") as file:
+            for start in range(done, len(rows), step):
+                for record in answer(range(start, min(start + step, len(rows)))):
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    progress.update()
+                file.flush()
+    records = [json.loads(record) for record in partial.read_text(encoding="utf-8").splitlines()]
+    finished = out.with_name(out.name + ".tmp")
+    written = [line for record in records if (line := shape(record, args)) is not None]
+    finished.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in written), encoding="utf-8")
+    os.replace(finished, out)
+    partial.unlink()
+    partial.with_suffix(".settings").unlink()
+    failed = [record["not_answered"] for record in records if "not_answered" in record]
+    say(f"{len(records) - len(failed)} of {len(records)} rows answered, {len(written)} lines written")
+    say(*[f"  not answered, {reason}: {failed.count(reason)}" for reason in sorted(set(failed))[:5]])
+    return out
+
+
+def check(args: argparse.Namespace, out: Path) -> None:
+    """What can be known to be wrong from the command alone."""
+    from aligner.generation import sampling
+
+    if out.exists():
+        raise UserError(f"{out} is there already; name another file with --out, or remove it")
+    for name in ("n", "batch_size", "max_new_tokens", "max_prompt_length", "fsdp"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    names = {field.name for field in dataclasses.fields(sampling.Sampling)} & vars(args).keys()
+    sampling.check(sampling.Sampling(**{name: getattr(args, name) for name in names}), where="--")
+    if args.write != "answers" and not args.reward_model:
+        raise UserError(f"--write {args.write} needs --reward-model, which says which answer is the best")
+    if args.write == "preference" and args.n < 2:
+        raise UserError("--write preference needs --n of at least 2: a pair is the best and the worst answer")
+    if args.n > 1 and args.temperature == 0:
+        raise UserError(f"--n {args.n} with --temperature 0 would write the same answer {args.n} times")
+
+
+def answer_rows(block: range, rows: Any, to_sample: Any, engine: Any, params: Any, reward: Any, args: argparse.Namespace) -> Iterator[dict]:
+    """A record for every row of the block, in its order: the row, its prompt, its answers and what they are worth."""
+    import jax
+
+    from aligner.data import media, templates
+    from aligner.data.samples import Bad, as_prompt
+    from aligner.generation.engine import Prompt, generate_all
+    from aligner.score import json_able
+
+    model, found, prompts = media.looking_in(engine.model, rows.folder), {}, {}
+    for i in block:
+        try:
+            sample = as_prompt(to_sample(rows[i]))
+            prompts[i] = sample.prompt
+            encoded = templates.encode_prompt(sample.prompt, model.assets, model.media, sample.template)
+            if len(encoded.prompt) > args.max_prompt_length:
+                raise Bad("too long", f"{len(encoded.prompt)} tokens, --max-prompt-length is {args.max_prompt_length}")
+            images = [media.open_image(image, rows.folder) for image in encoded.images]
+            pictures = media.read_pictures(images, model.media, model.assets.processor.image_processor) if images else ()
+            found[i] = Prompt(encoded.prompt, pictures)
+        except Bad as bad:
+            found[i] = str(bad)
+    good = [i for i in block if isinstance(found[i], Prompt)]
+    answers = generate_all(engine, params, [found[i] for i in good], jax.random.key(args.seed), args.n, ids=good)
+    texts = [[engine.detokenize(answer.tokens) for answer in of_prompt] for of_prompt in answers]
+    flat = [(prompts[i], text) for i, of_prompt in zip(good, texts) for text in of_prompt]
+    rewards = iter(reward(*zip(*flat))) if reward and flat else None
+    by_row = dict(zip(good, zip(texts, answers)))
+    for i in block:
+        record = {**json_able(rows[i]), "prompt": plain(prompts.get(i))}
+        if i not in by_row:
+            yield {**record, "not_answered": found[i]}
+            continue
+        text, of_prompt = by_row[i]
+        record |= {
+            "completions": text,
+            "completion_lengths": [len(answer.tokens) for answer in of_prompt],
+            "stopped": [answer.stopped for answer in of_prompt],
+        }
+        yield record | ({"rewards": [next(rewards) for _ in text]} if rewards else {})
+
+
+def shape(record: dict[str, Any], args: argparse.Namespace) -> dict[str, Any] | None:
+    """What --write makes of a row's record; None leaves the row out."""
+    if args.write == "answers":
+        return record
+    ranked = [(reward, text) for reward, text in zip(record.get("rewards", ()), record.get("completions", ())) if reward is not None]
+    if not ranked:
+        return None
+    best, worst = max(ranked, key=lambda pair: pair[0]), min(ranked, key=lambda pair: pair[0])
+    prompt = record["prompt"]
+    message = (lambda text: [{"role": "assistant", "content": text}]) if isinstance(prompt, list) else (lambda text: text)
+    kept = {name: record[name] for name in ("image", "images") if name in record}
+    if args.write == "best":
+        rest = ("completions", "completion_lengths", "stopped", "rewards")
+        return {key: value for key, value in record.items() if key not in rest} | {"completion": best[1], "reward": best[0]}
+    if args.write == "sft":
+        good = args.min_reward is None or best[0] >= args.min_reward
+        return {**kept, "prompt": prompt, "completion": message(best[1])} if good else None
+    if best[0] - worst[0] <= args.min_margin or best[1] == worst[1]:
+        return None
+    margin = best[0] - worst[0]
+    return {**kept, "prompt": prompt, "chosen": message(best[1]), "rejected": message(worst[1]), "margin": margin}
+
+
+def plain(prompt: Any) -> Any:
+    """A prompt as rows hold it: pictures are marked where they stand, the row's own `image` or `images` says which."""
+    from aligner.data.formatters import MARK
+    from aligner.data.samples import is_conversation, parts_of
+
+    text = lambda content: "".join(MARK if part["type"] == "image" else part["text"] for part in parts_of(content))
+    if prompt is None or isinstance(prompt, str):
+        return prompt
+    if is_conversation(prompt):
+        return [{**message, "content": text(message["content"])} for message in prompt]
+    return text(prompt)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. Returns the exit code: 0 done, 2 bad input."""
+    args = parser().parse_args(argv)
+    try:
+        print(f"written: {run(args)}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

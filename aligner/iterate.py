@@ -1,0 +1,142 @@
+"""Rounds of generate, judge, train: iterative DPO by a reward model, or self-play against a dataset's own answers (SPIN).
+
+    python -m aligner.iterate --config configs/dpo_llama3.py --workdir runs/rounds --rounds 3 --prompts prompts.jsonl \\
+        --reward_model RM --n 8
+    python -m aligner.iterate --config configs/dpo_llama3.py --workdir runs/spin --rounds 3 --prompts messages.jsonl --spin
+
+Round r writes WORKDIR/round-r/pairs.jsonl with the model of the round before, whose weights are the reference too, and trains in
+WORKDIR/round-r/train as the config says. By a reward model the best and the worst of n answers are a pair; in SPIN (arXiv 2401.01335) the
+dataset's answer is preferred to the model's. The same command again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from aligner.commandline import parse
+from aligner.types import UserError
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """The command line beside --config and --workdir."""
+    config_flags.DEFINE_config_file("config", None, "Config of the training of a round, on pairs.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Where all rounds keep what they make.")
+    flags.DEFINE_integer("rounds", 3, "How many.")
+    flags.DEFINE_string("prompts", None, "Dataset with the prompts; for --spin with the answers too.")
+    flags.DEFINE_string("reward_model", "", "Judges the answers.")
+    flags.DEFINE_bool("spin", False, "Prefer the dataset's answers to the model's own.")
+    flags.DEFINE_integer("n", 4, "Answers to each prompt.")
+    flags.DEFINE_integer("max_new_tokens", 256, "Tokens of an answer.")
+    flags.DEFINE_float("temperature", 1.0, "Of the answers.")
+
+
+def run(config: ConfigDict, workdir: Path, rounds: int, prompts: str, reward_model: str, spin: bool, n: int, **options: Any) -> Path:
+    """All rounds.
+
+    Args:
+        config: of the training of a round; its model.path is where the first starts from.
+        workdir: of all.
+        prompts: dataset.
+        reward_model, spin: who judges, one of the two.
+        n: answers to each prompt; 1 with `spin`.
+        options: further options of `aligner.generate`, by name.
+
+    Returns:
+        The folder of the last round's model.
+    """
+    from aligner.run import run as train
+
+    if bool(reward_model) == spin:
+        raise UserError("give either --reward_model, which judges the answers, or --spin, which prefers the dataset's own")
+    folder = config.model.path
+    for number in range(rounds):
+        place = workdir / f"round-{number}"
+        export = place / "train" / "export"
+        if not export.exists():
+            pairs = place / "pairs.jsonl"
+            if not pairs.exists():
+                write_pairs(pairs, folder, prompts, reward_model, 1 if spin else n, options)
+            this = config.copy_and_resolve_references().unlock()
+            this.model.path = str(folder)
+            this.data.train.path = str(pairs)
+            this.data.train.formatter = "trl"
+            this.seed = config.seed + number
+            this.checkpoint.export = True
+            train(this.lock(), place / "train")
+        folder = export
+    return Path(folder)
+
+
+def write_pairs(path: Path, model: Any, prompts: str, reward_model: str, n: int, options: dict[str, Any]) -> None:
+    """A round's pairs: of the model's answers by a reward model, or the dataset's answer and the model's."""
+    from aligner import generate
+    from aligner.data import formatters, sources
+    from aligner.data.samples import Supervised
+    from aligner.score import source
+
+    arguments = {"model": model, "data": prompts, "n": n, **options}
+    arguments |= {"reward-model": reward_model, "write": "preference"} if reward_model else {}
+    out = path if reward_model else path.with_name("answers.jsonl")
+    command = [part for name, value in {**arguments, "out": out}.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    args = generate.parser().parse_args(command)
+    if not out.exists():
+        generate.run(args)
+    if reward_model:
+        return
+    rows = sources.open_rows(source(args), "data")
+    _, to_sample = formatters.find_formatter("auto", rows.columns(), "data", (Supervised,))
+    records = map(json.loads, out.read_text(encoding="utf-8").splitlines())
+    lines = [pair for row, record in zip(map(rows.__getitem__, range(len(rows))), records) if (pair := spin_pair(to_sample, row, record))]
+    if not lines:
+        raise UserError(f"{prompts} holds no answers for --spin to prefer; give conversations that end with the assistant's message")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def spin_pair(to_sample: Any, row: dict[str, Any], record: dict[str, Any]) -> dict[str, Any] | None:
+    """The answer of a dataset's row and the model's (a line of `aligner.generate`); None where one is missing or both are the same."""
+    from aligner.data.samples import Bad, as_supervised, is_conversation
+
+    try:
+        text = as_supervised(to_sample(row)).conversation
+    except Bad:
+        return None
+    real = text[-1]["content"] if is_conversation(text) and text[-1]["role"] == "assistant" else text
+    written = record.get("completions", [None])[0]
+    if not isinstance(real, str) or written is None or real.strip() == written.strip():
+        return None
+    message = (lambda text: [{"role": "assistant", "content": text}]) if isinstance(record["prompt"], list) else (lambda text: text)
+    kept = {name: record[name] for name in ("image", "images") if name in record}
+    return {**kept, "prompt": record["prompt"], "chosen": message(real), "rejected": message(written)}
+
+
+def main(argv: list[str]) -> int:
+    for name in ("config", "workdir", "prompts"):
+        if getattr(FLAGS, name) is None:
+            raise UserError(f"--{name} is missing; see python -m aligner.iterate --helpshort")
+    from aligner.main import start_jax
+
+    start_jax()
+    options = dict(max_new_tokens=FLAGS.max_new_tokens, temperature=FLAGS.temperature, dtype=FLAGS.config.model.dtype)
+    folder = run(FLAGS.config, Path(FLAGS.workdir), FLAGS.rounds, FLAGS.prompts, FLAGS.reward_model, FLAGS.spin, FLAGS.n, **options)
+    print(f"written: {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    define_flags()
+    try:
+        app.run(main, flags_parser=parse)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

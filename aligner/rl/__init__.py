@@ -1,0 +1,1 @@
+"""Learning from one's own answers: prompts and rollouts, rewards, advantages."""

@@ -1,0 +1,85 @@
+"""Prompts that are answered in training: looked at once before it starts, then given out in an order that is a function of the seed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from aligner.data import loader, media, mixture, templates
+from aligner.data.census import check_census, describe, take_census
+from aligner.data.kinds import ENCODERS
+from aligner.data.samples import as_prompt
+from aligner.generation.engine import Prompt
+from aligner.types import Model
+
+
+class Item(NamedTuple):
+    """A prompt to answer.
+
+    Attributes:
+        row: its number in the dataset.
+        text: the conversation, or plain text.
+        encoded: its tokens, without answers.
+        prompt: the same as the sampler takes it, with pictures.
+        columns: what else the row holds, for reward functions, with `ground_truth`.
+    """
+
+    row: int
+    text: Any
+    encoded: templates.Encoded
+    prompt: Prompt
+    columns: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Prompts that passed the census.
+
+    Attributes:
+        size: how many.
+        item: place in the endless order (a new one every epoch) -> Item.
+        folder: where images of the rows are looked up.
+        report: lines for people.
+    """
+
+    size: int
+    item: Callable[[int], Item]
+    folder: Path
+    report: tuple[str, ...]
+
+
+def load_prompts(config: Any, split: str, model: Model, cache_dir: str | Path | None = None) -> Prompts:
+    """Open `config.data[split]` for prompts.
+
+    A prompt must leave room for an answer: prompt and generation.max_new_tokens together at most data.max_length. Longer ones are dropped
+    and counted like any row that cannot be used.
+
+    Raises:
+        UserError: missing file, no prompt left, more bad rows than `config.data.max_bad_fraction`.
+    """
+    import grain
+
+    name, data, kind = f"data.{split}", config.data, ENCODERS["prompt"]
+    rows = mixture.open_samples(data[split], name, kind, config.seed)
+    loader.check_assets(model)
+    room = data.max_length - config.generation.max_new_tokens
+    encode = lambda index: kind.encode(rows.read(index), media.looking_in(model, rows.folder(index)), data)
+    census = take_census(encode, rows, model, max(room, 0), name, key=["prompt"], cache_dir=cache_dir, workers=data.workers)
+    check_census(census, rows, name, data.max_bad_fraction)
+    order = grain.MapDataset.range(len(census.row_ids))
+    if split == "train" and data.shuffle:
+        order = order.seed(config.seed % 2**32).shuffle()
+    order = order.repeat()
+
+    def item(place: int) -> Item:
+        index = int(census.row_ids[int(order[place])])
+        row, sample, encoded = rows.raw(index), as_prompt(rows.read(index)), encode(index)
+        images = [media.open_image(image, rows.folder(index)) for image in encoded.images]
+        pictures = media.read_pictures(images, model.media, model.assets.processor.image_processor) if images else ()
+        columns = {name: value for name, value in row.items() if name not in ("prompt", "completion", "completions")}
+        return Item(index, sample.prompt, encoded, Prompt(encoded.prompt, pictures), {"ground_truth": sample.ground_truth, **columns})
+
+    report = describe(census, rows, name, rows.formatter, str(model.assets.tokenizer.eos_token))
+    return Prompts(len(census.row_ids), item, Path(rows.folder(0)), tuple(report))

@@ -1,0 +1,316 @@
+"""A rollout: prompts answered by the policy, what the answers are worth, and both as a batch to learn from.
+
+A rollout is made of groups, all answers to one prompt; a group is one row of the batch, its prompt computed once for all its answers.
+Everything here is on the host and a function of (parameters, seed, place in the prompts).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from aligner.algorithms import ppo
+from aligner.data import layout
+from aligner.generation.engine import Completion, bucket
+from aligner.losses.policy_gradient import kl
+from aligner.models.pictures import fill
+from aligner.rl import advantages as adv
+from aligner.rl import rewards
+from aligner.rl.engines import RolloutEngine
+from aligner.rl.environments import Environment, play
+from aligner.rl.prompts import Item, Prompts
+from aligner.types import Model
+
+
+class Group(NamedTuple):
+    """The answers to one prompt, their texts, and what each is worth to each reward function, [n, K], NaN where it gave None."""
+
+    item: Item
+    answers: list[Completion]
+    texts: list[str]
+    rewards: np.ndarray
+
+
+class Writer(NamedTuple):
+    """What writes and values answers.
+
+    Attributes:
+        engine: what writes, with the policy's parameters.
+        detokenize: token ids -> text.
+        rewards: reward functions.
+        weights: [K] of them.
+        timeout: seconds for each.
+        environment: makes an episode's environment, where answers have several turns; its rewards are added as one more.
+        turns: of the policy, at most.
+        tokenize: text -> token ids, for what the environment says.
+    """
+
+    engine: RolloutEngine
+    detokenize: Callable[[np.ndarray], str]
+    rewards: list[rewards.Reward]
+    weights: np.ndarray
+    timeout: float
+    environment: Callable[[], Environment] | None = None
+    turns: int = 1
+    tokenize: Callable[[str], np.ndarray] | None = None
+
+
+def write(writer: Writer, items: Sequence[Item], ids: Sequence[int], n: int) -> list[Group]:
+    """Answer every prompt n times, and value the answers; `ids` are the prompts' numbers in the run."""
+    earned = np.zeros((len(items), n, 0))
+    if writer.environment:
+        found, worth = play(writer.engine, writer.environment, items, ids, n, writer.turns, writer.tokenize, writer.detokenize)
+        earned = worth[..., None]
+    else:
+        found = writer.engine.generate([item.prompt for item in items], n, ids)
+    texts = [[writer.detokenize(answer.tokens) for answer in answers] for answers in found]
+    prompts = [item.text for item in items for _ in range(n)]
+    names = dict.fromkeys(name for item in items for name in item.columns)
+    columns = {name: [item.columns.get(name) for item in items for _ in range(n)] for name in names}
+    values = rewards.value(writer.rewards, prompts, [text for of_prompt in texts for text in of_prompt], columns, writer.timeout)
+    values = np.concatenate([values.reshape(len(items), n, len(writer.rewards)), earned], axis=-1)
+    return [Group(*group) for group in zip(items, found, texts, values)]
+
+
+def joined(first: Sequence[Group], second: Sequence[Group]) -> list[Group]:
+    """The answers of both to the same prompts, the first's before the second's."""
+    return [
+        Group(a.item, a.answers + b.answers, a.texts + b.texts, np.concatenate([a.rewards, b.rewards])) for a, b in zip(first, second)
+    ]
+
+
+def collect(writer: Writer, prompts: Prompts, position: int, count: int, n: int, tries: int = 0) -> tuple[list[Group], int]:
+    """Groups for `count` prompts from `position` on, and where the next rollout starts.
+
+    With `tries`, prompts whose answers are all worth the same are replaced by the next ones so many times (dynamic sampling, DAPO): there
+    is nothing to learn from them.
+    """
+    kept: list[Group] = []
+    spare: list[Group] = []
+    for left in range(tries, -1, -1):
+        ids = range(position, position + count - len(kept))
+        position = ids.stop
+        found = write(writer, [prompts.item(place) for place in ids], ids, n)
+        tells = [tries == 0 or np.ptp(np.nan_to_num(adv.combine(group.rewards, writer.weights))) > 0 for group in found]
+        kept += [group for group, good in zip(found, tells) if good]
+        spare += [group for group, good in zip(found, tells) if not good]
+        if len(kept) == count or not left:
+            break
+    return kept + spare[: count - len(kept)], position
+
+
+def lay_out(groups: Sequence[Group], model: Model, shared: bool, multiple: int) -> dict[str, np.ndarray]:
+    """The groups as a batch, a row each, with `sampling_logps` [B,S] and `learn` [B,S]."""
+    encoded = []
+    for group in groups:
+        answers, own = (tuple(getattr(answer, name) for answer in group.answers) for name in ("tokens", "written"))
+        encoded.append(group.item.encoded._replace(answers=answers, scored=own))
+    T, S, I = (max(sizes) for sizes in zip(*(layout.shape_of(one, shared) for one in encoded)))
+    T, S = (layout.round_up(bucket(size), multiple) for size in (T, S))
+    rows = []
+    for group, one in zip(groups, encoded):
+        row = layout.pair_row(one, T, S, I, model.media, shared, group.item.row)
+        if len(group.item.prompt.pictures):
+            fill(row, group.item.prompt.pictures, model.media)
+        rows.append(row)
+    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    batch["sampling_logps"] = at_tokens([[answer.logps[answer.written] for answer in group.answers] for group in groups], S)
+    batch["learn"] = (batch["score_segment"] > 0).astype(np.float32)
+    return batch
+
+
+def at_tokens(values: Sequence[Sequence[np.ndarray]], S: int) -> np.ndarray:
+    """Numbers at every token of every answer, [B][R][m], as a column [B,S]: scored positions stand in the order of the answers."""
+    column = np.zeros((len(values), S), np.float32)
+    for row, answers in zip(column, values):
+        flat = np.concatenate(answers)
+        row[: len(flat)] = flat
+    return column
+
+
+def of_answers(column: np.ndarray, groups: Sequence[Group]) -> list[list[np.ndarray]]:
+    """The inverse of `at_tokens`, in float64."""
+    cuts = [np.cumsum([answer.written.sum() for answer in group.answers]) for group in groups]
+    return [np.split(np.asarray(row[: cut[-1]], np.float64), cut[:-1]) for row, cut in zip(column, cuts)]
+
+
+def asked(rollout: Callable, batch: Mapping[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
+    """`Algorithm.rollout` of the whole batch, so many rows at once."""
+    parts = [rollout({name: x[start : start + rows] for name, x in batch.items()}) for start in range(0, len(batch["tokens"]), rows)]
+    return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
+
+
+def learnable(
+    config: ConfigDict, groups: Sequence[Group], greedy: np.ndarray | None, batch: dict[str, np.ndarray], weights: np.ndarray, host: dict
+) -> tuple[dict[str, np.ndarray], dict[str, float], dict]:
+    """The batch with `advantages` (and PPO's `returns`), the rollout's metrics by TRL's names, and the host's state moved on.
+
+    Args:
+        config: the whole config.
+        groups: the answers, row by row of the batch.
+        greedy: [B] what the greedy answers are worth, for ReMax.
+        batch: with what the algorithm's `rollout` gave.
+        weights: [K] of the reward functions.
+        host: what is kept from rollout to rollout: `beta`, `running`.
+    """
+    c = config.algorithm
+    S, longest = batch["score_from"].shape[1], config.generation.max_new_tokens
+    lengths = np.array([[answer.written.sum() for answer in group.answers] for group in groups])
+    stopped = np.array([[answer.stopped for answer in group.answers] for group in groups])
+    each = np.stack([group.rewards for group in groups])  # [B, n, K]
+    raw = adv.combine(each, weights)
+    total = raw + c.overlong_penalty * adv.overlong_penalty(lengths, longest, c.overlong_buffer)
+    found = report(total, each, lengths, stopped, c)
+    drift = None
+    if "reference_logps" in batch:
+        estimator = c.get("kl_estimator", "k1")
+        drift = of_answers(np.asarray(kl(batch["old_logps"].astype(np.float64), batch["reference_logps"], estimator)), groups)
+        found["objective/kl"] = float(np.mean([np.sum(one) for answers in drift for one in answers]))
+    if c.get("cost_funcs"):
+        total, found, host = _bounded(c, total, each, found, host)
+    if c.name == "on_policy_distillation":
+        columns = {}
+    elif c.name == "online_dpo":
+        columns = _pairs(c, total)
+    elif c.name == "ppo":
+        columns, host = _ppo(c, total, stopped, drift, batch, groups, S, host)
+    else:
+        columns = {"advantages": _per_answer(c, total, each, weights, greedy, drift, lengths, S)}
+    batch = {**batch, **columns}
+    if c.mask_truncated_completions:
+        cut = [[np.full(m, float(end)) for m, end in zip(row, ends)] for row, ends in zip(lengths, stopped)]
+        batch["learn"] = batch["learn"] * at_tokens(cut, S)
+    if c.get("top_entropy_quantile", 1.0) < 1:
+        there = batch["score_segment"] > 0
+        batch["sure"] = (batch["old_entropy"] < np.quantile(batch["old_entropy"][there], 1 - c.top_entropy_quantile)).astype(np.float32)
+    batch.pop("old_entropy", None)
+    return batch, found, host
+
+
+def _per_answer(c: ConfigDict, total, each, weights, greedy, drift, lengths, S: int) -> np.ndarray:
+    """Advantages [B,S] of the algorithms without a critic."""
+    if drift is not None and c.name in ("rloo", "reinforce", "remax"):
+        total = total - c.beta * np.array([[np.sum(one) for one in answers] for answers in drift])
+    if c.name == "reinforce_plus_plus":  # the KL from each token on, normalised over all tokens of the batch
+        at = lambda i, j, m: np.full(m, np.nan_to_num(total[i, j])) - (c.beta * adv.discounted(drift[i][j], 1.0) if drift else 0.0)
+        tokens = [[at(i, j, m) for j, m in enumerate(row)] for i, row in enumerate(lengths)]
+        flat = at_tokens(tokens, S).astype(np.float64)
+        there = at_tokens([[np.ones(m) for m in row] for row in lengths], S) > 0
+        return adv.whiten(flat, there).astype(np.float32)
+    match c.name:
+        case "rloo":
+            values = adv.rloo(total)
+        case "reinforce":
+            values = adv.reinforce(total)
+        case "reinforce_plus_plus_baseline":
+            values = adv.reinforce_baseline(total)
+        case "remax":
+            values = adv.remax(total, greedy)
+        case _:
+            values = adv.gdpo(each, weights) if c.multi_objective == "gdpo" else adv.grpo(total, c.scale_rewards)
+    return at_tokens([[np.full(m, v) for m, v in zip(*row)] for row in zip(lengths, values)], S)
+
+
+def _pairs(c: ConfigDict, total: np.ndarray) -> dict[str, np.ndarray]:
+    """Online DPO's columns: which answer of a prompt is the best, which the worst; neither where all are worth the same or one is not
+    known."""
+    known = ~np.isnan(total).any(axis=1) & (np.ptp(total, axis=1) > 0)
+    mark = lambda places: ((np.arange(total.shape[1]) == places[:, None]) & known[:, None])[:, None].astype(np.float32)
+    filled = np.nan_to_num(total)
+    by_reference = np.broadcast_to(np.arange(total.shape[1]) == (1 if c.xpo_alpha else -1), total.shape)[:, None].astype(np.float32)
+    return {"chosen": mark(filled.argmax(axis=1)), "rejected": mark(filled.argmin(axis=1)), "by_reference": by_reference}
+
+
+def _bounded(c: ConfigDict, total: np.ndarray, each: np.ndarray, found: dict, host: dict) -> tuple[np.ndarray, dict, dict]:
+    """PPO-Lagrangian (Safe RLHF, section 3.3): rewards less the multiplier times the costs, and the multiplier moved on.
+
+    The costs stand after the rewards; one critic learns the sum, where Safe RLHF has two.
+    """
+    start = len(c.reward_funcs)
+    costs = np.nansum(each[..., start : start + len(c.cost_funcs)], axis=-1)
+    multiplier, mean = host["lagrangian"], float(np.mean(costs))
+    moved = min(multiplier * float(np.exp(c.lagrangian_lr * (mean - c.cost_limit))), c.lagrangian_max)
+    found = {**found, "cost": mean, "lagrangian": multiplier}
+    return (total - multiplier * costs) / (1 + multiplier), found, {**host, "lagrangian": moved}
+
+
+def _ppo(c: ConfigDict, total, stopped, drift, batch, groups, S: int, host: dict) -> tuple[dict[str, np.ndarray], dict]:
+    """PPO's columns: the reward at the last token less the KL at every token, GAE, whitened advantages."""
+    scores, running = ppo.clip_and_scale(np.nan_to_num(total), c, host["running"])
+    if c.missing_eos_penalty is not None:
+        scores = scores - c.missing_eos_penalty * ~stopped
+    values = of_answers(batch["old_values"], groups)
+    there = batch["score_segment"] > 0
+    penalty = lambda i, j, m: np.zeros(m) if drift is None else -host["beta"] * drift[i][j]
+    tokens = [[penalty(i, j, len(v)) for j, v in enumerate(row)] for i, row in enumerate(values)]
+    for row, ends in zip(tokens, scores):
+        for one, score in zip(row, ends):
+            one[-1] += score
+    if c.whiten_rewards:
+        tokens = of_answers(adv.whiten(at_tokens(tokens, S).astype(np.float64), there, shift_mean=False), groups)
+    advantages = [[adv.gae(r, v, c.gamma, c.lam) for r, v in zip(*row)] for row in zip(tokens, values)]
+    returns = [[a + v for a, v in zip(*row)] for row in zip(advantages, values)]
+    whitened = adv.whiten(at_tokens(advantages, S).astype(np.float64), there).astype(np.float32)
+    if drift is not None:
+        answers = [np.sum(one) for row in drift for one in row]
+        host = {**host, "beta": ppo.adapted(host["beta"], float(np.mean(answers)), len(answers), c)}
+    return {"advantages": whitened, "returns": at_tokens(returns, S)}, {**host, "running": running}
+
+
+def report(total: np.ndarray, each: np.ndarray, lengths: np.ndarray, stopped: np.ndarray, c: ConfigDict) -> dict[str, float]:
+    """TRL's metrics of a rollout."""
+    spread = np.nan_to_num(np.nanstd(total, axis=1, ddof=1)) if total.shape[1] > 1 else np.zeros(len(total))
+    found = {
+        "reward": float(np.nanmean(total)) if not np.isnan(total).all() else 0.0,
+        "reward_std": float(spread.mean()) if total.shape[1] > 1 else float(np.nanstd(total)),
+        "frac_reward_zero_std": float(np.mean(spread < 1e-9)),
+        "completions/mean_length": float(lengths.mean()),
+        "completions/min_length": float(lengths.min()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": float(1 - stopped.mean()),
+    }
+    for k, name in enumerate((*c.reward_funcs, *c.get("cost_funcs", ()), *(("environment",) if c.environment else ()))):
+        short = str(name).rpartition(":")[2].rstrip("/").rpartition("/")[2]
+        if not np.isnan(each[..., k]).all():
+            found |= {f"rewards/{short}/mean": float(np.nanmean(each[..., k])), f"rewards/{short}/std": float(np.nanstd(each[..., k]))}
+    return found
+
+
+def minibatch(batch: Mapping[str, np.ndarray], seed: int, iteration: int, update: int, updates: int) -> dict[str, np.ndarray]:
+    """The rows of one update: every pass over a rollout deals its groups out anew.
+
+    Args:
+        batch: of the whole rollout.
+        seed, iteration: of the run, and which rollout it is.
+        update: which update of the rollout.
+        updates: how many a pass has.
+    """
+    rows = len(batch["tokens"])
+    order = np.random.default_rng([seed, iteration, update // updates]).permutation(rows)
+    part = order.reshape(updates, -1)[update % updates]
+    return {name: x[part] for name, x in batch.items()}
+
+
+# ---- kept on disk, so that a run that was killed between two updates of a rollout goes on with the same numbers ----------------------
+
+
+def save(folder: Path, iteration: int, batch: Mapping[str, np.ndarray], host: Mapping[str, Any], found: Mapping[str, float]) -> None:
+    """Whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{iteration}.tmp"
+    with temporary.open("wb") as file:
+        np.savez(file, __rest__=json.dumps([host, found]), **batch)
+    os.replace(temporary, folder / f"{iteration}.npz")
+
+
+def load(folder: Path, iteration: int) -> tuple[dict[str, np.ndarray], dict, dict]:
+    """(batch, host state, metrics) of a rollout."""
+    with np.load(folder / f"{iteration}.npz") as file:
+        batch = {name: file[name] for name in file.files if name != "__rest__"}
+        return batch, *json.loads(str(file["__rest__"]))

@@ -1,0 +1,90 @@
+"""Serve rewards over HTTP: a reward model or a function on one machine, training on another.
+
+    python -m aligner.serve_reward --reward runs/reward_llama3/export --port 8500
+    python -m aligner.main --config configs/grpo_llama3.py ... --config.algorithm.reward_funcs="('http://HOST:8500/reward',)"
+
+POST /reward  {"prompts": [...], "responses": [...], "golden": [...]}  ->  {"rewards": [...]}; prompts are texts or lists of messages,
+golden (what answers may be compared to) may be left out. GET /health answers {"status": "ok"}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from aligner.rl.rewards import Reward, make_rewards, value
+from aligner.types import UserError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        "python -m aligner.serve_reward", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    top.add_argument("--reward", required=True, help='reward model, "math", "format" or "package.module:function"')
+    top.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    top.add_argument("--port", type=int, default=8500, help="0 takes a free one (default: %(default)s)")
+    top.add_argument("--timeout", type=float, default=60.0, help="seconds that a request may take (default: %(default)s)")
+    top.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32", help="of a reward model (default: %(default)s)")
+    return top
+
+
+def make_server(reward: Reward, host: str, port: int, timeout: float) -> ThreadingHTTPServer:
+    """A server that is ready to `serve_forever`; its reward is asked by one request at a time."""
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer(*((200, {"status": "ok"}) if self.path == "/health" else (404, {"error": f"there is no {self.path}"})))
+
+        def do_POST(self) -> None:
+            try:
+                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+                prompts, responses = body["prompts"], body["responses"]
+                golden = body.get("golden") or [None] * len(responses)
+                if not len(prompts) == len(responses) == len(golden):
+                    raise UserError(f"{len(prompts)} prompts, {len(responses)} responses and {len(golden)} golden answers")
+                with lock:
+                    found = value([reward], prompts, responses, {"ground_truth": golden}, timeout)[:, 0] if responses else []
+                self.answer(200, {"rewards": [None if one != one else float(one) for one in found]})
+            except (KeyError, TypeError, ValueError) as error:
+                self.answer(400, {"error": f"the request cannot be read: {type(error).__name__}: {error}"})
+            except UserError as error:
+                self.answer(422, {"error": str(error)})
+
+        def answer(self, code: int, body: dict) -> None:
+            data = json.dumps(body).encode()
+            self.send_response(code)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *arguments) -> None:
+            pass
+
+    return ThreadingHTTPServer((host, port), Handler)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. Returns the exit code: 0 done, 2 bad input."""
+    args = parser().parse_args(argv)
+    try:
+        [reward] = make_rewards([args.reward], dtype=args.dtype)
+        server = make_server(reward, args.host, args.port, args.timeout)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"serving {args.reward} at http://{args.host}:{server.server_address[1]}/reward", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        server.server_close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

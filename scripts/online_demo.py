@@ -1,0 +1,138 @@
+"""Demos for online training, from code alone: sums to be learnt from a verifier or a reward model, pictures whose colour is to be named.
+
+The models are random and speak thirty-odd words; a right answer is found by chance about once in thirty tries, and kept by its reward.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from scripts.make_tiny_checkpoint import COLOURS, SHAPES, SPECIAL_TOKENS, VALUES, draw, make_llama, make_llava, new_folder
+
+HIGHEST = 9  # summand
+WORDS = (*SPECIAL_TOKENS, *map(str, range(2 * HIGHEST + 1)), "+", "=", "?", "colour", *COLOURS, *SHAPES)
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['content'] is string %}{{ ' ' + message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{{ ' <image>' if part['type'] == 'image' else ' ' + part['text'] }}{% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def make_words():
+    """A tokenizer of whole words."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>", chat_template=TEMPLATE,
+        extra_special_tokens={"image_token": "<image>"},
+    )  # fmt: skip
+
+
+def question(a: int, b: int) -> list[dict]:
+    return [{"role": "user", "content": f"{a} + {b} ="}]
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def make_sums(folder: str | Path, seed: int = 0, scored: int = 12000) -> None:
+    """train.jsonl with every sum of two numbers once, as a prompt with its answer; scored.jsonl with answers and whether they are right.
+
+    Args:
+        folder: must not exist yet.
+        seed: of which wrong answers there are.
+        scored: rows of scored.jsonl, one or two words each; right where the last word is: two fifths; a fifth miss it narrowly.
+    """
+    rng = np.random.default_rng([seed, 3])
+    pairs = [(a, b) for a in range(HIGHEST + 1) for b in range(HIGHEST + 1)]
+    with new_folder(folder) as folder:
+        write_lines(folder / "train.jsonl", [{"prompt": question(a, b), "answer": str(a + b)} for a, b in pairs])
+        rows = []
+        for i in range(scored):
+            a, b = pairs[rng.integers(len(pairs))]
+            first, last, number = *rng.choice(WORDS[len(SPECIAL_TOKENS) :], 2), str(rng.integers(2 * HIGHEST + 1))
+            near = str(np.clip(a + b + rng.choice([-3, -2, -1, 1, 2, 3]), 0, 2 * HIGHEST))
+            last = (str(a + b), number, str(a + b), near, str(last))[i % 5]
+            text = f"{first} {last}" if rng.random() < 0.7 else last
+            rows.append({"prompt": question(a, b), "completion": text, "score": float(last == str(a + b))})
+        write_lines(folder / "scored.jsonl", rows)
+
+
+def make_colours(folder: str | Path, rows: int = 512, seed: int = 0) -> None:
+    """train.jsonl and heldout.jsonl: pictures of one coloured shape, each with the question for its colour and the answer."""
+    rng = np.random.default_rng([seed, 4])
+    with new_folder(folder) as folder:
+        (folder / "pictures").mkdir()
+        for split, count in (("train", rows), ("heldout", rows // 8)):
+            lines = []
+            for i in range(count):
+                attributes = {name: str(rng.choice(values)) for name, values in VALUES.items()}
+                name = f"pictures/{split}-{i:05d}.png"
+                draw(attributes, rng, 32).save(folder / name)
+                lines.append({"image": name, "prompt": [{"role": "user", "content": "<image> colour ?"}], "answer": attributes["colour"]})
+            write_lines(folder / f"{split}.jsonl", lines)
+
+
+def last_word(prompts: list, completions: list[str], *, ground_truth: list[str], **columns) -> list[float]:
+    """A reward: 1 where an answer ends with the right word."""
+    return [float(text.split()[-1:] == [truth]) for text, truth in zip(completions, ground_truth)]
+
+
+def silent(prompts: list, completions: list[str], **columns) -> list[float]:
+    """A reward: -1 where nothing is said, which no marked answer has taught a reward model to dislike."""
+    return [0.0 if text.strip() else -1.0 for text in completions]
+
+
+def setup_sums(config) -> None:
+    """Make the model and the sums that a config names, where they are not there yet; and the reward model, where it names one."""
+    model, data = Path(config.model.path), Path(config.data.train.path).parent
+    if not model.exists():
+        make_llama(model, seed=config.seed, tokenizer=make_words(), hidden_size=64)
+    if not data.exists():
+        make_sums(data, seed=config.seed)
+    for name in config.algorithm.reward_funcs:
+        if name.endswith("reward/export") and not Path(name).exists():
+            steps = min(1500, 25 * config.train.steps)  # a run that is only a try need not wait for it
+            train_reward_model(model, data / "scored.jsonl", Path(name).parent, steps)
+
+
+def train_reward_model(model: Path, rows: Path, workdir: Path, steps: int) -> None:
+    """A reward model that says how likely an answer is to be right, learnt from answers that are marked."""
+    from aligner.run import run
+    from configs import common
+
+    config = common.base()
+    config.algorithm = common.reward()
+    config.algorithm.loss_type = "mse"
+    config.algorithm.answers = 1
+    config.model.path = str(model)
+    config.model.dtype = "float32"
+    config.data.train.path = str(rows)
+    config.data.max_length = 32
+    config.data.batch_size = 64
+    config.data.pad_to_multiple = 8
+    config.optim.learning_rate = 3e-3
+    config.optim.schedule = "cosine"
+    config.train.steps = steps
+    config.checkpoint.export = True
+    run(config.lock(), workdir)
+
+
+def setup_colours(config) -> None:
+    """Make the model and the pictures that a config names, where they are not there yet."""
+    model, data = Path(config.model.path), Path(config.data.train.path).parent
+    if not model.exists():
+        sizes = dict(hidden_size=64, vision_hidden_size=32, vision_layers=2)
+        make_llava(model, seed=config.seed, tokenizer=make_words(), template=TEMPLATE, **sizes)
+    if not data.exists():
+        make_colours(data, seed=config.seed)

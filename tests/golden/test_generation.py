@@ -1,0 +1,72 @@
+"""Greedy answers against `transformers.generate`: the same tokens, with left padding there, stop tokens, several answers, and pictures.
+
+Every day one text family and LLaVA; the other families are slow tests.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+import aligner
+from aligner.generation.engine import Prompt, generate_all, make_engine
+from aligner.generation.sampling import Sampling
+from tests.golden.checkpoints import EOS, IMAGE, LLAVA, load_hf, save_llava
+from tests.golden.test_text_families import load_torch, save_checkpoint
+from tests.models.text_configs import FIRST
+from tests.torch_required import torch
+
+EVERY_DAY = ("gemma2",)  # grouped heads, windows, softcaps
+FAMILIES = [pytest.param(name, marks=() if name in EVERY_DAY else pytest.mark.slow) for name in FIRST]
+LONG = {"gpt2": dict(n_positions=64), "opt": dict(max_position_embeddings=64)}
+LENGTHS, NEW = (9, 14, 11), 12  # beyond the shortest window and the change-over of long ropes
+
+
+def theirs(model, prompts, stop=None, **more) -> list[list[int]]:
+    """`transformers`' greedy answers, the prompts padded on the left."""
+    width = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    options = dict(do_sample=False, max_new_tokens=NEW, eos_token_id=stop, pad_token_id=0, use_cache=True)
+    with torch.no_grad():
+        out = model.generate(input_ids=tokens, attention_mask=mask, **options, **more)[:, width:].tolist()
+    return [row[: row.index(stop) + 1] if stop in row else row for row in out]
+
+
+def ours(model, params, prompts, stop=(), n=1, rows=4) -> list[list[list[int]]]:
+    engine = make_engine(model, Sampling(max_new_tokens=NEW, temperature=0, stop_tokens=stop), rows=rows)
+    found = generate_all(engine, engine.prepare(params), prompts, jax.random.key(0), n)
+    return [[answer.tokens.tolist() for answer in answers] for answers in found]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text(family, tmp_path):
+    folder = save_checkpoint(tmp_path / "model", family, **{**FIRST[family], **LONG.get(family, {})})
+    hf = load_torch(folder, torch.float32)
+    model, params = aligner.load(folder)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 60, length).tolist() for length in LENGTHS]
+    free = theirs(hf, prompts)
+    stop = free[1][NEW // 2]
+    wanted = theirs(hf, prompts, stop)
+    assert min(map(len, wanted)) < NEW
+    found = ours(model, params, [Prompt(np.asarray(prompt, np.int32)) for prompt in prompts], (stop,), n=2)  # 6 answers in 4 rows
+    assert found == [[row, row] for row in wanted]
+
+
+@pytest.mark.parametrize("case", [pytest.param(name, marks=() if name == "penultimate" else pytest.mark.slow) for name in LLAVA])
+def test_pictures(case, tmp_path):
+    folder = save_llava(tmp_path / "model", **LLAVA[case])
+    hf = load_hf(folder)
+    model, params = aligner.load(folder)
+    rng, media = np.random.default_rng(0), model.media
+    prompts, pictures = [], []
+    for length, images in ((9, 1), (6, 2), (7, 0)):
+        words = rng.integers(7, 70, length)
+        for _ in range(images):
+            words = np.insert(words, rng.integers(1, len(words)), [IMAGE] * media.features)
+        prompts.append(words.astype(np.int32))
+        pictures.append(rng.standard_normal((images, media.height, media.width, 3)).astype(np.float32))
+    pixels = torch.tensor(np.concatenate(pictures).transpose(0, 3, 1, 2))
+    wanted = theirs(hf, [prompt.tolist() for prompt in prompts], EOS, pixel_values=pixels)
+    found = ours(model, params, [Prompt(*pair) for pair in zip(prompts, pictures)], (EOS,), n=2)
+    assert found == [[row, row] for row in wanted]

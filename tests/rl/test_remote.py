@@ -1,0 +1,92 @@
+"""The reward server and its client over real sockets: values, a server that comes late, one that dies, one that talks nonsense."""
+
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+from aligner.rl import verifiers
+from aligner.rl.remote import make_remote_reward
+from aligner.rl.rewards import Reward, make_rewards, value
+from aligner.serve_reward import make_server
+from aligner.types import UserError
+
+
+@pytest.fixture
+def serve():
+    """Start a server in a thread; gives its address."""
+    running = []
+
+    def start(server):
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        running.append(server)
+        return f"http://127.0.0.1:{server.server_address[1]}/reward"
+
+    yield start
+    for server in running:
+        server.shutdown()
+        server.server_close()
+
+
+def answers(*responses):
+    """A server that gives these (status, body) in turn, the last one for ever; None says nothing and hangs up."""
+
+    class Handler(BaseHTTPRequestHandler):
+        left = list(responses)  # noqa: RUF012
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            response = self.left.pop(0) if len(self.left) > 1 else self.left[0]
+            if response is None:
+                self.connection.close()
+                return
+            status, body = response
+            data = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *arguments):
+            pass
+
+    return ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+
+
+def test_served_and_asked(serve):
+    url = serve(make_server(Reward("math", verifiers.math), "127.0.0.1", 0, 5.0))
+    prompts = ["1 + 1 =", [{"role": "user", "content": "2 + 2 ="}], "x"]
+    found = value(make_rewards([url]), prompts, ["2", "5", "1"], {"ground_truth": ["2", "4", None]}, 5.0)
+    np.testing.assert_array_equal(found, [[1], [0], [np.nan]])
+
+
+def test_the_server_says_what_is_wrong_with_a_request(serve):
+    url = serve(make_server(Reward("math", verifiers.math), "127.0.0.1", 0, 5.0))
+    for body, status, words in ((b"{}", 400, "prompts"), (b'{"prompts": ["a"], "responses": []}', 422, "1 prompts, 0 responses")):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(urllib.request.Request(url, body), timeout=5)
+        assert error.value.code == status and words in error.value.read().decode()
+
+
+def test_asked_again_until_the_server_is_there(serve):
+    url = serve(answers((503, {}), None, (200, {"rewards": [0.5]})))
+    assert make_remote_reward(url, timeout=5, wait=0.01)(["a"], ["b"]) == [0.5]
+
+
+def test_a_server_that_died_is_told_in_one_sentence():
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"gives no answer after 3 tries .*give the same command again"):
+        make_remote_reward("http://127.0.0.1:9/reward", timeout=1, retries=2, wait=0.01)(["a"], ["b"])
+    assert time.monotonic() - start < 10
+
+
+def test_nonsense_is_refused(serve):
+    with pytest.raises(UserError, match="answered without `rewards`; its keys are scores"):
+        make_remote_reward(serve(answers((200, {"scores": [1]}))), wait=0.01)(["a"], ["b"])
+    with pytest.raises(UserError, match=r"400: .*bad"):
+        make_remote_reward(serve(answers((400, {"error": "bad"}))), wait=0.01)(["a"], ["b"])

@@ -1,0 +1,96 @@
+"""`python -m aligner.generate` on a tiny model: every form of prompt, what is written, going on after a kill, clear errors."""
+
+import json
+
+import pytest
+
+from aligner import convert, generate
+from aligner.generation import engine
+from scripts.make_tiny_checkpoint import make_llama
+
+ROWS = [
+    {"prompt": "Which is larger, 3 or 5?", "note": 1},
+    {"prompt": [{"role": "user", "content": "Which is larger, 7 or 9?"}], "note": 2},
+    {"prompt": "One. " * 200, "note": 3},
+    {"prompt": "What is it?", "note": 4},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A language model, a reward model, prompts of which one is too long, and a ShareGPT file."""
+    folder = tmp_path_factory.mktemp("generate")
+    make_llama(folder / "lm", hidden_size=32, layers=1, heads=2, kv_heads=1)
+    model, disk = convert.open_model(folder / "lm", score_head=True)
+    convert.save(model, convert.load_params(model, disk), folder / "rm")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    talk = [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Yes."}]
+    (folder / "sharegpt.jsonl").write_text(json.dumps({"conversations": talk}) + "\n" + json.dumps({"conversations": talk[:1]}) + "\n")
+    return folder
+
+
+def call(folder, out, *more, data="rows.jsonl"):
+    fixed = ["--model", folder / "lm", "--data", folder / data, "--out", out, "--dtype", "float32", "--max-prompt-length", 64]
+    return generate.main([str(part) for part in [*fixed, "--max-new-tokens", 8, "--batch-size", 8, *more]])
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_answers_scores_and_pairs(folder, tmp_path):
+    assert call(folder, tmp_path / "a.jsonl", "--n", 3, "--reward-model", folder / "rm") == 0
+    found = lines(tmp_path / "a.jsonl")
+    assert [row["note"] for row in found] == [1, 2, 3, 4]
+    assert "too long" in found[2]["not_answered"] and "completions" not in found[2]
+    for row in (found[0], found[1], found[3]):
+        assert len(row["completions"]) == len(row["rewards"]) == len(row["stopped"]) == 3
+        assert all(1 <= length <= 8 for length in row["completion_lengths"])
+    assert call(folder, tmp_path / "p.jsonl", "--n", 3, "--reward-model", folder / "rm", "--write", "preference") == 0
+    for pair in lines(tmp_path / "p.jsonl"):
+        [row] = [row for row in found if row["prompt"] == pair["prompt"]]
+        by_reward = dict(zip(row["completions"], row["rewards"]))
+        text = lambda answer: answer if isinstance(answer, str) else answer[0]["content"]
+        assert by_reward[text(pair["chosen"])] == max(row["rewards"]) and by_reward[text(pair["rejected"])] == min(row["rewards"])
+    assert isinstance(lines(tmp_path / "p.jsonl")[1]["chosen"], list)  # messages where the prompt is messages
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_writes_the_same(folder, tmp_path, monkeypatch):
+    assert call(folder, tmp_path / "whole.jsonl", "--n", 2) == 0
+    whole = generate.answer_rows
+
+    def killed(block, *rest):
+        for number, record in enumerate(whole(block, *rest)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield record
+
+    monkeypatch.setattr(generate, "answer_rows", killed)
+    assert call(folder, tmp_path / "out.jsonl", "--n", 2) == 130
+    monkeypatch.setattr(generate, "answer_rows", whole)
+    written = []
+    original = engine.generate
+    monkeypatch.setattr(engine, "generate", lambda *a, **k: (written.append(k.get("ids")), original(*a, **k))[1])
+    assert call(folder, tmp_path / "out.jsonl", "--n", 2) == 0
+    assert written == [[3]], "what was written before is not written again (row 2 is too long)"
+    assert (tmp_path / "out.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_sharegpt_prompts_lose_the_answer_that_stands_there(folder, tmp_path):
+    assert call(folder, tmp_path / "s.jsonl", "--temperature", 0, data="sharegpt.jsonl") == 0
+    first, second = lines(tmp_path / "s.jsonl")
+    assert first["completions"] == second["completions"] and first["prompt"] == [{"role": "user", "content": "Hello?"}]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--write", "best"], "--write best needs --reward-model"),
+    (["--n", "0"], "--n is 0"),
+    (["--top-p", "1.5"], "--top_p is 1.5"),
+    (["--n", "2", "--temperature", "0"], "would write the same answer 2 times"),
+    (["--reward-model", "LM", "--n", "2"], "has no score head, so it is no reward model"),
+])  # fmt: skip
+def test_one_sentence_for_what_is_wrong(folder, tmp_path, capsys, arguments, words):
+    assert call(folder, tmp_path / "x.jsonl", *[folder / "lm" if part == "LM" else part for part in arguments]) == 2
+    assert words in capsys.readouterr().err
