@@ -74,6 +74,7 @@ class Killed(BaseException):
     """Nothing catches this: as if the process were gone."""
 
 
+@pytest.mark.slow
 def test_a_run_killed_within_a_ppo_rollout_goes_on_bit_for_bit(demo, tmp_path, monkeypatch):
     """Four updates a rollout; saved after the third, killed after the fifth."""
     config = settings(demo, "ppo", algorithm__num_mini_batches=2, algorithm__num_iterations=2, algorithm__beta=0.1, train__steps=9)
