@@ -1,5 +1,7 @@
 """Every key of a config, with its default and what it means. Experiments start from `base()` and change what they need."""
 
+from collections.abc import Callable, Mapping
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -498,6 +500,13 @@ def finish(config: ConfigDict, preset: str, family: str, rows: str = "pairs") ->
     config.checkpoint.every = 50
     config.log.every = 1
     return config
+
+
+def apply_preset(config: ConfigDict, preset: str, presets: Mapping[str, Callable[[ConfigDict], ConfigDict]]) -> ConfigDict:
+    """The config changed by the preset named behind the colon of --config, locked; for presets unlike those of `finish`."""
+    if preset and preset not in presets:
+        raise ValueError(f"unknown preset {preset!r}; there is {', '.join(presets)}")
+    return (presets[preset](config) if preset else config).lock()
 
 
 def qlora(config: ConfigDict, *, rank: int, alpha: float, learning_rate: float, batch_size: int) -> ConfigDict:

@@ -1,14 +1,14 @@
 """GRPO on Llama 3: mathematics by a verifier. RLOO and the others by `config.algorithm`, see configs/common.py.
 
 COMMAND, 8B on a mesh of GPUs or TPUs (GSM8K: question, answer; the number after #### is compared):
-    python -m aligner.main --config configs/grpo_llama3.py --workdir runs/grpo --config.mesh.fsdp=8
+    python -m aligner.main --config configs/grpo_llama3.py --workdir runs/grpo_llama3 --config.mesh.fsdp=8
 
 On one's own prompts (`prompt`, and `answer` or any column that the reward function reads) and reward function:
     python -m aligner.main --config configs/grpo_llama3.py --workdir runs/mine --config.model.path=DIR \\
         --config.data.train.path=prompts.jsonl --config.algorithm.reward_funcs="('my_rewards:short',)"
 
 Small and offline, on two CPU cores (makes its own checkpoint and sums), by GRPO and by RLOO:
-    python -m aligner.main --config configs/grpo_llama3.py:tiny --workdir runs/grpo_tiny
+    python -m aligner.main --config configs/grpo_llama3.py:tiny --workdir runs/grpo_llama3_tiny
     python -m aligner.main --config configs/grpo_llama3.py:tiny_rloo --workdir runs/rloo_tiny
 """
 

@@ -18,6 +18,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.algorithm = common.grpo()
     config.algorithm.reward_funcs = ("math",)
     config.model.path = "llava-hf/llava-1.5-7b-hf"
+    config.data.train.path = "rows.jsonl"  # yours; there is no set that everyone uses
     config.data.max_length = 2048
     config.data.batch_size = 64
     config.generation.max_new_tokens = 512

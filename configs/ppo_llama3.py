@@ -3,11 +3,11 @@
 COMMAND, 8B on a mesh of GPUs or TPUs; the reward model is one trained by configs/reward_llama3.py, or any *ForSequenceClassification
 of one label, whatever its tokenizer. With one of the policy's own shape and tokenizer the critic may start from it too
 (--config.algorithm.critic=RM):
-    python -m aligner.main --config configs/ppo_llama3.py --workdir runs/ppo --config.mesh.fsdp=8 \\
+    python -m aligner.main --config configs/ppo_llama3.py --workdir runs/ppo_llama3 --config.mesh.fsdp=8 \\
         --config.algorithm.reward_funcs="('runs/reward_llama3/export',)"
 
 Small and offline, on two CPU cores (makes its own checkpoint and sums, and trains its reward model first):
-    python -m aligner.main --config configs/ppo_llama3.py:tiny --workdir runs/ppo_tiny
+    python -m aligner.main --config configs/ppo_llama3.py:tiny --workdir runs/ppo_llama3_tiny
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +23,6 @@ def get_config(preset: str = "") -> ConfigDict:
     config.data.train.path = "trl-lib/ultrafeedback_binarized"
     config.data.max_length = 2048
     config.data.batch_size = 64
-    config.data.max_bad_fraction = 0.2
     config.algorithm.num_mini_batches = 4
     config.generation.max_new_tokens = 512
     config.generation.batch_size = 256

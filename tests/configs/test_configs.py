@@ -10,6 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from aligner import metrics, run
+from aligner.algorithms import ONLINE
 from configs import common
 from scripts.make_tiny_checkpoint import make_llama, make_llava, make_pictures
 from scripts.text_demo import make_text
@@ -86,7 +87,10 @@ def demo(tmp_path_factory) -> Callable[[str], Path]:
     return make
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == EVERYDAY else pytest.mark.slow) for name in CONFIGS])
+OFFLINE = [name for name in CONFIGS if read(name).algorithm.name not in ONLINE]  # the presets of the others run in tests/rl
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == EVERYDAY else pytest.mark.slow) for name in OFFLINE])
 def test_two_steps(name, demo, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "jit", lambda function, **options: tiny.quick(function, **options))
     config = read(name, "tiny")
