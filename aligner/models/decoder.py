@@ -219,7 +219,7 @@ class DecoderModel(nn.Module):
         width, turning = int(c.head_dim * c.rotary_fraction), batch.get("rope_positions", positions)
         tables = tuple(rope.tables(kind, width, c.max_position_embeddings, turning, batch["segment_ids"], x.dtype) for kind in c.rope)
         media = batch["media_index"] >= 0 if c.split_media and "media_index" in batch else None
-        spec = spec_of(batch).replace(blocks=both_ways(c, batch), media=media)
+        spec = spec_of(batch).replace(blocks=both_ways(c, batch), media=media, unlimited=c.both_ways == "prompt")
         specs = tuple(dense(spec, window) for window in c.windows)
         numbers = [jnp.asarray(of or (0,) * c.num_hidden_layers, jnp.int32) for of in (c.window_of_layer, c.rope_of_layer)]
         numbers += [jnp.arange(c.num_hidden_layers), jnp.asarray(crossings(c), jnp.int32)]
