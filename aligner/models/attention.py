@@ -25,7 +25,8 @@ class Spec:
     Attributes:
         segment_ids, role, positions: [B, T] as in a batch.
         mask: the same thing dense, [B, 1, T, T]; made once per forward pass by `dense` for the reference backend.
-        blocks: [B, T]; tokens of a segment with the same number above 0 see each other both ways; a window limits how far back.
+        blocks: [B, T]; tokens of a segment with the same number above 0 see each other both ways; a window limits how far back, unless
+            `unlimited`.
         media: [B, T] bool; keys that are media and keys that are text are read by a softmax each, the two results added, and media reads
             media alone; None reads all by one.
         key_positions: [B, C] of the columns of a cache, -1 where nothing stands; the keys are then those, one text a row. None: the
@@ -41,6 +42,7 @@ class Spec:
     media: Bool[Array, "B T"] | None = None
     key_positions: Int[Array, "B C"] | None = None
     causal: bool = struct.field(pytree_node=False, default=True)
+    unlimited: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def backwards(self) -> bool:
@@ -69,12 +71,16 @@ def dense(spec: Spec, window: int | None = None) -> Spec:
         return spec.replace(mask=visible[:, None])
     backwards = column[:, None] >= column[None, :]
     if spec.blocks is not None:
-        backwards |= (spec.blocks[:, :, None] == spec.blocks[:, None, :]) & (spec.blocks > 0)[:, None, :]
+        together = (spec.blocks[:, :, None] == spec.blocks[:, None, :]) & (spec.blocks > 0)[:, None, :]
+        backwards |= together
+        together &= visible
     visible &= backwards
     visible &= (role[:, None, :] == 0) | (role[:, :, None] == role[:, None, :])
     if window is not None:
         visible &= spec.positions[:, :, None] - spec.positions[:, None, :] < window
         visible |= jnp.eye(segment.shape[1], dtype=bool)  # padding's positions do not count up
+    if spec.unlimited:
+        visible |= together
     return spec.replace(mask=visible[:, None])
 
 

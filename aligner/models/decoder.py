@@ -283,10 +283,10 @@ class DecoderModel(nn.Module):
         width, turning = int(c.head_dim * c.rotary_fraction), batch.get("rope_positions", positions)
         tables = tuple(rope.tables(kind, width, c.max_position_embeddings, turning, batch["segment_ids"], x.dtype) for kind in c.rope)
         media = batch["media_index"] >= 0 if c.split_media and "media_index" in batch else None
-        spec = spec_of(batch).replace(blocks=both_ways(c, batch), media=media)
+        spec = spec_of(batch).replace(blocks=both_ways(c, batch), media=media, unlimited=c.both_ways == "prompt")
         if cache is not None:
-            here = jnp.where(batch["segment_ids"] > 0, positions, -1)
-            cache = cache.replace(positions=jax.lax.dynamic_update_slice(cache.positions, here, (0, cache.column)))
+            standing = jnp.where(batch["segment_ids"] > 0, positions, -1)
+            cache = cache.replace(positions=jax.lax.dynamic_update_slice(cache.positions, standing, (0, cache.column)))
             spec = spec.replace(key_positions=cache.positions)
         specs = tuple(dense(spec, window) for window in c.windows)
         if cache is not None:

@@ -12,6 +12,7 @@ import aligner
 from aligner.convert import __main__ as command
 from aligner.convert import model_from_folder
 from aligner.convert.tables import flatten
+from aligner.models import llava
 from aligner.models.attention import Spec, attention
 from scripts import make_tiny_checkpoint
 from tests.models import tiny
@@ -59,7 +60,7 @@ def test_with_two_layers_it_is_a_llava(parts, tmp_path, capsys):
     assert np.abs(found - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
 
 
-@pytest.mark.parametrize("projector", ["linear", "transformer", "perceiver"])
+@pytest.mark.parametrize("projector", ["linear", *(pytest.param(name, marks=pytest.mark.slow) for name in ("transformer", "perceiver"))])
 def test_other_projectors_are_saved_and_loaded_and_get_gradients(parts, tmp_path, projector):
     out = build(parts, tmp_path / "out", "--projector", projector, "--latents", "3", *(["--mmca"] if projector == "linear" else []))
     config = json.loads((out / "config.json").read_text())
@@ -86,9 +87,7 @@ def test_a_linear_projector_is_one_matrix(parts, tmp_path):
     params = tiny.as_arrays(tiny.perturbed(model))
     batch = image_batch(model)
     mlp = dataclasses.replace(model.config, projector="mlp")
-    selected = __import__("aligner.models.llava", fromlist=["select"]).select(
-        mlp, params, batch["pixel_values"][0], "vision_tower/vision_model", {}, "none"
-    )
+    selected = llava.select(mlp, params, batch["pixel_values"][0], "vision_tower/vision_model", {}, "none")
     matrix = params["multi_modal_projector"]["linear"]
     np.testing.assert_allclose(model.encode(params, batch)[0], (selected @ matrix["kernel"] + matrix["bias"])[0], atol=1e-4)
 
