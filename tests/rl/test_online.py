@@ -201,7 +201,7 @@ OTHERS = {
     "xpo": dict(xpo_alpha=0.1),
     "on_policy_distillation": dict(reward_funcs=()),
     "ppo_lagrangian": dict(cost_funcs=("tests.rl.test_online:costly",), kl_target=0.1, standardize_rewards=True, reward_clip=2.0,
-                           missing_eos_penalty=1.0, whiten_rewards=True, critic_warmup=1, dual_clip=3.0),
+                           missing_eos_penalty=1.0, whiten_rewards=True, critic_warmup=1, dual_clip=3.0, num_iterations=1),
 }  # fmt: skip
 
 
