@@ -107,8 +107,9 @@ def _turns(
         raise UserError("the tokenizer cannot say where in the text its tokens stand; add tokenizer.json to the checkpoint folder.")
     if _has_generation_marks(chat_template(assets)):
         text, spans = render_marked(conversation, assets, **options)
-        ids, offsets = _tokens(text, assets, return_offsets_mapping=True)
-        mask = _by_generation_marks(spans[-1:] if loss_on == "last" else spans, offsets)
+        found = assets.tokenizer(text, add_special_tokens=adds_special_tokens(text, assets), verbose=False)
+        ids = np.array(found["input_ids"], np.int32)
+        mask = _by_generation_marks(spans[-1:] if loss_on == "last" else spans, found, len(ids))
     else:
         text = render(conversation, assets, **options)
         ids, offsets = _tokens(text, assets, return_offsets_mapping=True)
@@ -122,12 +123,14 @@ def _has_generation_marks(template: str) -> bool:
     return "endgeneration" in template
 
 
-def _by_generation_marks(spans: list[tuple[int, int]], offsets: np.ndarray) -> np.ndarray:
+def _by_generation_marks(spans: list[tuple[int, int]], found: Any, size: int) -> np.ndarray:
     """The template says itself, between {% generation %} and {% endgeneration %}, what the assistant writes."""
-    starts, ends = offsets.T
-    mask = np.zeros(len(offsets), bool)
+    mask = np.zeros(size, bool)
+    first = lambda places: next((token for place in places if (token := found.char_to_token(place)) is not None), None)
     for start, end in spans:
-        mask |= (ends > start) & (starts < end) & (ends > starts)
+        token = first(range(start, end))  # some characters belong to no token, such as spaces that a tokenizer drops
+        if token is not None:
+            mask[token : first(range(end - 1, start - 1, -1)) + 1] = True
     return mask
 
 
