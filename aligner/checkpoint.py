@@ -7,15 +7,16 @@ metadata. A save is written beside and renamed when complete, so a kill leaves t
 import contextlib
 import dataclasses
 import logging
-import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from aligner import seal
 from aligner.state import TrainState
 from aligner.types import Params, UserError
 
@@ -24,21 +25,36 @@ REST = [field.name for field in dataclasses.fields(TrainState) if field.name != 
 log = logging.getLogger(__name__)
 
 
+class Checkpoints(NamedTuple):
+    """The open checkpoints of a workdir, and the thread that notes their checksums."""
+
+    orbax: ocp.training.Checkpointer
+    sealer: ThreadPoolExecutor
+
+    def folder(self, step: int) -> Path:
+        return Path(str(self.orbax.directory)) / str(step)
+
+
 @contextlib.contextmanager
-def open_checkpoints(workdir: str | Path, keep: int) -> Iterator[ocp.training.Checkpointer]:
+def open_checkpoints(workdir: str | Path, keep: int) -> Iterator[Checkpoints]:
     """The checkpoints of a workdir, the newest `keep` of which are kept. Leaving waits for a save under way."""
     policy = ocp.training.preservation_policies.LatestN(keep)
     folder = Path(workdir).absolute() / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(ocp.training.Checkpointer(folder, preservation_policy=policy, cleanup_tmp_directories=True)) as checkpoints:
-        yield checkpoints
+    orbax = ocp.training.Checkpointer(folder, preservation_policy=policy, cleanup_tmp_directories=True)
+    with contextlib.closing(orbax), ThreadPoolExecutor(1) as sealer:
+        yield Checkpoints(orbax, sealer)
 
 
-def save(checkpoints: ocp.training.Checkpointer, state: TrainState, metadata: dict[str, Any]) -> None:
+def save(checkpoints: Checkpoints, state: TrainState, metadata: dict[str, Any]) -> None:
     """Save in the background. Waits for the save before it, and raises what went wrong there. `metadata` is JSON."""
     if jax.default_backend() == "cpu":  # host arrays are written from where they lie, and the next step would overwrite them
         state = _copy(state)
-    checkpoints.save_checkpointables_async(int(state.step), _parts(state), custom_metadata=metadata, force=True)
+    step = int(state.step)
+    seal.remove(checkpoints.folder(step))
+    saving = checkpoints.orbax.save_checkpointables_async(step, _parts(state), custom_metadata=metadata, force=True)
+    if jax.process_index() == 0:
+        checkpoints.sealer.submit(lambda: saving.result() and seal.write(checkpoints.folder(step)))
 
 
 @jax.jit
@@ -46,9 +62,9 @@ def _copy(state: TrainState) -> TrainState:
     return jax.tree.map(jnp.copy, state)
 
 
-def wait(checkpoints: ocp.training.Checkpointer) -> None:
+def wait(checkpoints: Checkpoints) -> None:
     """Until the save under way is complete; raises what went wrong there."""
-    checkpoints.wait()
+    checkpoints.orbax.wait()
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
@@ -56,30 +72,28 @@ def _parts(state: TrainState) -> dict[str, Any]:
     return {"trainable": state.trainable, "rest": {f: getattr(state, f) for f in REST}}
 
 
-def restore(checkpoints: ocp.training.Checkpointer, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+def restore(checkpoints: Checkpoints, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
     """(state, metadata) of the newest checkpoint that can be read, laid out as `abstract` says; None without any.
 
     A torn checkpoint is reported, set aside, and the one before is used.
     """
-    found = sorted((c.step for c in checkpoints.checkpoints), reverse=True)
+    found = sorted((c.step for c in checkpoints.orbax.checkpoints), reverse=True)
     for step in found:
+        folder = checkpoints.folder(step)
         try:
-            metadata = checkpoints.metadata(step).custom_metadata
+            seal.check(folder)
+            metadata = checkpoints.orbax.metadata(step).custom_metadata
             if not metadata:
                 raise ValueError("its metadata is missing")
-            parts = checkpoints.load_checkpointables(step, _parts(abstract))
+            parts = checkpoints.orbax.load_checkpointables(step, _parts(abstract))
             state = abstract.replace(**parts["rest"] | {"trainable": parts["trainable"]})
             # Orbax lays a typed key out by the rank of its data, which jit refuses on another mesh than it was saved on.
             return state.replace(rng=jax.device_put(state.rng, abstract.rng.sharding)), dict(metadata)
         except Exception as error:  # Orbax raises what the file system, tensorstore or JSON raise
-            folder = Path(str(checkpoints.directory))
-            aside = folder.parent / f"torn-checkpoint-{step}"
-            log.warning("checkpoint %s cannot be read (%s); it is set aside as %s", folder / str(step), first_line(error), aside)
-            shutil.rmtree(aside, ignore_errors=True)
-            (folder / str(step)).rename(aside)
-            checkpoints.reload()
+            log.warning("checkpoint %s cannot be read (%s); it is set aside as %s", folder, first_line(error), seal.set_aside(folder))
+            checkpoints.orbax.reload()
     if found:
-        raise UserError(f"none of the checkpoints {found} in {checkpoints.directory} can be read; remove the folder to start anew")
+        raise UserError(f"none of the checkpoints {found} in {checkpoints.orbax.directory} can be read; remove the folder to start anew")
     return None
 
 
@@ -102,6 +116,10 @@ def restore_trainable(workdir: str | Path, step: int | None = None) -> tuple[Par
     if step not in found:
         raise UserError(f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, found))}")
     folder = (Path(workdir) / FOLDER / str(step)).absolute()
+    try:
+        seal.check(folder)
+    except ValueError as error:
+        raise UserError(f"the checkpoint {folder} is damaged: {error}; other steps: {', '.join(map(str, found[:-1])) or 'none'}") from error
     leaves = ocp.checkpointables_metadata(folder).metadata["trainable"]
     only = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=only), leaves)

@@ -1,7 +1,8 @@
 """Token statistics from hidden states and the head, a chunk at a time: the only place where vocabulary-sized arrays exist.
 
 A chunk of positions is multiplied by the head in full, reduced to a few numbers per token, and forgotten; the backward pass makes it
-again. Values and gradients equal those of the dense computation; memory is one chunk of logits and the head's gradient.
+again, or keeps it where there is but one. Values and gradients equal those of the dense computation; memory is one chunk of logits and
+the head's gradient.
 """
 
 from __future__ import annotations
@@ -168,8 +169,15 @@ def _scan(body, carry, chunks):
     return carry, jax.tree.map(lambda x: x[None], out)
 
 
+def _target_logit(logits, targets):
+    """The logit of every target. Where the vocabulary may be sharded, by a mask, which stays local; else by a gather."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.sum(jnp.where(_is_target(logits, targets), logits, 0), axis=-1)
+
+
 def _is_target(logits, targets):
-    """A mask instead of a gather: it stays local where the vocabulary is sharded."""
     return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
 
 
@@ -178,7 +186,7 @@ def _chunk_stats(static: _Static, logits, targets) -> dict[str, Array]:
     exp = jnp.exp(logits - top[..., None])
     total = jnp.sum(exp, axis=-1)
     lse = top + jnp.log(total)
-    target = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0), axis=-1)
+    target = _target_logit(logits, targets)
     computed = {"logp": lambda: target - lse, "lse": lambda: lse, "correct": lambda: (target >= top).astype(lse.dtype)}
     computed["entropy"] = lambda: lse - jnp.sum(exp * logits, axis=-1) / total
     computed["mean_logit"] = lambda: jnp.mean(logits, axis=-1)
@@ -188,18 +196,25 @@ def _chunk_stats(static: _Static, logits, targets) -> dict[str, Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _stats(static: _Static, hidden, weight, bias, targets):
+    return _stats_and_logits(static, hidden, weight, bias, targets, keep=False)[0]
+
+
+def _stats_and_logits(static: _Static, hidden, weight, bias, targets, keep: bool):
     def body(_, chunk):
         states, ids = chunk
-        return None, _chunk_stats(static, _logits(static, states, weight, bias), ids)
+        logits = _logits(static, states, weight, bias)
+        return None, (_chunk_stats(static, logits, ids), logits if keep else None)
 
-    _, stats = _scan(body, None, (_chunks(hidden, static.chunk), _chunks(targets, static.chunk)))
-    return {name: _unchunk(stat, hidden.shape[1]) for name, stat in stats.items()}
+    _, (stats, logits) = _scan(body, None, (_chunks(hidden, static.chunk), _chunks(targets, static.chunk)))
+    return {name: _unchunk(stat, hidden.shape[1]) for name, stat in stats.items()}, logits
 
 
 def _stats_forward(static: _Static, hidden, weight, bias, targets):
     kept = static._replace(names=tuple(dict.fromkeys([*static.names, "lse", *(["entropy"] if "entropy" in static.names else [])])))
-    stats = _stats(kept, hidden.value, weight.value, bias and bias.value, targets.value)
-    residuals = (hidden.value, weight.value, bias and bias.value, targets.value, stats["lse"], stats.get("entropy"), _trains(weight, bias))
+    one = static.chunk >= hidden.value.shape[1]  # chunk: what was allowed to be held at once may as well be kept
+    values = (hidden.value, weight.value, bias and bias.value, targets.value)
+    stats, logits = _stats_and_logits(kept, *values, keep=one)
+    residuals = (*values, stats["lse"], stats.get("entropy"), logits, _trains(weight, bias))
     return {name: stats[name] for name in static.names}, residuals
 
 
@@ -234,12 +249,12 @@ def _in_dtypes(d_head, weight, bias):
 
 
 def _stats_backward(static: _Static, residuals, gradients):
-    hidden, weight, bias, targets, lse, entropy, trains = residuals
+    hidden, weight, bias, targets, lse, entropy, kept, trains = residuals
     gradients = {n: g for n, g in gradients.items() if n in DIFFERENTIABLE and not isinstance(g, SymbolicZero)}
 
     def body(carry, chunk):
-        states, ids, lse, entropy, g = chunk
-        logits = _logits(static, states, weight, bias)
+        states, ids, lse, entropy, g, logits = chunk
+        logits = _logits(static, states, weight, bias) if logits is None else logits
         p = jnp.exp(logits - lse[..., None])
         # d logp = onehot - p; d lse = p; d entropy = -p (log p + entropy)
         from_p = g.get("lse", 0.0) - g.get("logp", 0.0)
@@ -252,7 +267,8 @@ def _stats_backward(static: _Static, residuals, gradients):
         return jax.tree.map(jnp.add, carry, d_head), d_states
 
     arrays = (hidden, targets, lse, lse if entropy is None else entropy, gradients)
-    d_head, d_hidden = _scan(body, _head_zeros(weight, bias, trains), jax.tree.map(lambda x: _chunks(x, static.chunk), arrays))
+    chunks = (*jax.tree.map(lambda x: _chunks(x, static.chunk), arrays), kept)
+    d_head, d_hidden = _scan(body, _head_zeros(weight, bias, trains), chunks)
     return (_unchunk(d_hidden, hidden.shape[1]), *_in_dtypes(d_head, weight, bias), None)
 
 

@@ -18,6 +18,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from aligner.commandline import parse
+from aligner.hugepages import restart_with_huge_pages
 from aligner.types import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :ARGUMENT if it takes one.", lock_config=True)
@@ -26,6 +27,10 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps all that it 
 
 def start_jax() -> None:
     """Compile cache on, and all processes joined where a launcher started several."""
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        # Each simulated device holds a thread for every collective it waits in, and XLA has no more threads than cores or devices: where
+        # two collectives of a step do not depend on each other, all may wait for one that finds no thread, and the run dies.
+        os.environ.setdefault("NPROC", "32")
     import jax
 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "aligner" / "jax"))
@@ -69,4 +74,5 @@ def cli() -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     cli()

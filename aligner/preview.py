@@ -104,7 +104,8 @@ def histogram(dataset: Any, bins: int = 16) -> str:
 
 def show_row(row: Mapping[str, np.ndarray], model: Model) -> str:
     """One row: its images, then for each segment the prompt and its answers side by side."""
-    pictures = "".join(picture(pixels) for pixels, real in zip(row.get("pixel_values", ()), row.get("image_mask", ())) if real)
+    slots = zip(row.get("pixel_values", ()), row.get("image_mask", ()))
+    pictures = "".join(picture(pixels) for pixels, real in slots if real and pixels.ndim == 3)  # patches alone are no picture
     # the columns whose token is trained: the one after a scored position in the same answer, or the first of an answer
     trained = trained_columns(row)
     blocks = []

@@ -163,6 +163,9 @@ def batches(block: range, rows: Any, to_sample: Any, model: Any, max_length: int
 
     from aligner.data import layout, media, templates
     from aligner.data.samples import Bad
+    from aligner.models.pictures import fill
+
+    model = media.looking_in(model, rows.folder)
 
     def encode(i: int):
         try:
@@ -172,7 +175,7 @@ def batches(block: range, rows: Any, to_sample: Any, model: Any, max_length: int
             if length > max_length:
                 raise Bad("too long", f"{length} tokens, --max-length is {max_length}")
             pictures = [media.open_image(image, rows.folder) for image in encoded.images]
-            return i, encoded, media.pixel_values(pictures, model.assets.processor.image_processor) if pictures else None
+            return i, encoded, media.read_pictures(pictures, model.media, model.assets.processor.image_processor) if pictures else []
         except Bad as bad:
             found[i] = {"not_scored": str(bad)}
 
@@ -183,10 +186,10 @@ def batches(block: range, rows: Any, to_sample: Any, model: Any, max_length: int
         # powers of two, so that few shapes are compiled
         T, S, I = (1 << int(most - 1).bit_length() if most else 0 for most in map(max, zip(*(layout.shape_of(e) for _, e, _ in part))))
         made = []
-        for i, one, pixels in part:
+        for i, one, seen in part:
             made.append(layout.pair_row(one, T, S, I, model.media, example_id=i))
-            if pixels is not None:
-                made[-1]["pixel_values"][: len(pixels)] = pixels
+            if seen:
+                fill(made[-1], seen, model.media)
         made += [layout.empty_row(T, S, I, model.media)] * (size - len(made))
         yield [i for i, *_ in part], {name: np.stack([row[name] for row in made]) for name in made[0]}
 

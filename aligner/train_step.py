@@ -89,14 +89,17 @@ def make_train_step(
                 carry = jax.tree.map(lambda x: x[-1], carries)
 
         norm = optax.tree.norm(grads)
-        if max_grad_norm:
-            grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, max_grad_norm / (norm + 1e-6)).astype(g.dtype), grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        new = dict(trainable=optax.apply_updates(state.trainable, updates), opt_state=opt_state, carry=carry)
-        old = dict(trainable=state.trainable, opt_state=state.opt_state, carry=state.carry)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
+        def update(trainable, opt_state, _):
+            scale = jnp.minimum(1.0, max_grad_norm / (norm + 1e-6)) if max_grad_norm else 1.0
+            clipped = jax.tree.map(lambda g: g * jnp.asarray(scale, g.dtype), grads)
+            updates, opt_state = optimizer.update(clipped, opt_state, trainable)
+            return optax.apply_updates(trainable, updates), opt_state, carry
+
+        # a branch, where a choice leaf by leaf would keep old and new side by side
+        old = state.trainable, state.opt_state, state.carry
+        kept = dict(zip(("trainable", "opt_state", "carry"), jax.lax.cond(finite, update, lambda *old: old, *old)))
         nonfinite = jnp.where(finite, 0, state.nonfinite + 1)
         metrics = {"loss": Last(loss), **metrics, "grad_norm": Last(norm), "nonfinite": Last(nonfinite)}
         metrics |= {"num_tokens": Last(jnp.sum(batch["segment_ids"] > 0)), "example_ids": Last(batch["example_id"])}

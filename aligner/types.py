@@ -27,9 +27,13 @@ Params = Mapping[str, Any]
 #   score_segment [B,S] int32  0 padding (nothing is scored), else 1..G: which example of the row it belongs to
 #   score_role    [B,S] int32  1..R: which answer of the example; 0 its prompt, where an algorithm learns that as well
 #   example_id    [B,G] int32  the row of the dataset that the example came from; -1 where there is none
-#   pixel_values  [B,I,H,W,3] float32   only for models that see (NHWC)
+#   pixel_values  [B,I,H,W,3] float32   only for models that see (NHWC): whole images or their tiles; [B,I,...] patches of all images
+#                                       one after another where a model takes them so
 #   image_mask    [B,I] bool            which of them are real
 #   media_index   [B,T] int32           -1 for text, else i*P+p: the feature of the row that stands at this token
+#   image_ids     [B,I] int32           of patches: which image of the row they are of, from 1; 0 padding
+#   rope_positions [B,T,3] int32        positions in time, rows and columns, where a model turns by them (M-RoPE)
+#   <array>       [B,I,...]             what else a family says of every slot (`Media.slot`)
 #   <column>      [B,G,...]             what `prepare` computed per example, such as reference_logps [B,G,R]
 Batch = Mapping[str, Array]
 
@@ -122,12 +126,43 @@ class Conversion:
 
 @dataclasses.dataclass(frozen=True)
 class Media:
-    """What the data side must know of the media a model takes; `None` on text models."""
+    """What the data side must know of the media a model takes; `None` on text models.
 
-    placeholder: int  # token id that stands for one image feature
-    features: int  # P: features of one image
+    A picture fills one or more slots of a row's `pixel_values` (itself; its tiles; its patches). `encode` gives P features for each slot,
+    and every placeholder in the text stands for one of them. `aligner.models.pictures` has the types that the functions give.
+
+    Attributes:
+        placeholder: token id that stands for one feature.
+        features: P, features of a slot.
+        height, width: of a slot's pixels.
+        lead: features of a row that come before those of the slots, such as what ends a line of patches.
+        slot: array name -> (shape, dtype) of what a slot holds besides, or instead of, `pixel_values` [height, width, 3].
+        per_token: array name -> (shape, dtype) of what `arrange` says of every token.
+        show: ((width, height), assets, number of pictures in the row) -> Shown; None where every picture fills one slot and takes P
+            placeholders.
+        pictures: what the image processor returns -> a Picture for each; None where that is `pixel_values` [n,3,height,width].
+        arrange: (row, its Pictures) -> arrays of the row by name; None where there are none.
+        together: the image processor is told which pictures are of one row, since it treats several otherwise than one.
+        folder: where paths of pictures are looked up; the data side sets it to ask for their sizes.
+    """
+
+    placeholder: int
+    features: int
     height: int
     width: int
+    lead: int = 0
+    slot: Mapping[str, tuple[tuple[int, ...], Any]] = dataclasses.field(default_factory=dict, compare=False)
+    per_token: Mapping[str, tuple[tuple[int, ...], Any]] = dataclasses.field(default_factory=dict, compare=False)
+    show: Callable[..., Any] | None = dataclasses.field(default=None, compare=False)
+    pictures: Callable[..., Any] | None = dataclasses.field(default=None, compare=False)
+    arrange: Callable[..., Any] | None = dataclasses.field(default=None, compare=False)
+    together: bool = False
+    folder: Any = dataclasses.field(default=None, compare=False)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """What tells one model's media from another's."""
+        return (self.placeholder, self.features, self.height, self.width, self.lead)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,12 +1,13 @@
-"""A DPO step on the CPU: aligner, TRL and plain torch, on the same weights and the same rows, taking turns in one process.
+"""A DPO step on the CPU: aligner, TRL and plain torch, on the same weights and the same rows, taking turns.
 
     python -m benchmarks.dpo_step --rounds 5 --dtype both --json dpo_step.json
 
 Llama 512 wide, 8 layers, 8 heads, 4 KV heads, MLP 1408, vocabulary 32000; 4 pairs of 256 tokens (128 of prompt, 128 of answer). Every side
 computes the reference in the step (a second copy of the weights), clips at 1.0 and takes an AdamW step on float32 master weights.
-Ratios are paired: each round runs every side once, and the median over rounds of time(TRL) / time(side) is printed. Peak memory is
-measured in a fresh process per side: the highest resident memory during two steps after the first (which compiles), less what
-the process held after its imports, before it made anything.
+Every side is a process of its own, set up as its users run it (aligner's command line asks the C library for huge pages; the side
+"TRL, huge pages" is TRL with the same), and waits while another steps. Ratios are paired: each round runs every side once, and the
+median over rounds of time(TRL) / time(side) is printed. Peak memory is the highest resident memory of the process after its first step
+(which compiles), less what it held after its imports, before it made anything.
 
 CPU seconds (of all threads) tell the sides apart also on a machine that others use; set OMP_WAIT_POLICY=passive for them, or torch's
 waiting threads count as work.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -25,13 +27,17 @@ from pathlib import Path
 
 import numpy as np
 
+from aligner.hugepages import restart_with_huge_pages
 from benchmarks import machine, torch_sides
 
 SHAPE = dict(hidden=512, layers=8, heads=8, kv_heads=4, intermediate=1408, vocabulary=32000)
 PAIRS, PROMPT, ANSWER = 4, 128, 128
 OURS = {"aligner": dict(shared_prompt=False), "aligner, shared prompt": dict(shared_prompt=True)}
 TORCH = {"torch": dict(answers_only=False), "torch, answers only": dict(answers_only=True)}
+HUGE = "TRL, huge pages"
+TRL = ("TRL", HUGE)
 SIDES = ["TRL", *TORCH, *OURS]
+MARK = "MEASURED "
 
 
 def pairs() -> list[dict[str, list[int]]]:
@@ -58,75 +64,74 @@ def make_side(name: str, folder: Path, dtype: str):
     return aligner_step(folder, rows, dtype, **OURS[name])
 
 
-def compare(folder: Path, dtype: str, rounds: int, names: list[str]) -> dict[str, list[tuple[float, float]]]:
-    """(seconds, CPU seconds) per round of every side; TRL's loop leads and the others take their turn after each of its steps."""
-    others = {name: make_side(name, folder, dtype) for name in names if name != "TRL"}
-    for step in others.values():
-        step()  # compile, warm up
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-
-    def turns() -> None:
-        for name, step in others.items():
-            start = time.perf_counter(), time.process_time()
-            step()
-            times[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
-        last = {name: f"{seconds[-1][0]:.2f}" for name, seconds in times.items()}
-        print(f"  round {len(next(iter(times.values()))) - 1}: {last}", flush=True)
-
-    def after_step(*seconds: float) -> None:
-        times["TRL"].append(seconds)
-        turns()
-
-    if "TRL" in names:
-        torch_sides.run_trl(folder, [as_text(row) for row in pairs()], dtype, rounds + 1, after_step)
+def serve(name: str, folder: Path, dtype: str) -> None:
+    """The process of one side: a step for every line that it reads, answered by a line of JSON. The first step, unasked, warms up."""
+    if name in OURS:
+        restart_with_huge_pages()
+        import benchmarks.aligner_side  # noqa: F401
     else:
-        for _ in range(rounds + 1):
-            turns()
-    return {name: seconds[1:] for name, seconds in times.items()}  # TRL's first step is its warm-up
-
-
-def peak_memory(name: str, folder: Path, dtype: str) -> dict[str, float]:
-    """MiB of this process while it steps: run in a process of its own."""
-    if name == "TRL" or name in TORCH:
         import torch  # noqa: F401
         import transformers  # noqa: F401
         import trl.trainer.dpo_trainer  # noqa: F401
-    else:
-        import benchmarks.aligner_side  # noqa: F401
-    imported = machine.resident_mib()
-    if name == "TRL":
-        done = []
+    imported, steps = machine.resident_mib(), 0
 
-        def after_step(*_):
-            done.append(machine.resident_mib(peak=True))
-            if len(done) == 1:
-                machine.forget_peak()
-
-        torch_sides.run_trl(folder, [as_text(row) for row in pairs()], dtype, 3, after_step)
-        peak = done[-1]
-    else:
-        step = make_side(name, folder, dtype)
-        step()
-        machine.forget_peak()
-        step()
-        step()
+    def answer(seconds: float, cpu_seconds: float) -> None:
+        nonlocal steps
+        steps += 1
         peak = machine.resident_mib(peak=True)
-    return {"imported": imported, "peak": peak, "net": peak - imported}
+        print(MARK + json.dumps(dict(seconds=seconds, cpu_seconds=cpu_seconds, peak=peak, net=peak - imported)), flush=True)
+        if steps == 1:
+            machine.forget_peak()
+        if not sys.stdin.readline():
+            os._exit(0)  # TRL's loop has no other way out
+
+    if name in TRL:
+        torch_sides.run_trl(folder, [as_text(row) for row in pairs()], dtype, 10**6, answer)
+    step = make_side(name, folder, dtype)
+    while True:
+        start = time.perf_counter(), time.process_time()
+        step()
+        answer(time.perf_counter() - start[0], time.process_time() - start[1])
+
+
+def compare(folder: Path, dtype: str, rounds: int, names: list[str]) -> dict[str, list[dict[str, float]]]:
+    """What every side measured in every round."""
+    processes, found = {}, {name: [] for name in names}
+
+    def next_answer(name: str) -> dict[str, float]:
+        for line in processes[name].stdout:
+            if line.startswith(MARK):
+                return json.loads(line[len(MARK) :])
+        raise SystemExit(f"{name} ended early")
+
+    try:
+        for name in names:  # one after the other: each warms up alone
+            command = [sys.executable, "-m", "benchmarks.dpo_step", "--serve", name, "--folder", str(folder), "--dtype", dtype]
+            environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if name == HUGE else None
+            processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+            next_answer(name)
+        for number in range(1, rounds + 1):
+            for name in names:
+                print(file=processes[name].stdin, flush=True)
+                found[name].append(next_answer(name))
+            print(f"  round {number}: " + ", ".join(f"{name} {found[name][-1]['seconds']:.2f}" for name in names), flush=True)
+    finally:
+        for process in processes.values():
+            process.kill()
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "both"], default="both")
-    parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
+    parser.add_argument("--sides", nargs="+", default=SIDES, choices=[HUGE, *SIDES])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--no-memory", action="store_true", help="times only")
-    parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)  # the process that measures one side
+    parser.add_argument("--serve", choices=[HUGE, *SIDES], help=argparse.SUPPRESS)  # the process of one side
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.memory_of:
-        print("MEMORY " + json.dumps(peak_memory(options.memory_of, options.folder, options.dtype)))
-        return
+    if options.serve:
+        return serve(options.serve, options.folder, options.dtype)
 
     result = {"cpu": machine.cpu_name(), "gemm_gflops": machine.gemm_rates(), "steps": {}}
     print(result["cpu"])
@@ -147,23 +152,18 @@ def main() -> None:
 
 def measure(folder: Path, dtype: str, options) -> dict[str, dict]:
     """Times, ratios and memory of every side. A ratio is (of wall clock, of CPU time), the median over rounds."""
-    times = compare(folder, dtype, options.rounds, options.sides)
+    found = compare(folder, dtype, options.rounds, options.sides)
 
     def ratio(base: str, name: str) -> list[float]:
-        rounds = list(zip(times.get(base, []), times[name]))
-        return [statistics.median(a[i] / b[i] for a, b in rounds) if rounds else float("nan") for i in (0, 1)]
+        rounds = list(zip(found.get(base, []), found[name]))
+        return [statistics.median(a[key] / b[key] for a, b in rounds) if rounds else float("nan") for key in ("seconds", "cpu_seconds")]
 
-    rows = {}
-    for name in options.sides:
-        command = [sys.executable, "-m", "benchmarks.dpo_step", "--memory-of", name, "--folder", folder, "--dtype", dtype]
-        memory = dict.fromkeys(("imported", "peak", "net"), float("nan"))
-        if not options.no_memory:
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            memory = json.loads(next(line for line in output.splitlines() if line.startswith("MEMORY")).split(" ", 1)[1])
-        seconds, cpu_seconds = (statistics.median(values) for values in zip(*times[name]))
-        rows[name] = {"seconds": seconds, "cpu_seconds": cpu_seconds, "TRL": ratio("TRL", name), "torch": ratio("torch", name),
-                      **memory, "rounds": times[name]}  # fmt: skip
-    return rows
+    def row(name: str) -> dict:
+        middle = {key: statistics.median(answer[key] for answer in found[name]) for key in ("seconds", "cpu_seconds")}
+        highest = {key: max(answer[key] for answer in found[name]) for key in ("peak", "net")}
+        return {**middle, **highest, "TRL": ratio("TRL", name), "torch": ratio("torch", name), "rounds": found[name]}
+
+    return {name: row(name) for name in options.sides}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Every key of a config, with its default and what it means. Experiments start from `base()` and change what they need."""
 
-from collections.abc import Callable, Mapping
-
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -116,6 +114,20 @@ def alphapo() -> ConfigDict:
     return config
 
 
+def tpo() -> ConfigDict:
+    """config.algorithm for TPO, TRL's defaults: pairs and a third, gold answer."""
+    return ConfigDict(
+        dict(
+            name="tpo",
+            loss_type="sigmoid",  # sigmoid, hinge: log-probabilities summed; ipo, tpo-l: averaged per token
+            beta=0.01,
+            label_smoothing=0.0,  # probability that a label is wrong; sigmoid and tpo-l
+            tpo_alpha=1.0,  # weight of the negative log-likelihood per token of the gold answers
+            tpo_l_gamma=0.5,  # tpo-l: margin of rewards, subtracted after beta
+        )
+    )
+
+
 def sso() -> ConfigDict:
     """config.algorithm for SSO's two-sided loss."""
     return ConfigDict(
@@ -138,6 +150,13 @@ def sft() -> ConfigDict:
             z_loss=0.0,  # weight of the mean squared log-sum-exp of the logits, which keeps them from drifting
         )
     )
+
+
+def cpt() -> ConfigDict:
+    """config.algorithm for continued pre-training: SFT's, on running text."""
+    config = sft()
+    config.name = "cpt"
+    return config
 
 
 def reward() -> ConfigDict:
@@ -267,8 +286,74 @@ def base() -> ConfigDict:
     return config
 
 
-def apply_preset(config: ConfigDict, preset: str, presets: Mapping[str, Callable[[ConfigDict], ConfigDict]]) -> ConfigDict:
-    """The config changed by the preset named behind the colon of --config, locked."""
-    if preset and preset not in presets:
-        raise ValueError(f"unknown preset {preset!r}; there is {', '.join(presets)}")
-    return (presets[preset](config) if preset else config).lock()
+def experiment(algorithm: ConfigDict, model: str, dataset: str, train: str = "train", held_out: str = "") -> ConfigDict:
+    """`base()` for a run on a mesh of accelerators: an algorithm, a checkpoint, a Hub dataset and its splits; locked.
+
+    Args:
+        algorithm: one of those above.
+        model: checkpoint folder or Hub id.
+        dataset: file, folder or Hub id.
+        train, held_out: splits of a Hub dataset; "" evaluates nothing.
+    """
+    config = base()
+    config.algorithm = algorithm
+    config.model.path = model
+    config.data.train.path, config.data.train.split = dataset, train
+    if held_out:
+        config.data.eval.path, config.data.eval.split = dataset, held_out
+    config.data.max_length = 2048
+    config.data.batch_size = 64
+    config.optim.schedule = "cosine"
+    config.train.remat = "full"
+    config.checkpoint.export = True
+    return config.lock()
+
+
+def finish(config: ConfigDict, preset: str, family: str, rows: str = "pairs") -> ConfigDict:
+    """The config as it is or, for the preset behind the colon of --config, "tiny", as a minute's run on two CPU cores, offline.
+
+    Args:
+        config: of `experiment`.
+        preset: "" or "tiny".
+        family: whose small random checkpoint is made: llama, qwen, llava.
+        rows: the demo set of a text family (scripts/text_demo.py): sft, pairs, unpaired, ranked, text. A LLaVA's are pairs about pictures.
+    """
+    if preset not in ("", "tiny"):
+        raise ValueError(f"unknown preset {preset!r}; there is tiny")
+    if not preset:
+        return config
+    seeing = family == "llava"
+    prefix, ending = ("" if seeing else f"{rows}_"), "txt" if rows == "text" else "jsonl"
+    config.setup = f"scripts.make_tiny_checkpoint:setup_{family}_demo"
+    config.model.path = "{workdir}/demo/model"
+    config.model.dtype = "float32"
+    for split, file in (("train", "train"), ("eval", "heldout")):
+        config.data[split] = data_source()
+        config.data[split].path = f"{{workdir}}/demo/data/{prefix}{file}.{ending}"
+    config.data.max_length = 160
+    config.data.batch_size = 32 if seeing else 16
+    config.data.pad_to_multiple = 8
+    config.optim.learning_rate = 5e-4 if seeing else 1e-3
+    config.optim.schedule = "linear"
+    config.optim.freeze = ()  # a random tower has to learn too
+    config.train.steps = 200
+    config.train.eval_every = 50
+    config.train.accumulate = 1
+    config.train.remat = "none"
+    config.checkpoint.every = 50
+    config.log.every = 1
+    return config
+
+
+def qlora(config: ConfigDict, *, rank: int, alpha: float, learning_rate: float, batch_size: int) -> ConfigDict:
+    """A finished config on one GPU: the frozen base in 4 bits, adapters on every linear map of its layers; off, they are the reference."""
+    tiny = bool(config.setup)
+    config.quant.base = "nf4"
+    config.lora.rank, config.lora.alpha = (8, 16.0) if tiny else (rank, alpha)
+    config.lora.dropout = 0.05
+    config.reference.kind = "base"
+    config.optim.learning_rate = 2e-3 if tiny else learning_rate
+    if not tiny:
+        config.data.batch_size, config.train.accumulate = batch_size, batch_size // 4
+    config.checkpoint.export = False  # merging needs the whole base in memory; `aligner.convert to-hf` does it where there is enough
+    return config

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -181,11 +181,12 @@ def blank_pictures(source: str | Path, folder: str | Path) -> None:
 # ---- the checkpoints
 
 
-def make_tokenizer(vocab_size: int):
+def make_tokenizer(vocab_size: int, texts: Iterable[str] = ()):
     """A byte-level BPE trained on the demo's sentences; it adds <s> in front and takes any text.
 
     Args:
         vocab_size: upper bound on its tokens, special ones included; at least 261 (bytes and special tokens).
+        texts: more to train it on.
 
     Returns:
         A `transformers` fast tokenizer.
@@ -213,7 +214,7 @@ def make_tokenizer(vocab_size: int):
     # Once with a space in front and once without, as the words stand in a conversation; the demo's words weigh most.
     words = [text for question, answers in QUESTIONS.values() for text in (question, *answers.values())]
     sentences = 20 * [text for word in words for text in (word, " " + word, "USER: \n" + word + " ASSISTANT: ")]
-    tokenizer.train_from_iterator(sentences + ENGLISH.splitlines(), trainer)
+    tokenizer.train_from_iterator([*sentences, *ENGLISH.splitlines(), *texts], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -236,10 +237,9 @@ def linear(rng: np.random.Generator, out: int, into: int, gain: float = 1.0) -> 
 
 
 def llama_weights(rng: np.random.Generator, config, prefix: str = "") -> dict[str, np.ndarray]:
-    """Random weights of a Llama by their names on disk; `config` is its `LlamaConfig`."""
-    width, mlp, heads, kv, head = (
-        config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim,
-    )  # fmt: skip
+    """Random weights of a Llama or Qwen 2 by their names on disk; `config` is its `LlamaConfig` or `Qwen2Config`."""
+    width, mlp, heads, kv = config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads
+    head = width // heads
     residual = (2 * config.num_hidden_layers) ** -0.5  # so that the stream does not grow with depth
     weights = {"model.embed_tokens.weight": normal(rng, config.vocab_size, width, std=0.5)}
     for i in range(config.num_hidden_layers):
@@ -255,6 +255,9 @@ def llama_weights(rng: np.random.Generator, config, prefix: str = "") -> dict[st
             layer + "mlp.up_proj.weight": linear(rng, mlp, width),
             layer + "mlp.down_proj.weight": linear(rng, width, mlp, residual),
         }
+        if config.model_type == "qwen2":
+            sizes = {"q_proj": heads * head, "k_proj": kv * head, "v_proj": kv * head}
+            weights |= {f"{layer}self_attn.{name}.bias": np.zeros(size, np.float32) for name, size in sizes.items()}
     weights["model.norm.weight"] = np.ones(width, np.float32)
     if not config.tie_word_embeddings:
         weights["lm_head.weight"] = linear(rng, config.vocab_size, width, 0.5)
@@ -287,12 +290,14 @@ def clip_weights(rng: np.random.Generator, config, prefix: str) -> dict[str, np.
 
 
 def llama_config(
-    *, vocab_size: int, hidden_size: int, intermediate_size: int | None, layers: int, heads: int, kv_heads: int, tie: bool = False
-):
-    """The `LlamaConfig` of these sizes, with the tokenizer's special tokens and float32 weights."""
-    from transformers import LlamaConfig
+    model_type: str = "llama", *, vocab_size: int, hidden_size: int, intermediate_size: int | None, layers: int, heads: int, kv_heads: int,
+    tie: bool = False,
+):  # fmt: skip
+    """The Hugging Face config of these sizes, with the tokenizer's special tokens and float32 weights."""
+    from transformers import AutoConfig
 
-    return LlamaConfig(
+    return AutoConfig.for_model(
+        model_type,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size or 2 * hidden_size,
@@ -320,6 +325,7 @@ def write_model(folder: Path, config, weights: dict[str, np.ndarray]) -> None:
 
 def make_llama(
     folder: str | Path,
+    model_type: str = "llama",
     *,
     seed: int = 0,
     vocab_size: int = 512,
@@ -330,10 +336,11 @@ def make_llama(
     kv_heads: int = 2,
     tie_word_embeddings: bool = False,
 ) -> None:
-    """Write a small random Llama: config, generation config, weights, tokenizer, chat template.
+    """Write a small random Llama or Qwen: config, generation config, weights, tokenizer, chat template.
 
     Args:
         folder: must not exist yet; appears whole or not at all.
+        model_type: llama or qwen2.
         seed: the weights follow from it.
         vocab_size: rows of the embedding; the tokenizer has at most so many tokens.
         hidden_size, intermediate_size, layers, heads, kv_heads, tie_word_embeddings: of the decoder; intermediate None is 2 * hidden_size.
@@ -342,9 +349,9 @@ def make_llama(
         UserError: the folder is there already.
     """
     with new_folder(folder) as folder:
-        config = llama_config(vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=intermediate_size, layers=layers,
-                              heads=heads, kv_heads=kv_heads, tie=tie_word_embeddings)  # fmt: skip
-        config.architectures = ["LlamaForCausalLM"]
+        config = llama_config(model_type, vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=intermediate_size,
+                              layers=layers, heads=heads, kv_heads=kv_heads, tie=tie_word_embeddings)  # fmt: skip
+        config.architectures = [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[model_type]]
         write_model(folder, config, llama_weights(np.random.default_rng([seed, 0]), config))
         tokenizer = make_tokenizer(vocab_size)
         tokenizer.chat_template = LLAMA_TEMPLATE
@@ -480,19 +487,32 @@ def setup_llava_demo(config) -> None:
         print(f"made {' and '.join(made)} (from code, seed {config.seed})", flush=True)
 
 
-def setup_text_demo(config) -> None:
+def setup_llama_demo(config, model_type: str = "llama") -> None:
     """The same in words alone: a small Llama, and the demo set of `scripts.text_demo` in the folder of `data.train.path`."""
     from scripts.text_demo import make_text
 
     made, folder = [], Path(config.data.train.path).parent
     if not Path(config.model.path).exists():
-        make_llama(config.model.path, seed=config.seed)
-        made.append(f"a small Llama in {config.model.path}")
+        make_llama(config.model.path, model_type, seed=config.seed)
+        made.append(f"a small {model_type} in {config.model.path}")
     if folder.name == "data" and not folder.exists():
         make_text(folder, seed=config.seed)
         made.append(f"the demo texts in {folder}")
     if made:
         print(f"made {' and '.join(made)} (from code, seed {config.seed})", flush=True)
+
+
+def setup_qwen_demo(config) -> None:
+    """The same with a small Qwen 2."""
+    setup_llama_demo(config, "qwen2")
+
+
+def setup_teacher_demo(config) -> None:
+    """The same with a teacher in `algorithm.teacher`, a Llama of other weights and another width."""
+    setup_llama_demo(config)
+    if not Path(config.algorithm.teacher).exists():
+        make_llama(config.algorithm.teacher, seed=config.seed + 1, hidden_size=64)
+        print(f"made another small llama in {config.algorithm.teacher} (from code, seed {config.seed + 1})", flush=True)
 
 
 def main() -> None:

@@ -44,11 +44,21 @@ CPO = {
     "alphapo": {"loss_type": "simpo", "cpo_alpha": 0.0, "alpha": 0.1}, "alphapo, below 0": {"loss_type": "simpo", "alpha": -0.2},
 }  # fmt: skip
 ORPO = {"orpo": {}, "orpo, strong": {"beta": 1.0}}
+TPO = {
+    "sigmoid": {}, "sigmoid, smoothed": {"label_smoothing": 0.2, "beta": 0.3}, "hinge": {"loss_type": "hinge"}, "ipo": {"loss_type": "ipo"},
+    "tpo-l": {"loss_type": "tpo-l", "beta": 2.0, "tpo_l_gamma": 1.0}, "no gold": {"tpo_alpha": 0.0},
+}  # fmt: skip
+SFT = {"nll": {"loss_type": "nll"}, "dft": {"loss_type": "dft"}}
+REWARD = {"reward": {}, "margin": {"margin": True}, "centred": {"margin": True, "center_rewards_coefficient": 0.05}}
+DISTILLATION = {f"{trainer}, beta {beta}, temperature {temperature}": {"trainer": trainer, "beta": beta, "temperature": temperature}
+                for trainer, temperature in (("gkd", 1.0), ("gkd", 0.6), ("distillation", 1.5)) for beta in (0.0, 0.3, 1.0)}  # fmt: skip
+DISTILLED, VOCABULARY = 4, 11  # rows and words of distillation
 
 
 def make_batches() -> dict[str, dict[str, np.ndarray]]:
     """name -> arrays of two answers to each of n prompts, all float64 [2n, T], first answers in the first half:
-    mask, logps and reference (0 where there is no token), log_sum_sq_probs, entropy, mean_logits, is_top1; and label [n]."""
+    mask, logps and reference (0 where there is no token), log_sum_sq_probs, entropy, mean_logits, is_top1; and label [n]. For distillation
+    student and teacher, logits [4, T, V] of the first rows."""
     rng = np.random.default_rng(0)
 
     def finish(lengths, logps, reference, label):
@@ -68,11 +78,16 @@ def make_batches() -> dict[str, dict[str, np.ndarray]]:
     extreme, extreme_reference = -rng.uniform(0, 30, (8, 6)), -rng.uniform(0, 30, (8, 6))
     extreme[0], extreme[4] = -1e-3, -40.0
     extreme_reference[1], extreme_reference[5] = -1e-3, -40.0
-    return {
+    made = {
         "ragged": finish([7, 1, 4, 2, 5, 3, 6, 4, 7, 1], ragged, ragged + rng.normal(0, 0.7, ragged.shape), [1, 0, 0, 1, 1]),
         "ties": finish([3, 4, 4, 2, 3, 1, 1, 4], ties, ties_reference, [0, 0, 1, 0]),
         "extreme": finish([6, 2, 4, 1, 6, 5, 3, 2], extreme, extreme_reference, [1, 0, 1, 0]),
     }
+    for name, arrays in made.items():
+        student, teacher = rng.normal(0, 40 if name == "extreme" else 2, (2, DISTILLED, arrays["mask"].shape[1], VOCABULARY))
+        teacher[0] = student[0] if name == "ties" else teacher[0]
+        arrays |= {"student": student, "teacher": teacher}
+    return made
 
 
 def bare(trainer: type, **attributes: Any) -> Any:
@@ -185,6 +200,74 @@ def orpo(arrays: dict[str, np.ndarray], changes: dict[str, Any]) -> tuple[Any, A
     return reference_free(bare(ORPOTrainer, **({"beta": 0.1} | changes)), arrays, average=True)
 
 
+def tpo(arrays: dict[str, np.ndarray], changes: dict[str, Any]) -> tuple[Any, Any, dict[str, float]]:
+    """The gold answer to a prompt is here the chosen one to the next. Two words make logits: the one that stands there and all others."""
+    import torch
+    from trl.experimental.tpo import TPOTrainer
+
+    c = {"beta": 0.01, "loss_type": "sigmoid", "label_smoothing": 0.0, "tpo_alpha": 1.0, "tpo_l_gamma": 0.5} | changes
+    n = len(arrays["label"])
+    rows = np.concatenate([np.arange(2 * n), np.roll(np.arange(n), -1)])[: (3 if c["tpo_alpha"] else 2) * n]
+    logps, mask = torch.tensor(arrays["logps"][rows], requires_grad=True), torch.tensor(arrays["mask"][rows])
+    here = torch.where(mask > 0, logps, -1.0)
+    logits = torch.nn.functional.pad(torch.stack([here, torch.log(-torch.expm1(here))], -1), (0, 0, 0, 1))
+    trainer = bare(TPOTrainer, model=stub({0: SimpleNamespace(logits=logits)}), **c)
+    loss = trainer._compute_loss(trainer.model, as_inputs({"mask": arrays["mask"][rows]}, slice(None)), return_outputs=False)
+    names = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+    return loss, logps, {name: trainer._metrics["train"][name][-1] for name in names}
+
+
+def sft(arrays: dict[str, np.ndarray], changes: dict[str, Any]) -> tuple[Any, Any, dict[str, float]]:
+    import torch
+    from trl import SFTTrainer
+
+    logps, mask = torch.tensor(arrays["logps"], requires_grad=True), torch.tensor(arrays["mask"]).bool()
+    outputs = outputs_of(arrays, slice(None), torch.where(mask, logps, 0))
+    outputs.label_mask = mask
+    arguments = SimpleNamespace(average_tokens_across_devices=False, **changes)
+    trainer = bare(SFTTrainer, model=stub({0: outputs}), args=arguments, compute_loss_func=None, label_smoother=None)
+    trainer.accelerator.parallelism_config = None
+    loss = trainer.compute_loss(trainer.model, as_inputs(arrays, slice(None)))
+    return loss, logps, {name: values[-1] for name, values in trainer._metrics["train"].items()}
+
+
+def reward(arrays: dict[str, np.ndarray], changes: dict[str, Any]) -> tuple[Any, Any, dict[str, float]]:
+    """The score of an answer is its summed log-probability: with ties, and far out."""
+    import torch
+    from trl import RewardTrainer
+
+    scores = torch.tensor(arrays["logps"].sum(1, keepdims=True), requires_grad=True)
+    inputs = as_inputs(arrays, slice(None))
+    if changes.get("margin"):
+        inputs["margin"] = torch.tensor(arrays["mean_logits"][: len(scores) // 2, 0])
+    model = stub({0: SimpleNamespace(logits=scores)})
+    arguments = SimpleNamespace(center_rewards_coefficient=changes.get("center_rewards_coefficient"))
+    trainer = bare(RewardTrainer, model=model, args=arguments)
+    loss = trainer.compute_loss(model, inputs)
+    return loss, scores, {name: float(values[-1]) for name, values in trainer._metrics["train"].items()}
+
+
+def distillation(arrays: dict[str, np.ndarray], changes: dict[str, Any]) -> tuple[Any, Any, dict[str, float]]:
+    """GKD's divergence of logits, and DistillationTrainer's of hidden states, whose heads are here the identity."""
+    import torch
+    from trl.experimental.gkd import GKDTrainer
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    student, teacher = torch.tensor(arrays["student"], requires_grad=True), torch.tensor(arrays["teacher"])
+    mask, options = torch.tensor(arrays["mask"][:DISTILLED]), {key: changes[key] for key in ("beta", "temperature")}
+    if changes["trainer"] == "gkd":
+        labels = torch.where(mask.bool(), 1, -100)
+        return GKDTrainer.generalized_jsd_loss(student, teacher, labels, num_items_in_batch=int(mask.sum()), **options), student, {}
+    head = torch.eye(VOCABULARY, dtype=torch.float64)
+    return _chunked_divergence_loss(student, teacher, head, head, mask, **options)[0], student, {}
+
+
+TRAINERS = {
+    "dpo": (dpo, DPO), "kto": (kto, KTO), "cpo": (cpo, CPO), "orpo": (orpo, ORPO), "tpo": (tpo, TPO), "sft": (sft, SFT),
+    "reward": (reward, REWARD), "distillation": (distillation, DISTILLATION),
+}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("tests/golden/vectors"))
@@ -198,7 +281,7 @@ def main() -> None:
     batches = make_batches()
     flat = {f"{name}/{key}": value for name, arrays in batches.items() for key, value in arrays.items()}
     np.savez_compressed(out / "trl_batches.npz", **flat)
-    for name, (run, cases) in {"dpo": (dpo, DPO), "kto": (kto, KTO), "cpo": (cpo, CPO), "orpo": (orpo, ORPO)}.items():
+    for name, (run, cases) in TRAINERS.items():
         found = []
         for case, changes in cases.items():
             for batch, arrays in batches.items():

@@ -148,8 +148,8 @@ def test_model_folders(tmp_path):
     refused(tmp_path, f"{other} holds no weights", model__path=other)
 
     config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"model_type": "llava_next"}))
-    refused(tmp_path, "model_type 'llava_next', which is not supported", "supported, nearest first: llava, llama", model__path=other)
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "llava_nxt"}))
+    refused(tmp_path, "model_type 'llava_nxt', which is not supported", "supported, nearest first: llava_next", model__path=other)
 
 
 def test_another_reference(tmp_path):

@@ -21,7 +21,7 @@ def quickstart(workdir, *more):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
-    assert (last["step"], last["split"]) == (300, "eval")
+    assert (last["step"], last["split"]) == (200, "eval")
     return last["rewards/accuracies"], done.stderr
 
 
@@ -34,10 +34,10 @@ def seeing(tmp_path_factory):
 def test_learns_by_seeing(seeing):
     workdir, accuracy, told = seeing
     assert accuracy >= 0.95
-    for name in ("config.json", "assets/config.json", "assets/tokenizer.json", "metrics.jsonl", "checkpoints/300", "curves.png",
+    for name in ("config.json", "assets/config.json", "assets/tokenizer.json", "metrics.jsonl", "checkpoints/200", "curves.png",
                  "export/model.safetensors", "export/config.json"):  # fmt: skip
         assert (workdir / name).exists(), name
-    for what in ("metrics.jsonl", "curves.png", "checkpoints/300", "export"):
+    for what in ("metrics.jsonl", "curves.png", "checkpoints/200", "export"):
         assert f"{workdir}/{what}" in told  # where to find it
     assert any(workdir.glob("reference/train-*/part-*.npz"))
     assert any(workdir.glob("reference/eval-*/part-*.npz"))

@@ -9,7 +9,7 @@ from aligner.algorithms.checks import check_choice
 from aligner.types import Algorithm, Mean, Model, Term, UserError
 
 # name -> file of this folder
-FILES = {name: name for name in ("dpo", "dpo_ranked", "kto", "orpo", "cpo", "sso", "reward", "cost", "distillation", "sft")}
+FILES = {name: name for name in ("dpo", "dpo_ranked", "kto", "orpo", "cpo", "tpo", "sso", "reward", "cost", "distillation", "sft")}
 FILES |= {"cpt": "sft"}
 
 SCORING = ("reward", "cost")  # these train a score head, fresh where the checkpoint has none

@@ -24,18 +24,18 @@ def mean_over(mask: Bool[Array, "..."], x: Float[Array, "..."]) -> Mean:
     return Mean(jnp.sum(jnp.where(mask, x, 0)), jnp.sum(mask))
 
 
-def metrics(scores: Scores, batch: Batch, pairs: Bool[Array, "B G"], rewards: Float[Array, "B G 2"]) -> dict[str, Mean]:
+def metrics(scores: Scores, batch: Batch, pairs: Bool[Array, "B G"], rewards: Float[Array, "B G R"]) -> dict[str, Mean]:
     """TRL's metrics of a preference batch: accuracy is strict `>`, logits and entropy are means over answer tokens.
 
     Args:
         scores: `logps` as they are to be reported.
         pairs: which examples there are.
-        rewards: of (chosen, rejected).
+        rewards: of (chosen, rejected) and what stands behind them.
     """
     chosen, rejected = rewards[..., CHOSEN], rewards[..., REJECTED]
 
     def over_tokens(name, answer):
-        total = sum_answers(scores.tokens[name], batch, answers=2)
+        total = sum_answers(scores.tokens[name], batch, answers=rewards.shape[-1])
         return Mean(jnp.sum(total[..., answer]), jnp.sum(scores.lengths[..., answer]))
 
     entropy = [over_tokens("entropy", answer) for answer in (CHOSEN, REJECTED)]

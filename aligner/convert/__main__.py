@@ -1,4 +1,4 @@
-"""Convert checkpoints from the command line: `python -m aligner.convert {to-hf,from-hf,verify} --help`."""
+"""Convert checkpoints from the command line: `python -m aligner.convert {to-hf,from-hf,verify,add-tokens,build} --help`."""
 
 from __future__ import annotations
 
@@ -38,6 +38,25 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--dry-run", action="store_true", help="check names, shapes and dtypes by the files' headers alone")
     verify.add_argument("--scratch", help="where the copy is written meanwhile (default: the system's temporary folder)")
     verify.set_defaults(run=run_verify)
+
+    add = commands.add_parser("add-tokens", help="add tokens to a checkpoint's vocabulary; their rows are the mean of the old ones")
+    add.add_argument("--model", required=True, help="local folder or Hub id")
+    add.add_argument("--tokens", required=True, nargs="+", help="tokens to add, such as '<tool>' '</tool>'")
+    add.add_argument("--out", required=True, help="folder to write")
+    add.add_argument("--pad-to-multiple", type=int, default=1, help="round the number of rows up (default: %(default)s)")
+    add.set_defaults(run=run_add_tokens)
+
+    build = commands.add_parser("build", help="put a vision-language model together from a decoder and a vision tower")
+    build.add_argument("--text", required=True, help="folder or Hub id of the decoder")
+    build.add_argument("--vision", required=True, help="folder or Hub id of the tower: CLIP, SigLIP or DINOv2")
+    build.add_argument("--out", required=True, help="folder to write")
+    build.add_argument("--projector", default="mlp", choices=("linear", "mlp", "transformer", "perceiver"), help="(default: %(default)s)")
+    build.add_argument("--mmca", action="store_true", help="text reads text and images by two softmaxes")
+    build.add_argument("--latents", type=int, default=64, help="features of an image with the perceiver (default: %(default)s)")
+    build.add_argument("--layer", type=int, default=-2, help="hidden state of the tower that is used (default: %(default)s)")
+    build.add_argument("--image-token", default="<image>", help="(default: %(default)s)")
+    build.add_argument("--dtype", choices=_DTYPES, help="dtype of the tensors; the decoder's when left out")
+    build.set_defaults(run=run_build)
     return top
 
 
@@ -91,6 +110,23 @@ def run_verify(args: argparse.Namespace) -> int:
         print("headers fit the config: names, shapes and dtypes are right; no tensor was read")
     else:
         print(f"written again: all tensors are byte-identical, and so are {report.companions} companion files")
+    return 0
+
+
+def run_add_tokens(args: argparse.Namespace) -> int:
+    from aligner.convert.vocabulary import add_tokens
+
+    add_tokens(args.model, args.tokens, args.out, args.pad_to_multiple)
+    print(f"{args.model} with {' '.join(args.tokens)} written to {args.out}")
+    return 0
+
+
+def run_build(args: argparse.Namespace) -> int:
+    from aligner.convert.build import build
+
+    kind = build(args.text, args.vision, args.out, projector=args.projector, mmca=args.mmca, latents=args.latents, layer=args.layer,
+                 image_token=args.image_token, dtype=args.dtype)  # fmt: skip
+    print(f"{args.text} and {args.vision} written to {args.out} as {kind}; its projector is new")
     return 0
 
 

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from aligner.types import UserError
 
@@ -33,6 +33,14 @@ COMPANIONS = (
     "chat_template*",
     "additional_chat_templates/*",
 )
+
+
+class Processor(NamedTuple):
+    """What is used of a Hugging Face processor."""
+
+    image_processor: Any
+    image_token: str
+    chat_template: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +88,32 @@ class Assets:
 
     @functools.cached_property
     def processor(self) -> Any:
-        """The Hugging Face processor, read on first use; None for text models."""
+        """The Hugging Face processor, read on first use; None for text models.
+
+        Several families' processors want torchvision because they also take videos; of those what images need is put together here.
+        """
         if not any((self.folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json")):
             return None
-        from transformers import AutoProcessor
+        from transformers import AutoImageProcessor, AutoProcessor
 
-        return self._pretrained(AutoProcessor, "processor")
+        try:
+            return self._pretrained(AutoProcessor, "processor")
+        except UserError as error:
+            if "orchvision" not in str(error.__cause__) and not isinstance(error.__cause__, RecursionError):
+                raise
+        return Processor(self._pretrained(AutoImageProcessor, "image processor"), self._image_token(), self._template())
+
+    def _image_token(self) -> str:
+        """The image token by its id in the config."""
+        ids = [self.config_dict[name] for name in ("image_token_id", "image_token_index") if name in self.config_dict]
+        return self.tokenizer.convert_ids_to_tokens(ids[0]) if ids else "<image>"
+
+    def _template(self) -> str | None:
+        """The chat template: its own file, the processor's old one, or the tokenizer's."""
+        own, old = self.folder / "chat_template.jinja", self.folder / "chat_template.json"
+        if own.is_file():
+            return own.read_text()
+        return json.loads(old.read_text())["chat_template"] if old.is_file() else self.tokenizer.chat_template
 
     def copy_to(self, folder: str | Path) -> None:
         """Copy the companion files, byte for byte; only a changed config or template is written anew."""
@@ -103,7 +131,7 @@ class Assets:
     def _pretrained(self, auto: Any, what: str) -> Any:
         try:
             made = auto.from_pretrained(self.folder)
-        except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"{self.folder} has no {what} that transformers can load ({reason}).") from error
         if self.chat_template is not None:

@@ -105,6 +105,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {error}") from None
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path} describes an adapter of type {config.get('peft_type')!r}; only LORA is supported (with rsLoRA and DoRA)")
+    if config.get("r", 8) < 1:
+        raise UserError(f"{path} says that the adapter has rank {config['r']}; a rank is at least 1")
     strange = sorted(key for key, value in config.items() if key not in KNOWN and value)
     strange += ["bias"] if config.get("bias", "none") != "none" else []
     if str(config.get("init_lora_weights", True)).lower().startswith(BASE_CHANGING):

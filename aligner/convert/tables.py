@@ -10,6 +10,8 @@ Layers that are stacked on leading axes are `Conversion.stacks`: tree prefix -> 
 outermost first: {"model/layers": "model.layers.{i}", "model/layers/mlp/experts": "model.layers.{i}.mlp.experts.{e}"}. The longest prefix
 wins.
 
+Where the layers of a stack are not numbered one after another, the pattern lists them: "model.layers.{i:0 1 3}".
+
 What the rule does not cover is a row of `Conversion.exceptions`, (Hugging Face name pattern, tree path, operation):
 
     ("h.{i}.ln.weight", "layers/ln/scale", "copy")
@@ -217,13 +219,20 @@ def _exception(pattern: str, leaves: Mapping[str, tuple[int, ...]], operation: A
 def _entry(pattern: str, path: str, shape: tuple[int, ...], operation: str) -> Entry:
     if operation not in ("copy", "transpose", "conv"):
         raise ValueError(f"{pattern}: unknown operation {operation!r}")
-    keys = re.findall(r"\{(\w+)\}", pattern)
+    keys = re.findall(r"\{(\w+)(?::[^}]*)?\}", pattern)
     stacked, core = shape[: len(keys)], shape[len(keys) :]
     perm = tuple(range(len(core))) if operation == "copy" else kernel_perm(len(core))
     names = np.empty(stacked, object)
     for index in np.ndindex(stacked):
-        names[index] = pattern.format(**dict(zip(keys, index, strict=True)))
+        names[index] = pattern.format(**dict(zip(keys, map(Number, index), strict=True)))
     return Entry(path, shape, names, perm, tuple(core[ours] for ours in np.argsort(perm)))
+
+
+class Number(int):
+    """A place in a stack. `{i:0 2 5}` writes the number on disk that is in that place of the list."""
+
+    def __format__(self, numbers: str) -> str:
+        return numbers.split()[self] if numbers else str(int(self))
 
 
 def _check_cover(entries) -> None:

@@ -6,7 +6,19 @@ from typing import Any
 
 from aligner.data.conversations import assistant, marked, media_in, messages_of, place_media, split_prompt, system_of, user
 from aligner.data.formatters import formatter
-from aligner.data.samples import Bad, Document, Preference, Prompt, Ranked, Stepwise, Supervised, TwoSided, Unpaired
+from aligner.data.samples import (
+    Bad,
+    Document,
+    Preference,
+    Prompt,
+    Ranked,
+    Stepwise,
+    Supervised,
+    Triple,
+    TwoSided,
+    Unpaired,
+    is_conversation,
+)
 
 # --- pairs and rankings ----------------------------------------------------------------------------------------------------------
 
@@ -112,6 +124,19 @@ def sso(row: dict[str, Any]) -> TwoSided:
     turns = place_media(messages_of(row["chosen"])[:-1], media_in(row))
     good, bad = ([{"role": "system", "content": row[name]}] * bool(row[name]) + turns for name in ("p_system", "n_system"))
     return TwoSided(Preference(good, answers["chosen"], answers["rejected"]), Preference(bad, answers["raw"], answers["chosen"]))
+
+
+@formatter("tpo", needs=("chosen", "rejected", "reference"), makes=Triple)
+def tpo(row: dict[str, Any]) -> Triple:
+    """TRL's rows for TPO: a pair, and the gold answer to the same prompt in `reference`. Without `prompt` all three are whole texts."""
+    pair, gold = trl(row), row["reference"]
+    if row.get("prompt") is None:
+        chosen, rejected, gold = (x if isinstance(x, str) else messages_of(x) for x in (row["chosen"], row["rejected"], gold))
+        prompt = split_prompt(chosen, rejected)[0]
+        if gold[: len(prompt)] != prompt:
+            raise Bad("no shared prompt", "`reference` does not begin with what chosen and rejected begin with; a column `prompt` says it")
+        gold = gold[len(prompt) :]
+    return Triple(pair, messages_of(gold) if is_conversation(pair.chosen) else gold)
 
 
 @formatter("scores", needs=("prompt", "completions", "scores"), makes=Ranked)

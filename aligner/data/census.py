@@ -35,8 +35,8 @@ class Census:
 
     Attributes:
         row_ids: [N] int64, the kept rows.
-        sizes: [N,6] int32: prompt tokens, tokens of all answers, how many of them are scored, answers, images, and 1 where every answer
-            ends with EOS.
+        sizes: [N,6] int32: prompt tokens, tokens of all answers, how many of them are scored, answers, slots for images, and 1 where
+            every answer ends with EOS.
         dropped: reason -> (count, up to three row numbers).
         details: reason -> what was wrong with its first row.
         fingerprint: sha256 over row numbers, token ids, image bytes, image-processor settings and the chat template.
@@ -126,8 +126,9 @@ def _look(
         digest.update(media.check_image(image, rows.folder(index)))
     scored = sum(lengths) if encoded.scored is None else sum(int(mask.sum()) for mask in encoded.scored)
     eos = templates.ends_with_eos(encoded, model.assets.tokenizer)
+    slots = len(encoded.images) if encoded.slots is None else encoded.slots
     kept = tokens.pack(encoded) if keep and not encoded.images else b""
-    return [len(encoded.prompt), sum(lengths), scored, len(lengths), len(encoded.images), int(eos)], digest.digest(), kept
+    return [len(encoded.prompt), sum(lengths), scored, len(lengths), slots, int(eos)], digest.digest(), kept
 
 
 def _count(
@@ -225,7 +226,7 @@ def _settings(model: Model) -> list[Any]:
     backend = getattr(assets.tokenizer, "backend_tokenizer", None)
     tokenizer = backend.to_str() if backend is not None else assets.tokenizer.get_vocab()
     processor = assets.processor.image_processor.to_dict() if model.media is not None else None
-    media_sizes = dataclasses.astuple(model.media) if model.media is not None else None
+    media_sizes = model.media.sizes if model.media is not None else None
     return [templates.chat_template(assets), _sha(tokenizer), assets.tokenizer.special_tokens_map, processor, media_sizes]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from aligner.data import samples, templates, turns
-from aligner.data.samples import Document, Preference, Ranked, Supervised, TwoSided, Unpaired
+from aligner.data.samples import Document, Preference, Ranked, Supervised, Triple, TwoSided, Unpaired
 from aligner.types import Model
 
 ANSWERS = -1  # in a shape: the most answers that an example of the dataset has
@@ -59,6 +59,12 @@ def _two_sided(sample: Any, model: Model, data: Any) -> templates.Encoded:
     return templates.encode_two_sided(samples.as_two_sided(sample), model.assets, model.media)
 
 
+def _triple(sample: Any, model: Model, data: Any) -> templates.Encoded:
+    sample = samples.as_triple(sample)
+    answers = (sample.pair.chosen, sample.pair.rejected, sample.gold)
+    return templates.encode_answers(sample.pair.prompt, answers, model.assets, model.media)
+
+
 def _cost(sample: Any, model: Model, data: Any) -> templates.Encoded:
     pair = samples.as_preference(sample)
     if 0 in pair.safe:
@@ -83,6 +89,7 @@ ENCODERS = {
     "unpaired": Kind((Unpaired, Preference, Ranked), _unpaired, {"label": ()}, mismatched=True),
     "unpaired_alone": Kind((Unpaired, Preference, Ranked), _unpaired, {"label": ()}),  # R=1
     "two_sided": Kind((TwoSided,), _two_sided),  # R=4: chosen, rejected under a good principle, then under a bad one
+    "triple": Kind((Triple,), _triple),  # R=3: chosen, rejected, gold
     "ranked": Kind((Ranked, Preference), _ranked),  # as many as the longest list has; shorter ones lack the last
     "ranked_last": Kind((Ranked, Preference), _ranked, last=True),
     "scored_last": Kind((Ranked,), _scored, {"scores": (ANSWERS,)}, last=True),

@@ -7,17 +7,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from aligner.data.templates import Encoded
+from aligner.models import pictures
 from aligner.types import Media
 
 Row = dict[str, np.ndarray]
 
 
 def shape_of(encoded: Encoded, shared: bool = True) -> tuple[int, int, int]:
-    """(T, S, I) that an example needs: columns, scored positions, images."""
+    """(T, S, I) that an example needs: columns, scored positions, slots for images."""
     answers = sum(len(answer) for answer in encoded.answers)
+    slots = len(encoded.images) if encoded.slots is None else encoded.slots
     scored = answers if encoded.scored is None else sum(int(mask.sum()) for mask in encoded.scored)
     prompts = 1 if shared else len(encoded.answers)
-    return prompts * len(encoded.prompt) + answers, scored, len(encoded.images)
+    return prompts * len(encoded.prompt) + answers, scored, slots
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -29,16 +31,14 @@ def empty_row(T: int, S: int, I: int, media: Media | None = None, G: int = 1) ->
     """A row in which nothing is scored: padding, or the canvas that `lay_out` fills.
 
     Returns:
-        tokens, positions, segment_ids, role [T]; score_* [S]; example_id [G] of -1; where I > 0 also media_index [T], image_mask [I] and
-        pixel_values [I,H,W,3] of zeros.
+        tokens, positions, segment_ids, role [T]; score_* [S]; example_id [G] of -1; where I > 0 also media_index [T] and what
+        `aligner.models.pictures.blank` gives.
     """
     row = {name: np.zeros(T, np.int32) for name in ("tokens", "positions", "segment_ids", "role")}
     row |= {name: np.zeros(S, np.int32) for name in ("score_from", "score_token", "score_segment", "score_role")}
     row["example_id"] = np.full(G, -1, np.int32)
     if media is not None and I:
-        row["media_index"] = np.full(T, -1, np.int32)
-        row["image_mask"] = np.zeros(I, bool)
-        row["pixel_values"] = np.zeros((I, media.height, media.width, 3), np.float32)
+        row |= pictures.blank(media, T, I)
     return row
 
 
@@ -76,10 +76,11 @@ def lay_out(
         prompt: score the prompt's tokens too, but for the first and for media, with role 0; once, whatever the number of answers.
 
     Returns:
-        Arrays as `empty_row` lists them; pixel_values are zeros, to be filled with the images in the order of the examples.
+        Arrays as `empty_row` lists them; `aligner.models.pictures.fill` puts the images in, in the order of the examples. Until then
+        `media_index` numbers the placeholders of all of them.
     """
     row = empty_row(T, S, I, media, G=len(examples) if G is None else G)
-    column = slot = segment = image = 0
+    column = slot = segment = feature = images = 0
 
     def score(sources: Sequence[int], targets: np.ndarray, role: int) -> None:
         nonlocal slot
@@ -106,10 +107,11 @@ def lay_out(
 
     for number, (example, example_id) in enumerate(zip(examples, ids), start=1):
         row["example_id"][number - 1] = example_id
+        first = last_feature = feature
         for role, answer in enumerate(example.answers, start=1):
             if role == 1 or not shared:
                 segment += 1
-                feature = image * media.features if example.images else 0
+                feature = first
                 start = put(example.prompt, 0, role=0)
                 before, after_prompt = column - 1, feature
                 if prompt and role == 1:
@@ -117,13 +119,15 @@ def lay_out(
                     score(start + text, example.prompt[1 + text], role=0)
             feature = after_prompt  # pictures in an answer follow those of its prompt, whatever stands in other answers
             start = put(answer, len(example.prompt), role)
+            last_feature = max(last_feature, feature)
             sources, targets = np.concatenate([[before], np.arange(start, column - 1)])[: len(answer)], answer
             if last:
                 sources, targets = [column - 1], answer[-1:]
             elif example.scored is not None:
                 sources, targets = sources[example.scored[role - 1]], answer[example.scored[role - 1]]
             score(sources, targets, role)
-        image += len(example.images)
+        feature = last_feature
+        images += shape_of(example)[2]
     if "image_mask" in row:
-        row["image_mask"][:image] = True
+        row["image_mask"][:images] = True
     return row

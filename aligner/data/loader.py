@@ -18,6 +18,8 @@ from aligner.data.census import check_census, describe, take_census
 from aligner.data.kinds import ANSWERS, ENCODERS, Kind
 from aligner.data.samples import Bad
 from aligner.data.templates import Encoded, image_token
+from aligner.models.pictures import blank
+from aligner.models.pictures import fill as fill_slots
 from aligner.types import Model, UserError
 
 
@@ -90,7 +92,7 @@ def load_dataset(
     check_assets(model)
 
     def encode(index: int) -> Encoded:
-        return kind.encode(rows.read(index), model, data)
+        return kind.encode(rows.read(index), media.looking_in(model, rows.folder(index)), data)
 
     census = take_census(
         encode,
@@ -141,7 +143,7 @@ def load_dataset(
             where = f"row {rows.name(ids[0])}" if len(ids) == 1 else f"one of the rows {', '.join(map(rows.name, ids))}"
             raise UserError(f"{name}, {where} of {rows.description} could be read when the run started, now not: {error}.") from error
         if pictures:
-            made["pixel_values"][: len(pictures)] = media.pixel_values(pictures, model.assets.processor.image_processor)
+            fill_slots(made, media.read_pictures(pictures, model.media, model.assets.processor.image_processor), model.media)
         return made | _values(examples, kind, G, answers)
 
     lengths = np.minimum(T, plan.lengths(_columns(sizes, data)))
@@ -260,18 +262,23 @@ def check_assets(model: Model) -> None:
         return
     if assets.processor is None or getattr(assets.processor, "image_processor", None) is None:
         raise UserError(f"the {model.family} model takes images but has no image processor; preprocessor_config.json is missing.")
-    token = image_token(assets)
-    found = assets.tokenizer.convert_tokens_to_ids(token)
-    if found != model.media.placeholder:
-        raise UserError(f"the tokenizer gives {token} the id {found}, the model's config (image_token_index) {model.media.placeholder}.")
     from PIL import Image
 
     probe = Image.new("RGB", (2 * model.media.width, model.media.height))  # wide, to see that it is made square
-    size = media.pixel_values([probe], assets.processor.image_processor).shape[1:3]
-    if size != (model.media.height, model.media.width):
+    token, [shown] = image_token(assets), media.shown([probe], assets, model.media)
+    written = assets.tokenizer(shown.text or token, add_special_tokens=False)["input_ids"]
+    if written.count(model.media.placeholder) != len(shown.runs):
         raise UserError(
-            f"the image processor gives images of {size[0]} x {size[1]}, the model's vision tower takes {model.media.height} x "
-            f"{model.media.width}; set size and crop_size in preprocessor_config.json."
+            f"the tokenizer gives {token} the id {assets.tokenizer.convert_tokens_to_ids(token)}, the model's config (image_token_index) "
+            f"{model.media.placeholder}."
+        )
+    picture = media.read_pictures([probe], model.media, assets.processor.image_processor)[0]
+    found, wanted = picture.arrays["pixel_values"].shape[1:], blank(model.media, 1, 1)["pixel_values"].shape[1:]
+    if found != wanted:
+        written = lambda shape: " x ".join(map(str, shape[:2] if shape[2:] == (3,) else shape))
+        raise UserError(
+            f"the image processor gives images of {written(found)}, the model's vision tower takes {written(wanted)}; set size and "
+            "crop_size in preprocessor_config.json."
         )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import dataclasses
 import functools
 import hashlib
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from aligner.data.samples import Bad
+from aligner.models import pictures
+from aligner.types import Media, Model
 
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # larger ones are decompression bombs, or nothing a vision tower could use
 # Without Pillow's formats that start other programs or render vector graphics.
@@ -61,16 +65,32 @@ def check_image(reference: Any, folder: str | Path) -> bytes:
     return hashlib.sha256(data).digest()
 
 
-def pixel_values(images: list[Image.Image], image_processor: Any) -> np.ndarray:
-    """What the checkpoint's own image processor makes of the images.
+def looking_in(model: Model, folder: str | Path) -> Model:
+    """The model, where sizes of its pictures matter with the folder to look for them in."""
+    if model.media is None or model.media.show is None:
+        return model
+    return dataclasses.replace(model, media=dataclasses.replace(model.media, folder=folder))
 
-    Returns:
-        float32 [I,H,W,3].
-    """
-    pixels = np.asarray(image_processor(images, return_tensors="np")["pixel_values"], np.float32)
-    if pixels.ndim != 4:
-        raise ValueError(f"{type(image_processor).__name__} gives pixel_values of shape {pixels.shape}; expected [I,3,H,W]")
-    return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+
+def image_size(reference: Any, folder: str | Path) -> tuple[int, int]:
+    """(width, height) of what `open_image` gives, from the image's header."""
+    image = _opened(reference, folder)
+    turned = image.getexif().get(274, 1) in (5, 6, 7, 8)  # EXIF orientations that lie on their side
+    return (image.height, image.width) if turned else image.size
+
+
+def shown(images: Sequence[Any], assets: Any, media: Media | None) -> list[pictures.Shown]:
+    """How each image stands in the text. Images are opened only where their sizes matter."""
+    if media is None:
+        return []
+    if media.show is None:
+        return [pictures.Shown(1, (media.features,))] * len(images)
+    return [media.show(image_size(image, media.folder), assets, len(images)) for image in images]
+
+
+def read_pictures(images: list[Image.Image], media: Media, image_processor: Any) -> list[pictures.Picture]:
+    """What the checkpoint's own image processor makes of the images, as the model takes them."""
+    return pictures.read(media, image_processor([images] if media.together else images, return_tensors="np"))
 
 
 def _opened(reference: Any, folder: str | Path, name: str = "") -> Image.Image:

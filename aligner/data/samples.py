@@ -89,6 +89,14 @@ class TwoSided:
 
 
 @dataclasses.dataclass(frozen=True)
+class Triple:
+    """A pair, and a third answer to the same prompt, the gold one, which is imitated."""
+
+    pair: Preference
+    gold: Text
+
+
+@dataclasses.dataclass(frozen=True)
 class Unpaired:
     """One answer and whether it is a good one."""
 
@@ -237,6 +245,20 @@ def as_two_sided(sample: Any) -> TwoSided:
     if images_of(good.prompt) != images_of(bad.prompt):
         raise Bad("image placeholders", "the two prompts show different images")
     return TwoSided(good, bad)
+
+
+def as_triple(sample: Any) -> Triple:
+    """A pair and a gold answer.
+
+    Raises:
+        Bad: the sample is none, its pair is none, or the gold answer is empty.
+    """
+    if not isinstance(sample, Triple):
+        raise Bad("no gold answer", f"the formatter returned a {type(sample).__name__}, not a Triple")
+    if is_blank(sample.gold):
+        raise Bad("empty answer", "the gold answer is empty")
+    as_preference(sample.pair)
+    return sample
 
 
 def as_scored(sample: Any) -> Ranked:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from aligner.data import media as media_files
 from aligner.data.samples import Bad, Preference, TwoSided, images_of, is_conversation, media_of, parts_of
+from aligner.models.pictures import Shown
 from aligner.types import Media, UserError
 
 # Used where a checkpoint brings no template: Vicuna's manner, as LLaVA-1.5 was trained.
@@ -19,6 +22,7 @@ DEFAULT_TEMPLATE = (
     "{% else %}{{ ('USER: ' if message['role'] == 'user' else '') + message['content'] + ' ' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+_PARTS = re.compile(r"\btype\b|content['\"]?\]?\s*\[")  # a template that looks at a part's type, or at a part
 _RENDERING = threading.Lock()
 # Not the row's fault: the census stops at it.
 NO_IMAGES = "the model takes no images"
@@ -34,6 +38,7 @@ class Encoded(NamedTuple):
         images: references of the images, in reading order.
         scored: bool [m_r] each, which tokens of the answers are scored; None scores all.
         values: numbers that belong to the example, by the name of their column in the batch, such as a label.
+        slots: of a row's pixels that its images fill; None is one each.
     """
 
     prompt: np.ndarray
@@ -41,6 +46,7 @@ class Encoded(NamedTuple):
     images: tuple[Any, ...] = ()
     scored: tuple[np.ndarray, ...] | None = None
     values: Mapping[str, Any] | None = None
+    slots: int | None = None
 
 
 def encode_preference(sample: Preference, assets: Any, media: Media | None = None) -> Encoded:
@@ -63,6 +69,7 @@ def encode_two_sided(sample: TwoSided, assets: Any, media: Media | None = None) 
         sides[0].prompt[:shared],
         tuple(np.concatenate(parts) for parts in answers),
         sides[0].images,
+        slots=sides[0].slots,
         scored=tuple(np.repeat([False, True], [len(part) for part in parts]) for parts in answers),
     )
 
@@ -87,16 +94,17 @@ def encode_answers(
         Bad: the template refuses the conversation, an answer is empty, or placeholders and images do not match.
     """
     images, options = check_media(prompt), options or {}
+    shown = media_files.shown(images, assets, media)
     if not prompt:
         raise Bad("empty prompt", "nothing stands before the answers")
     if any(check_media(answer) for answer in answers):
         raise Bad("image placeholders", "an answer holds an image; images are supported in prompts")
     if is_conversation(prompt) or any(is_conversation(answer) for answer in answers):
-        texts = [render(prompt, assets, add_generation_prompt=True, **options)]
-        texts += [render(prompt + answer, assets, **options) for answer in answers]
+        texts = [render(prompt, assets, shown, add_generation_prompt=True, **options)]
+        texts += [render(prompt + answer, assets, shown, **options) for answer in answers]
         special = adds_special_tokens(texts[0], assets)
     else:
-        start = _plain(prompt, assets)
+        start = write(_plain(prompt, assets), assets, shown)
         texts = [start] + [start + plain_text(answer, assets) for answer in answers]
         special = True
     tokenised = assets.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
@@ -111,7 +119,7 @@ def encode_answers(
         raise Bad("answers are equal", "the answers have the same tokens")
     if any((tail == media.placeholder).any() for tail in tails if media is not None):
         raise Bad("image placeholders", "an answer's text holds an image token")
-    return Encoded(head[expansion(head, images, media)], tails, images)
+    return Encoded(head[expansion(head, shown, media, len(images))], tails, images, slots=slots_of(shown))
 
 
 def check_media(text: Any) -> tuple[Any, ...]:
@@ -130,8 +138,8 @@ def chat_template(assets: Any) -> str:
 
 
 def image_token(assets: Any) -> str:
-    """The text that stands for an image in a rendered conversation."""
-    return getattr(assets.processor, "image_token", None) or "<image>"
+    """The text that stands for an image in a rendered conversation; with some families what begins an image (Gemma 3)."""
+    return getattr(assets.processor, "boi_token", None) or getattr(assets.processor, "image_token", None) or "<image>"
 
 
 def ends_with_eos(encoded: Encoded, tokenizer: Any) -> bool:
@@ -139,20 +147,38 @@ def ends_with_eos(encoded: Encoded, tokenizer: Any) -> bool:
     return all(tokenizer.eos_token_id in answer[-4:] for answer in encoded.answers)  # templates may add white space after it
 
 
-def render(conversation: list[dict], assets: Any, **options: Any) -> str:
-    """What the chat template makes of a conversation; `options` are the template's.
+def slots_of(shown: Sequence[Shown]) -> int:
+    """How many slots all of these pictures fill."""
+    return sum(one.slots for one in shown)
+
+
+def write(text: str, assets: Any, shown: Sequence[Shown]) -> str:
+    """The text with each picture written as its model wants it, in place of one image token."""
+    if not any(one.text for one in shown):
+        return text
+    token = image_token(assets)
+    between = text.split(token)  # text that holds fewer or more tokens than pictures is caught where ids are expanded
+    written = [one.text or token for one in shown] + [token] * len(between)
+    return "".join(part for pair in zip(between, [*written[: len(between) - 1], ""]) for part in pair)
+
+
+def render(conversation: list[dict], assets: Any, shown: Sequence[Shown] = (), **options: Any) -> str:
+    """What the chat template makes of a conversation; `options` are the template's, `shown` says how its first pictures are written.
 
     Raises:
         Bad: the template refuses the conversation.
         UserError: the template itself is broken.
     """
-    return _rendered(conversation, assets, False, options)[0][0]
+    return write(_rendered(conversation, assets, False, options)[0][0], assets, shown)
 
 
-def render_marked(conversation: list[dict], assets: Any, **options: Any) -> tuple[str, list[tuple[int, int]]]:
+def render_marked(
+    conversation: list[dict], assets: Any, shown: Sequence[Shown] = (), **options: Any
+) -> tuple[str, list[tuple[int, int]]]:
     """(text, where in it {% generation %} and {% endgeneration %} stand); raises as `render` does."""
     texts, spans = _rendered(conversation, assets, True, options)
-    return texts[0], spans[0]
+    moved = lambda place: len(write(texts[0][:place], assets, shown))
+    return write(texts[0], assets, shown), [(moved(start), moved(end)) for start, end in spans[0]]
 
 
 def _rendered(conversation: list[dict], assets: Any, marks: bool, options: Mapping[str, Any]) -> tuple[list[str], list]:
@@ -160,7 +186,7 @@ def _rendered(conversation: list[dict], assets: Any, marks: bool, options: Mappi
     from transformers.utils.chat_template_utils import render_jinja_template
 
     # Processors' templates want lists of parts; tokenizers' (and ours) want strings.
-    structured = assets.processor is not None and "type" in (assets.processor.chat_template or "")
+    structured = assets.processor is not None and _PARTS.search(assets.processor.chat_template or "") is not None
     messages = []
     for message in conversation:
         content = message["content"]
@@ -219,7 +245,7 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     return int(different.argmax()) if different.any() else length
 
 
-def expansion(tokens: np.ndarray, images: tuple[Any, ...], media: Media | None) -> np.ndarray:
+def expansion(tokens: np.ndarray, shown: Sequence[Shown], media: Media | None, images: int) -> np.ndarray:
     """Indices that repeat every image's placeholder once per feature: what the processor does to the text, without its pixels."""
     places = np.arange(len(tokens))
     if media is None:
@@ -227,6 +253,9 @@ def expansion(tokens: np.ndarray, images: tuple[Any, ...], media: Media | None) 
             raise Bad(NO_IMAGES)
         return places
     marks = tokens == media.placeholder
-    if marks.sum() != len(images):
-        raise Bad("image placeholders", f"the text holds {marks.sum()} image tokens for {len(images)} images")
-    return np.repeat(places, np.where(marks, media.features, 1))
+    runs = [run for one in shown for run in one.runs]
+    if marks.sum() != len(runs):
+        raise Bad("image placeholders", f"the text holds {marks.sum()} image tokens for {images} images")
+    times = np.ones(len(tokens), np.int64)
+    times[marks] = runs
+    return np.repeat(places, times)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from aligner.data import media as media_files
 from aligner.data.samples import Bad, Document, Supervised, is_conversation
 from aligner.data.templates import (
     Encoded,
@@ -20,7 +21,10 @@ from aligner.data.templates import (
     plain_text,
     render,
     render_marked,
+    slots_of,
+    write,
 )
+from aligner.models.pictures import Shown
 from aligner.types import Media, UserError
 
 LOSS_ON = ("assistant", "last", "all")
@@ -48,21 +52,22 @@ def encode_supervised(sample: Supervised, assets: Any, media: Media | None = Non
         encoded = encode_answers(prompt, (rest,), assets, media, options)
         if loss_on != "all":
             return encoded
-        return _scored(np.concatenate([encoded.prompt, *encoded.answers]), None, encoded.images, placeholder)
+        return _scored(np.concatenate([encoded.prompt, *encoded.answers]), None, encoded.images, placeholder)._replace(slots=encoded.slots)
     whole = [*prompt, *rest] if is_conversation(rest) else rest
     images = check_media(whole)
+    shown = media_files.shown(images, assets, media)
     if is_conversation(rest):
-        ids, mask = _turns(whole, assets, loss_on, options)
+        ids, mask = _turns(whole, assets, loss_on, shown, options)
         if prompt and loss_on != "all":
-            alone, _ = _tokens(render(prompt, assets, add_generation_prompt=True, **options), assets)
+            alone, _ = _tokens(render(prompt, assets, shown, add_generation_prompt=True, **options), assets)
             mask[: common_prefix(alone, ids)] = False
     else:
-        ids, mask = np.array(assets.tokenizer(plain_text(rest, assets), verbose=False)["input_ids"], np.int32), None
-    places = expansion(ids, images, media)
+        ids, mask = np.array(assets.tokenizer(write(plain_text(rest, assets), assets, shown), verbose=False)["input_ids"], np.int32), None
+    places = expansion(ids, shown, media, len(images))
     ids, mask = ids[places], None if mask is None else mask[places]
     if mask is not None and (mask & (ids == placeholder)).any():
         raise Bad("image placeholders", "an assistant's turn holds an image")
-    return _scored(ids, mask, images, placeholder)
+    return _scored(ids, mask, images, placeholder)._replace(slots=slots_of(shown))
 
 
 def encode_document(sample: Document, assets: Any) -> Encoded:
@@ -96,24 +101,24 @@ def _tokens(text: str, assets: Any, **options: Any) -> tuple[np.ndarray, np.ndar
 
 
 def _turns(
-    conversation: list[dict], assets: Any, loss_on: str, options: Mapping[str, Any]
+    conversation: list[dict], assets: Any, loss_on: str, shown: Sequence[Shown], options: Mapping[str, Any]
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """(ids, mask) of a whole conversation, placeholders not yet expanded; no mask where all is scored."""
+    show = functools.partial(render, assets=assets, shown=shown, **options)
     if loss_on == "all":
-        return _tokens(render(conversation, assets, **options), assets)[0], None
+        return _tokens(show(conversation), assets)[0], None
     if not any(message["role"] == "assistant" for message in conversation):
         raise Bad("nothing to imitate", "the conversation has no turn of the assistant")
     if not assets.tokenizer.is_fast:
         raise UserError("the tokenizer cannot say where in the text its tokens stand; add tokenizer.json to the checkpoint folder.")
     if _has_generation_marks(chat_template(assets)):
-        text, spans = render_marked(conversation, assets, **options)
-        found = assets.tokenizer(text, add_special_tokens=adds_special_tokens(text, assets), verbose=False)
-        ids = np.array(found["input_ids"], np.int32)
-        mask = _by_generation_marks(spans[-1:] if loss_on == "last" else spans, found, len(ids))
-    else:
-        text = render(conversation, assets, **options)
+        text, spans = render_marked(conversation, assets, shown, **options)
         ids, offsets = _tokens(text, assets, return_offsets_mapping=True)
-        mask = _by_rendering(conversation, text, offsets, assets, loss_on, options)
+        mask = _by_generation_marks(spans[-1:] if loss_on == "last" else spans, offsets)
+    else:
+        text = show(conversation)
+        ids, offsets = _tokens(text, assets, return_offsets_mapping=True)
+        mask = _by_rendering(conversation, text, offsets, assets, loss_on, show)
     if not mask.any():
         raise Bad("nothing to imitate", f"the chat template marks no token as the assistant's: {_head(assets)}")
     return ids, mask
@@ -123,26 +128,24 @@ def _has_generation_marks(template: str) -> bool:
     return "endgeneration" in template
 
 
-def _by_generation_marks(spans: list[tuple[int, int]], found: Any, size: int) -> np.ndarray:
+def _by_generation_marks(spans: list[tuple[int, int]], offsets: np.ndarray) -> np.ndarray:
     """The template says itself, between {% generation %} and {% endgeneration %}, what the assistant writes."""
-    mask = np.zeros(size, bool)
-    first = lambda places: next((token for place in places if (token := found.char_to_token(place)) is not None), None)
+    starts, ends = offsets.T
+    mask = np.zeros(len(offsets), bool)
     for start, end in spans:
-        token = first(range(start, end))  # some characters belong to no token, such as spaces that a tokenizer drops
-        if token is not None:
-            mask[token : first(range(end - 1, start - 1, -1)) + 1] = True
+        mask |= (ends > start) & (starts < end) & (ends > starts)
     return mask
 
 
 def _by_rendering(
-    conversation: list[dict], text: str, offsets: np.ndarray, assets: Any, loss_on: str, options: Mapping[str, Any]
+    conversation: list[dict], text: str, offsets: np.ndarray, assets: Any, loss_on: str, show: Callable[..., str]
 ) -> np.ndarray:
     """The template does not say: rendering parts of the conversation shows where each turn of the assistant stands."""
     starts, ends = offsets.T
     mask = np.zeros(len(offsets), bool)
     turns = [number for number, message in enumerate(conversation) if message["role"] == "assistant"]
     for number in turns[-1:] if loss_on == "last" else turns:
-        start, end = _span(conversation, number, text, assets, options)
+        start, end = _span(conversation, number, text, assets, show)
         words = start + len(text[start:end].rstrip())  # a token over the start is the answer's, one over the end if it holds its words
         inside = np.flatnonzero((ends > start) & (ends > starts) & ((ends <= end) | (starts < words)) & (starts < end))
         if len(inside):
@@ -150,14 +153,13 @@ def _by_rendering(
     return mask
 
 
-def _span(conversation: list[dict], number: int, text: str, assets: Any, options: Mapping[str, Any]) -> tuple[int, int]:
+def _span(conversation: list[dict], number: int, text: str, assets: Any, show: Callable[..., str]) -> tuple[int, int]:
     """Where in the text a turn of the assistant stands, with what the template ends it with.
 
     Usually the text grows turn by turn: the turn is what follows the prompt that asks for it, up to where the next one begins. Some
     templates write a turn differently when others follow (reasoning is left out, another token ends it); then it is what changes in the
     text when its words do.
     """
-    show = functools.partial(render, assets=assets, **options)
     after = show(conversation[: number + 1])
     eos = assets.tokenizer.eos_token or ""
     shorter = after.removesuffix(eos)  # some end the whole conversation once more

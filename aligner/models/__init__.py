@@ -1,14 +1,23 @@
 """Model families by Hugging Face's `model_type`. A family is one file with `make(hf_config) -> Model`."""
 
 import difflib
+import importlib
 from typing import Any
 
 from aligner.types import Model, UserError
 
+# model_type -> the file of this package that makes it
+VISION_LANGUAGE = {
+    **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), "llava_next"),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "qwen_vl"),
+    **dict.fromkeys(("paligemma", "gemma3"), "gemma_vl"),
+    **dict.fromkeys(("idefics3", "smolvlm"), "idefics"),
+    **{name: name for name in ("llava", "idefics2", "internvl", "mllama", "vision_llm")},
+}
 SUPPORTED = (
     *("baichuan", "bloom", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neox", "granite", "llama", "mistral"),
     *("mixtral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"),
-    "llava",
+    *VISION_LANGUAGE,
 )
 
 
@@ -22,7 +31,7 @@ def from_hf(hf_config: Any, score_head: bool = False) -> Model:
     Raises:
         UserError: the family, or a setting of it that changes the numbers, is not supported.
     """
-    from aligner.models import decoder, families, llava  # imported late: flax is slow to import
+    from aligner.models import decoder, families  # imported late: flax is slow to import
     from aligner.models.score_head import with_score_head
 
     if score_head:
@@ -32,9 +41,10 @@ def from_hf(hf_config: Any, score_head: bool = False) -> Model:
     if family in families.FAMILIES:
         config = families.FAMILIES[family](hf_config)
         return decoder.make(config, family, families.conversion(family, config))
-    makers = {"llava": llava.make}
-    if family not in makers:
+    if family not in VISION_LANGUAGE:
         near = difflib.get_close_matches(str(family), SUPPORTED, n=1)
         hint = f"; nearest: {near[0]!r}" if near else ""
         raise UserError(f"model_type {family!r} is not supported{hint}; supported are {', '.join(SUPPORTED)}")
-    return makers[family](hf_config)
+    from aligner.models.vlm import UNREAD
+
+    return families.read(importlib.import_module(f"aligner.models.{VISION_LANGUAGE[family]}").make, hf_config, UNREAD)

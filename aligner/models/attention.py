@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from aligner.models.layers import at_least_float32
 from aligner.types import Batch
+
+BLOCK, MAX_BLOCKS = 128, 8  # queries that are multiplied with their keys at once, and how many such products there are at most
 
 
 @struct.dataclass
@@ -24,12 +25,24 @@ class Spec:
     Attributes:
         segment_ids, role, positions: [B, T] as in a batch.
         mask: the same thing dense, [B, 1, T, T]; made once per forward pass by `dense` for the reference backend.
+        blocks: [B, T]; tokens of a segment with the same number above 0 see each other both ways; a window limits how far back.
+        media: [B, T] bool; keys that are media and keys that are text are read by a softmax each, the two results added, and media reads
+            media alone; None reads all by one.
+        causal: False lets everything in a segment see everything; there are no roles then.
     """
 
     segment_ids: Int[Array, "B T"]
-    role: Int[Array, "B T"]
-    positions: Int[Array, "B T"]
+    role: Int[Array, "B T"] | None = None
+    positions: Int[Array, "B T"] | None = None
     mask: Bool[Array, "B 1 T T"] | None = None
+    blocks: Int[Array, "B T"] | None = None
+    media: Bool[Array, "B T"] | None = None
+    causal: bool = struct.field(pytree_node=False, default=True)
+
+    @property
+    def backwards(self) -> bool:
+        """Whether no query sees a later column."""
+        return self.causal and self.blocks is None
 
 
 def spec_of(batch: Batch) -> Spec:
@@ -45,12 +58,23 @@ def dense(spec: Spec, window: int | None = None) -> Spec:
     segment, role = spec.segment_ids, spec.role
     column = jnp.arange(segment.shape[1])
     visible = segment[:, :, None] == segment[:, None, :]
-    visible &= column[:, None] >= column[None, :]
+    if not spec.causal:
+        return spec.replace(mask=visible[:, None])
+    backwards = column[:, None] >= column[None, :]
+    if spec.blocks is not None:
+        backwards |= (spec.blocks[:, :, None] == spec.blocks[:, None, :]) & (spec.blocks > 0)[:, None, :]
+    visible &= backwards
     visible &= (role[:, None, :] == 0) | (role[:, :, None] == role[:, None, :])
     if window is not None:
         visible &= spec.positions[:, :, None] - spec.positions[:, None, :] < window
         visible |= jnp.eye(segment.shape[1], dtype=bool)  # padding's positions do not count up
     return spec.replace(mask=visible[:, None])
+
+
+def apart(mask: Bool[Array, "B 1 t s"], query: Bool[Array, "B t"], key: Bool[Array, "B s"]) -> tuple[Bool[Array, "B 1 t s"], ...]:
+    """Of what a mask shows, the keys that are text and those that are media. Media does not read text (MMCA)."""
+    query, key = query[:, None, :, None], key[:, None, None, :]
+    return mask & ~key & ~query, mask & key
 
 
 def alibi_slopes(heads: int) -> tuple[float, ...]:
@@ -79,17 +103,59 @@ def attention(
         groups = heads // k.shape[2]
         # the scale goes into q: [B,T,N,H] is smaller than [B,N,T,T]
         q = (q * jnp.asarray(scale, q.dtype)).reshape(batch, length, k.shape[2], groups, width)
-        wide = jnp.promote_types(q.dtype, jnp.float32)
-        precision = None if q.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-        logits = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=wide, precision=precision)
-        if softcap is not None:
-            logits = softcap * jnp.tanh(logits / softcap)
-        if slopes is not None:
-            distance = spec.positions[:, :, None] - spec.positions[:, None, :]
-            logits -= jnp.asarray(slopes, wide).reshape(-1, groups, 1, 1) * distance[:, None, None].astype(wide)
-        if spec is not None:
+        q = q.transpose(0, 2, 3, 1, 4)  # [B,K,G,T,H]: with heads leading the products need no copies of their own
+        k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
+        if spec is None:
+            out = _attend(q, k, v, (), None, softcap)
+        else:
             mask = (spec if spec.mask is not None else dense(spec)).mask
-            logits = jnp.where(mask[:, :, None], logits, jnp.finfo(wide).min)
-        weights = jax.nn.softmax(at_least_float32(logits), axis=-1).astype(v.dtype)
-        out = jnp.einsum("bkgts,bskh->btkgh", weights, v, preferred_element_type=wide, precision=precision)
-        return out.astype(q.dtype).reshape(batch, length, heads, width)
+            bend = None if slopes is None else (jnp.asarray(slopes, jnp.float32).reshape(-1, groups, 1, 1), spec.positions)
+            # where no query sees a later column, each block of queries is multiplied by the columns up to its end alone
+            size = max(BLOCK, -(-length // MAX_BLOCKS)) if spec.backwards else length
+            ends = [min(start + size, length) for start in range(0, length, size)]
+            blocks = []
+            for start, end in zip([0, *ends], ends):
+                here, upto = slice(start, end), slice(0, end if spec.backwards else k.shape[2])
+                part = mask[..., here, upto]
+                seen = (part,) if spec.media is None else apart(part, spec.media[:, here], spec.media[:, upto])
+                blocks.append(_attend(q[..., here, :], k[:, :, upto], v[:, :, upto], seen, _bias(bend, start, end), softcap))
+            out = jnp.concatenate(blocks, axis=3) if len(blocks) > 1 else blocks[0]
+        return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+
+
+def _bias(bend: tuple | None, start: int, end: int) -> Float[Array, "B K G t s"] | None:
+    """ALiBi's part of the logits of the queries from `start` to `end`."""
+    if bend is None:
+        return None
+    slopes, positions = bend
+    distance = positions[:, start:end, None] - positions[:, None, :end]
+    return -slopes * distance[:, None, None].astype(slopes.dtype)
+
+
+def _attend(
+    q: Float[Array, "B K G t H"],
+    k: Float[Array, "B K s H"],
+    v: Float[Array, "B K s H"],
+    masks: tuple[Bool[Array, "B 1 t s"], ...],
+    bias: Float[Array, "B K G t s"] | None,
+    softcap: float | None,
+) -> Float[Array, "B K G t H"]:
+    """Softmax of all logits of these queries and keys at once; q is already scaled. With several masks, the sum of a softmax under each."""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    precision = None if q.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    flat = q.reshape(*q.shape[:2], -1, q.shape[-1])  # the heads that share a key are one matrix
+    logits = jnp.einsum("bkth,bksh->bkts", flat, k, preferred_element_type=wide, precision=precision)
+    logits = logits.reshape(*q.shape[:-1], k.shape[2])
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    if bias is not None:
+        logits = logits + bias.astype(wide)
+    under = lambda mask: jax.nn.softmax(jnp.where(mask[:, :, None], logits, jnp.finfo(wide).min), axis=-1)
+    if len(masks) > 1:
+        # a query that sees nothing under a mask takes nothing from it; the softmax of nothing but masked logits would be even over all
+        weights = sum(jnp.where(mask[:, :, None], under(mask), 0) for mask in masks)
+    else:
+        weights = under(*masks) if masks else jax.nn.softmax(logits, axis=-1)
+    weights = weights.astype(v.dtype).reshape(*flat.shape[:-1], k.shape[2])
+    out = jnp.einsum("bkts,bksh->bkth", weights, v, preferred_element_type=wide, precision=precision)
+    return out.astype(q.dtype).reshape(q.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +14,9 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from aligner.models import moe, rope
+from aligner.models import cross, moe, rope
 from aligner.models.attention import Spec, alibi_slopes, attention, dense, spec_of
-from aligner.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear, RMSNorm, at_least_float32, rngs, stack
+from aligner.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear, RMSNorm, at_least_float32, pick, rngs, stack
 from aligner.sharding import constrain
 from aligner.types import Batch, Conversion, Head, Model, Output, Params
 
@@ -76,6 +77,12 @@ class DecoderConfig:
     mlp_names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     qk_norm_names: tuple[str, str] = ("q_norm", "k_norm")
     final_norm: str = "norm"
+    both_ways: str = ""  # what is not seen backwards only: "prompt", or "pictures", each within itself
+    picture_tokens: int = 1  # of a picture, where those see each other
+    split_media: bool = False  # text reads text and pictures by two softmaxes, pictures read pictures alone (MMCA, arXiv 2309.14327)
+    cross_layers: tuple[int, ...] = ()  # where, counting all layers, those stand that look at pictures instead of text
+    extra_embeddings: int = 0  # rows of the embedding beyond the vocabulary, which the head does not have
+    deepstack: int = 0  # so many first layers are each followed by features of their own, which come beside those that are merged in
 
 
 def make_norm(config: DecoderConfig, name: str) -> nn.Module:
@@ -110,6 +117,12 @@ class Attention(nn.Module):
         return Linear(c.hidden_size, c.o_bias, c.initializer_range, name=c.o_name)(out)
 
 
+@functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
+def gate(act: str, x: Array, up: Array | float = 1) -> Array:
+    """act(x) * up; the backward pass keeps the two and nothing between."""
+    return ACTIVATIONS[act](x) * up
+
+
 class MLP(nn.Module):
     config: DecoderConfig
 
@@ -118,7 +131,7 @@ class MLP(nn.Module):
         c = self.config
         *into, out = c.mlp_names
         y = [Linear(c.intermediate_size, c.mlp_bias, c.initializer_range, name=name)(x) for name in into]
-        y = ACTIVATIONS[c.hidden_act](y[0]) * (y[1] if c.gated_mlp else 1)
+        y = gate(c.hidden_act, *y)
         return Linear(c.hidden_size, c.mlp_bias, c.initializer_range, name=out)(constrain(y, "batch", None, "mlp"))
 
 
@@ -144,8 +157,12 @@ class Layer(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], specs: tuple[Spec, ...], tables: tuple[tuple[Array, Array], ...], window, kind):
+    def __call__(
+        self, x: Float[Array, "B T D"], specs: tuple[Spec, ...], tables: tuple[tuple[Array, Array], ...], deep: tuple[Array, ...] | None,
+        here: cross.Seen | None, window: Array, kind: Array, number: Array, crossing: Array,
+    ):  # fmt: skip
         c = self.config
+        x = cross.before(c, MLP, x, here, crossing)
 
         def normed(name: str, y: Array) -> Array:
             return make_norm(c, name)(y) if name else y
@@ -165,14 +182,10 @@ class Layer(nn.Module):
             y, load = SparseMLP(c, name="mlp")(into, specs[0].segment_ids > 0)
         else:
             y = MLP(c, name="mlp")(into)
-        return constrain(add(x, y, c.mlp_out_norm), "batch", None, None), load
-
-
-def pick(kinds: tuple, index: Array) -> Any:
-    """The one of a few alike trees that a layer's number says; layers differ, their program does not."""
-    if len(kinds) == 1:
-        return kinds[0]
-    return jax.tree.map(lambda *leaves: jax.lax.select_n(index, *leaves), *kinds)
+        x = add(x, y, c.mlp_out_norm)
+        if deep is not None:
+            x = x + pick((*deep, jnp.zeros_like(deep[0])), jnp.minimum(number, len(deep)))
+        return constrain(x, "batch", None, None), load
 
 
 class DecoderModel(nn.Module):
@@ -182,13 +195,19 @@ class DecoderModel(nn.Module):
     @nn.compact
     def __call__(self, batch: Batch, features: Float[Array, "B F D"] | None) -> Float[Array, "B T D"]:
         c, positions = self.config, batch["positions"]
-        x = Embed(c.vocab_size, c.embedding_size or c.hidden_size, c.initializer_range, name="embed_tokens")(batch["tokens"])
+        rows, size = c.vocab_size + c.extra_embeddings, c.embedding_size or c.hidden_size
+        x = Embed(rows, size, c.initializer_range, name="embed_tokens")(batch["tokens"])
         if c.embedding_scale != 1.0:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         if "embedding_noise" in batch:  # [B,T,D], from an algorithm that trains with it
             x = x + batch["embedding_noise"].astype(x.dtype)
-        if features is not None:
+        deep = here = None
+        if c.cross_layers:
+            here = self.crossed(x, features, batch)
+        elif features is not None:
+            features, *deep = jnp.split(features, 1 + c.deepstack, axis=-1)
             x = merge(x, features, batch["media_index"])
+            deep = tuple(merge(jnp.zeros_like(x), more, batch["media_index"]) for more in deep) or None
         if c.embedding_size:
             x = Linear(c.hidden_size, init_scale=c.initializer_range, name="project_in")(x)
         if c.learned_positions:
@@ -197,17 +216,38 @@ class DecoderModel(nn.Module):
         if c.embedding_norm:
             x = make_norm(c, c.embedding_norm)(x)
         x = constrain(x, "batch", None, None)
-        width = int(c.head_dim * c.rotary_fraction)
-        tables = tuple(rope.tables(kind, width, c.max_position_embeddings, positions, batch["segment_ids"], x.dtype) for kind in c.rope)
-        specs = tuple(dense(spec_of(batch), window) for window in c.windows)
+        width, turning = int(c.head_dim * c.rotary_fraction), batch.get("rope_positions", positions)
+        tables = tuple(rope.tables(kind, width, c.max_position_embeddings, turning, batch["segment_ids"], x.dtype) for kind in c.rope)
+        media = batch["media_index"] >= 0 if c.split_media and "media_index" in batch else None
+        spec = spec_of(batch).replace(blocks=both_ways(c, batch), media=media)
+        specs = tuple(dense(spec, window) for window in c.windows)
         numbers = [jnp.asarray(of or (0,) * c.num_hidden_layers, jnp.int32) for of in (c.window_of_layer, c.rope_of_layer)]
-        layers = stack(Layer, c.num_hidden_layers, self.remat, in_axes=(nn.broadcast, nn.broadcast, 0, 0))
-        x, load = layers(c, name="layers")(x, specs, tables, *numbers)
+        numbers += [jnp.arange(c.num_hidden_layers), jnp.asarray(crossings(c), jnp.int32)]
+        layers = stack(Layer, c.num_hidden_layers, self.remat, in_axes=(nn.broadcast,) * 4 + (0,) * 4)
+        x, load = layers(c, name="layers")(x, specs, tables, deep, here, *numbers)
         if load is not None:
             for name, value in zip(("router_count", "router_probability"), load):
                 self.sow("aux", name, jnp.sum(value, axis=0))
         x = make_norm(c, c.final_norm)(x) if c.final_norm else x
         return Linear(c.embedding_size, init_scale=c.initializer_range, name="project_out")(x) if c.embedding_size else x
+
+
+    def crossed(self, x: Float[Array, "B T D"], states: Float[Array, "B S D"] | None, batch: Batch) -> cross.Seen | None:
+        """What the cross layers look at; None, and they are passed over, where there are no pictures."""
+        c = self.config
+        if self.is_initializing():
+            one = jnp.ones((1, 1, 1))
+            nothing = cross.Seen(None, jnp.zeros((1, 1, c.hidden_size)), jnp.ones((1, 1, 1, 1), bool), one, one)
+            stack(cross.CrossLayer, len(c.cross_layers), "none", in_axes=(nn.broadcast,))(c, MLP, name="cross_layers")(x, nothing)
+        if states is None:
+            return None
+        return cross.seen(self.variables["params"]["cross_layers"], states.astype(x.dtype), batch)
+
+
+def crossings(config: DecoderConfig) -> list[int]:
+    """For every layer of the decoder's own, the number of the cross layer right before it, or -1."""
+    own = [i for i in range(config.num_hidden_layers + len(config.cross_layers)) if i not in config.cross_layers]
+    return [config.cross_layers.index(i - 1) if i - 1 in config.cross_layers else -1 for i in own]
 
 
 class CausalLM(nn.Module):
@@ -223,6 +263,15 @@ class CausalLM(nn.Module):
         if self.is_initializing() and not c.tie_word_embeddings:
             Linear(c.vocab_size, c.head_bias, c.initializer_range, name="lm_head")(x)
         return x
+
+
+def both_ways(config: DecoderConfig, batch: Batch) -> Array | None:
+    """Which tokens see each other both ways, by a number above 0 [B,T]; None where all see backwards only."""
+    if config.both_ways == "prompt":
+        return (batch["role"] == 0).astype(jnp.int32)
+    if config.both_ways and "media_index" in batch:
+        return batch["media_index"] // config.picture_tokens + 1
+    return None
 
 
 def merge(x: Float[Array, "B T D"], features: Float[Array, "B F D"], media_index) -> Float[Array, "B T D"]:
@@ -259,6 +308,11 @@ def text_batch(inputs: Mapping[str, Any], positions_from_mask: bool = False) -> 
     return {name: jnp.asarray(array) for name, array in arrays.items()}
 
 
+def aux_of(variables: Mapping[str, Any]) -> dict[str, Array]:
+    """What the layers noted beside the hidden states, by name."""
+    return {name: value for name, (value,) in variables.get("aux", {}).get("model", {}).items()}
+
+
 def dummy_batch() -> Batch:
     """The smallest batch, for `init`."""
     return text_batch({"input_ids": np.zeros((1, 1), np.int32)})
@@ -284,7 +338,7 @@ def make(config: DecoderConfig, family: str, conversion: Conversion) -> Model:
 
     def apply(params, batch, *, features=None, cache=None, key=None, remat="none") -> Output:
         hidden, variables = CausalLM(config, remat).apply({"params": params}, batch, features, rngs=rngs(key), mutable=["aux"])
-        return Output(hidden, {name: value for name, (value,) in variables.get("aux", {}).get("model", {}).items()}, cache)
+        return Output(hidden, aux_of(variables), cache)
 
     return Model(
         family=family,

@@ -29,7 +29,7 @@ def common(hf: Any, **flags: Any) -> DecoderConfig:
         max_position_embeddings=getattr(hf, "max_position_embeddings", None),
         norm_eps=getattr(hf, "rms_norm_eps", None) or getattr(hf, "layer_norm_eps", None),
         hidden_act=getattr(hf, "hidden_act", None) or getattr(hf, "hidden_activation", None),
-        tie_word_embeddings=bool(hf.tie_word_embeddings),
+        tie_word_embeddings=bool(getattr(hf, "tie_word_embeddings", False)),
         initializer_range=getattr(hf, "initializer_range", None),
         qkv_bias=bool(getattr(hf, "attention_bias", False)),
         o_bias=bool(getattr(hf, "attention_bias", False)),
@@ -234,14 +234,21 @@ def baichuan(hf: Any) -> DecoderConfig:
 
 
 def register_configs() -> None:
-    """Teach `AutoConfig` the families that `transformers` itself reads by code from the Hub only."""
-    from transformers import AutoConfig, LlamaConfig
+    """Teach `AutoConfig` the families that `transformers` itself reads by code from the Hub only, and ours."""
+    from transformers import AutoConfig, LlamaConfig, LlavaConfig
 
     class BaichuanConfig(LlamaConfig):
         model_type = "baichuan"
         max_position_embeddings: int = 0
 
+    class VisionLLMConfig(LlavaConfig):
+        model_type = "vision_llm"
+        projector: str = "mlp"
+        projector_latents: int = 64
+        mmca: bool = False
+
     AutoConfig.register("baichuan", BaichuanConfig, exist_ok=True)
+    AutoConfig.register("vision_llm", VisionLLMConfig, exist_ok=True)
 
 
 def mixtral(hf: Any) -> DecoderConfig:
@@ -302,8 +309,13 @@ class Recorded:
         return getattr(self.hf, name)
 
 
-def read(family: Callable[[Any], DecoderConfig], hf: Any) -> DecoderConfig:
-    """The decoder's flags from a Hugging Face config.
+def read(family: Callable[[Any], Any], hf: Any, unread: frozenset[str] = UNREAD) -> Any:
+    """What `family` makes of a Hugging Face config, such as the decoder's flags.
+
+    Args:
+        family: reads the config.
+        hf: the config.
+        unread: fields that need not be read.
 
     Raises:
         UserError: a field that the family does not read has another value than its default, or one that it reads has a value that is not
@@ -313,7 +325,7 @@ def read(family: Callable[[Any], DecoderConfig], hf: Any) -> DecoderConfig:
     config = family(recorded)
     for field in dataclasses.fields(hf):
         value = getattr(hf, field.name)
-        if field.name not in recorded.read | UNREAD and value not in (field.default, None):
+        if field.name not in recorded.read | unread and value not in (field.default, None):
             raise UserError(f"{field.name}={value!r} of the {hf.model_type} config is not implemented; choose a checkpoint without it")
     return config
 
@@ -434,25 +446,25 @@ _RENAMES = {
 }
 
 
-def conversion(family: str, config: DecoderConfig, tree: str = "", names: str = "") -> Conversion:
+def conversion(family: str, config: DecoderConfig, tree: str = "", names: Callable[[str], str] = str) -> Conversion:
     """How the decoder's tree maps to Hugging Face names.
 
     Args:
         family: `model_type`.
         config: what `FAMILIES[family]` read.
         tree: prefix of the decoder in a larger tree, such as "language_model/".
-        names: the same of its tensors' names, such as "language_model.".
+        names: what a tensor's name in a model of text alone is in the larger one.
     """
-    stacks = {"model/layers": "model.layers.{i}", **_NAMES.get(family, {})}
+    stacks = {"model": "model", "model/layers": "model.layers.{i}", "lm_head": "lm_head", **_NAMES.get(family, {})}
     exceptions = []
     for name, what, modules, operation in _fused(family, config.num_attention_heads):
         leaf = "kernel" if what == "weight" else what
         paths = [f"{tree}model/layers/{module}/{leaf}" for module in ((modules,) if isinstance(modules, str) else modules)]
-        exceptions.append((f"{names}{stacks['model/layers']}.{name}.{what}", tuple(paths), operation))
-    embedding = f"{names}{stacks.get('model/embed_tokens', stacks.get('model', 'model') + '.embed_tokens')}.weight"
-    head = f"{names}{stacks.get('lm_head', 'lm_head')}.weight"
+        exceptions.append((names(f"{stacks['model/layers']}.{name}.{what}"), tuple(paths), operation))
+    embedding = names(stacks.get("model/embed_tokens", stacks["model"] + ".embed_tokens") + ".weight")
+    head = names(stacks["lm_head"] + ".weight")
     return Conversion(
-        stacks={tree + prefix: names + stored for prefix, stored in stacks.items()},
+        stacks={tree + prefix: names(stored) for prefix, stored in stacks.items()},
         exceptions=tuple(exceptions),
         renames=_RENAMES.get(family, ()),
         ignored=IGNORED,

@@ -4,7 +4,9 @@ A module's leaves are read with `get_variable`, not `param`: only `init` fixes s
 than the array that `init` made (a quantised kernel, a kernel with adapters).
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -87,11 +89,16 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         scale = leaf(self, "scale", nn.initializers.zeros if self.plus_one else nn.initializers.ones, (x.shape[-1],))
-        wide = at_least_float32(x)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        if self.wide or self.plus_one:
-            return (wide * (scale.astype(wide.dtype) + self.plus_one)).astype(x.dtype)
-        return wide.astype(x.dtype) * scale.astype(x.dtype)
+        return rms_norm(x, scale, self.eps, self.wide, self.plus_one)
+
+
+@functools.partial(jax.checkpoint, static_argnums=(2, 3, 4), prevent_cse=False)  # the backward pass keeps x and nothing between
+def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float, wide: bool, plus_one: bool) -> Float[Array, "... D"]:
+    y = at_least_float32(x)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    if wide or plus_one:
+        return (y * (scale.astype(y.dtype) + plus_one)).astype(x.dtype)
+    return y.astype(x.dtype) * scale.astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -107,6 +114,13 @@ class LayerNorm(nn.Module):
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         return (wide * scale + bias).astype(x.dtype)
+
+
+def pick(kinds: tuple, index: Array) -> Any:
+    """The one of a few alike trees that a layer's number says; layers differ, their program does not."""
+    if len(kinds) == 1:
+        return kinds[0]
+    return jax.tree.map(lambda *leaves: jax.lax.select_n(index, *leaves), *kinds)
 
 
 # What the backward pass may keep of a layer; the rest is computed again. "context" is attention's output before its projection.

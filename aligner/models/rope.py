@@ -114,16 +114,32 @@ def tables(
         parameters: of one kind of rotary embedding; None rotates nothing.
         width: W, the rotated part of a head.
         max_position_embeddings: from the model's config.
-        positions, segment_ids: [B, T].
+        positions: [B, T], or [B, T, 3] in time, rows and columns.
+        segment_ids: [B, T].
         dtype: of the activations.
     """
     if parameters is None:
         ones = jnp.ones((*positions.shape, 1, width), dtype)
         return ones, jnp.zeros_like(ones)
     inverse, scale = frequencies(parameters, width, max_position_embeddings, positions, segment_ids)
-    angles = positions[..., None].astype(jnp.float32) * inverse
+    if positions.ndim == 3:  # M-RoPE: every frequency turns by one of time, row and column
+        positions = positions[..., sections(parameters, width // 2)]
+        angles = positions.astype(jnp.float32) * inverse
+    else:
+        angles = positions[..., None].astype(jnp.float32) * inverse
     angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
     return (jnp.cos(angles) * scale).astype(dtype), (jnp.sin(angles) * scale).astype(dtype)
+
+
+def sections(parameters: Mapping[str, Any], half: int) -> np.ndarray:
+    """Which axis (0 time, 1 row, 2 column) each of `half` frequencies turns by: one block after another, or in turns (Qwen3-VL)."""
+    sizes = parameters["mrope_section"]
+    if not parameters.get("mrope_interleaved"):
+        return np.repeat(np.arange(len(sizes)) % 3, sizes)
+    axes = np.zeros(half, np.int64)
+    for axis in (1, 2):
+        axes[axis : 3 * sizes[axis] : 3] = axis
+    return axes
 
 
 def rotate(

@@ -96,19 +96,19 @@ LOSSES = {
     "mse": ("reward", 4, dict(loss_type="mse", answers=4)),
     "cost": ("cost", 2, dict(scale=0.7)),
 }
-# Accumulation, padding, packing, remat, devices, and the layout of last tokens alone, all at once; on text one by one as well.
+# Accumulation, padding, packing, remat, devices, and the layout of last tokens alone, all at once (one by one: test_invariance.py)
 ALL = (dict(per_row=2, more=1, empty_rows=4, last=True), dict(accumulate=2, remat="full"), CUBE)
-PARTS = [({}, dict(accumulate=4), None), (dict(more=3, empty_rows=4, shared=False), {}, None)]
-CASES = [("llama", loss, ALL) for loss in LOSSES] + [("llava", "bradley_terry", ALL)] + [("llama", "plackett_luce", part) for part in PARTS]
+CASES = [("llava", "bradley_terry", ALL), ("llama", "plackett_luce", (dict(more=3, empty_rows=4, shared=False), {}, None))]
 
 
 def compute(name: str, loss: str, variant=({}, {}, None)):
     algorithm, answers, changes = LOSSES[loss]
     batch, train, mesh = variant
     f = family(name, answers)
-    return loss_and_gradients(
-        f, make_batch(f, **batch), config(algorithm, train, **changes), sharding.make_mesh(mesh) if mesh else one_device()
-    )
+    made = config(algorithm, train, **changes)
+    made.model.dtype = made.model.param_dtype = "float64"  # a tower's biases have gradients that all but cancel: float32 leaves 1e-5 of them
+    with jax.enable_x64(True):
+        return loss_and_gradients(f, make_batch(f, **batch), made, sharding.make_mesh(mesh) if mesh else one_device(), "float64")
 
 
 baseline = functools.cache(compute)

@@ -10,7 +10,7 @@ from aligner import algorithms
 from aligner.prepare import fingerprint
 from aligner.types import UserError
 from configs import common
-from tests.algorithms import bigram
+from tests.algorithms import bigram, rows
 
 
 def make(algorithm, reference=None, **changes):
@@ -73,8 +73,8 @@ def test_columns_of_another_ld_alpha_have_another_name():
 @pytest.mark.parametrize("alpha", [None, 0.0, 0.3])
 def test_the_column_is_summed_as_the_policy_is(alpha):
     """policy = reference: log-ratios are 0, whatever LD-DPO's weight."""
-    examples = bigram.make_examples("preference")
-    batch = bigram.make_batch(examples, np.zeros((len(examples), 2)))
+    examples = rows.make_examples("preference")
+    batch = rows.make_batch(examples, np.zeros((len(examples), 2)))
     algorithm, params = make(common.dpo, ld_alpha=alpha), bigram.make_params()
     column = algorithm.prepare(params, batch)["reference_logps"]
     terms, metrics, _ = algorithm.objective(algorithm.score(params, {}, {**batch, "reference_logps": column}, None), batch, {})
@@ -85,7 +85,7 @@ def test_the_column_is_summed_as_the_policy_is(alpha):
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_ld_weighs_what_is_beyond_the_shorter_answer(alpha):
     """Against sums made one token at a time."""
-    examples = bigram.make_examples("preference")
+    examples = rows.make_examples("preference")
     params = bigram.make_params()
     logits = params["embed"]["embedding"] @ params["lm_head"]["kernel"]
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -95,7 +95,7 @@ def test_ld_weighs_what_is_beyond_the_shorter_answer(alpha):
         before = np.concatenate([example.prompt[-1:], answer[:-1]])
         return sum(logp[a, b] * (1 if i < shared else alpha) for i, (a, b) in enumerate(zip(before, answer)))
 
-    batch = bigram.make_batch(examples, np.zeros((len(examples), 2)), per_row=2, empty_rows=1)
+    batch = rows.make_batch(examples, np.zeros((len(examples), 2)), per_row=2, empty_rows=1)
     column = np.asarray(make(common.dpo, ld_alpha=alpha).prepare(params, batch)["reference_logps"])
     expected = np.array([[summed(example, answer) for answer in example.answers] for example in examples])
     np.testing.assert_allclose(column[batch["example_id"] >= 0], expected, rtol=1e-5)
@@ -103,7 +103,7 @@ def test_ld_weighs_what_is_beyond_the_shorter_answer(alpha):
 
 
 def test_bco_carries_the_mean_of_all_rewards():
-    examples, params = bigram.make_examples("preference"), bigram.make_params()
+    examples, params = rows.make_examples("preference"), bigram.make_params()
     algorithm = make(common.dpo, loss_type=("bco",))
     carry, rewards = algorithm.carry, []
 
@@ -114,7 +114,7 @@ def test_bco_carries_the_mean_of_all_rewards():
 
     for seed in range(3):
         reference = np.random.default_rng(seed).normal(-20, 4, (len(examples), 2)).astype(np.float32)
-        batch = bigram.make_batch(examples, reference, empty_rows=2)
+        batch = rows.make_batch(examples, reference, empty_rows=2)
         found, metrics, carry = step(batch, carry)
         rewards.append(np.asarray(found)[batch["example_id"] >= 0])
     assert carry["count"] == 48
@@ -122,11 +122,11 @@ def test_bco_carries_the_mean_of_all_rewards():
 
 
 def test_a_ranking_of_two_is_dpo():
-    examples = bigram.make_examples("preference")
+    examples = rows.make_examples("preference")
     reference = np.random.default_rng(0).normal(-20, 4, (len(examples), 4)).astype(np.float32)
     params, found = bigram.make_params(), []
     for algorithm, columns in ((make(common.dpo), reference[:, :2]), (make(common.dpo_ranked), reference)):
-        batch = bigram.make_batch(examples, columns)
+        batch = rows.make_batch(examples, columns)
         terms, metrics, _ = algorithm.objective(algorithm.score(params, {}, batch, None), batch, {})
         (term,) = terms.values()
         found.append((term.sum / term.count, *(metrics[f"rewards/{name}"].sum for name in ("chosen", "accuracies", "margins"))))
@@ -134,9 +134,9 @@ def test_a_ranking_of_two_is_dpo():
 
 
 def test_sso_is_two_dpo_losses_less_the_likelihood():
-    examples = bigram.make_examples("two_sided")
+    examples = rows.make_examples("two_sided")
     reference = np.random.default_rng(0).normal(-20, 4, (len(examples), 4)).astype(np.float32)
-    batch, params = bigram.make_batch(examples, reference), bigram.make_params()
+    batch, params = rows.make_batch(examples, reference), bigram.make_params()
     algorithm = make(common.sso, gamma=0.2)
     scores = algorithm.score(params, {}, batch, None)
     terms, *_ = algorithm.objective(scores, batch, {})
@@ -152,8 +152,8 @@ def test_a_longer_ranking_than_was_said_is_refused(tmp_path):
     from scripts.make_tiny_checkpoint import make_llama
 
     make_llama(tmp_path / "model")
-    rows = [{"conversations": [{"from": "human", "value": f"{i}?"}, {"from": "gpt", "value": ["one", "two", "three"]}]} for i in range(4)]
-    (tmp_path / "ranked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lists = [{"conversations": [{"from": "human", "value": f"{i}?"}, {"from": "gpt", "value": ["one", "two", "three"]}]} for i in range(4)]
+    (tmp_path / "ranked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lists))
     config = common.base()
     config.algorithm = common.dpo_ranked()
     config.algorithm.answers = 2

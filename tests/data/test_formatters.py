@@ -5,7 +5,19 @@ import pytest
 from aligner.data.by_columns import question
 from aligner.data.formatters import find_formatter, place_images, split_prompt
 from aligner.data.kinds import ENCODERS
-from aligner.data.samples import Bad, Document, Preference, Ranked, Supervised, Unpaired, as_preference, as_ranked, as_supervised, unpair
+from aligner.data.samples import (
+    Bad,
+    Document,
+    Preference,
+    Ranked,
+    Supervised,
+    Triple,
+    Unpaired,
+    as_preference,
+    as_ranked,
+    as_supervised,
+    unpair,
+)
 from aligner.types import UserError
 
 
@@ -209,6 +221,21 @@ def test_self_play_and_feedback_pairs():
     assert sample(row, "preference") == ("spin", Preference([user("q")], [assistant("a")], [assistant("b")]))
     row = {"prompt": "q", "response": "b", "refinement": "a"}
     assert sample(row, "preference")[1] == Preference([user("q")], [assistant("a")], [assistant("b")])
+
+
+def test_a_pair_with_a_gold_answer():
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "reference": "c"}
+    tpo = find_formatter("auto", [*row], "data.train", (Triple,))[1]
+    assert tpo(row) == Triple(Preference("q", "a", "b"), "c")
+    whole = {"chosen": "q: a", "rejected": "q: b", "reference": "q: c"}
+    assert tpo(whole) == Triple(Preference("q:", " a", " b"), " c")
+    talk = {key: [user("q"), assistant(answer)] for key, answer in (("chosen", "a"), ("rejected", "b"), ("reference", "c"))}
+    assert tpo(talk) == Triple(Preference([user("q")], [assistant("a")], [assistant("b")]), [assistant("c")])
+    shown = tpo(row | {"image": "cat.png"})
+    assert shown.gold == [assistant("c")] and shown.pair.chosen == [assistant("a")]
+    with pytest.raises(Bad, match="`reference` does not begin"):
+        tpo(whole | {"reference": "other"})
+    assert find_formatter("auto", [*row], "data.train")[0] == "trl"
 
 
 def test_margin_and_safety():

@@ -83,7 +83,7 @@ IMAGE_ROWS = {
 def test_image_rows_equal_trl(name, options):
     from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-    from aligner.data.media import open_image, pixel_values
+    from aligner.data.media import open_image, read_pictures
 
     model, row = tiny.image_model(**options), IMAGE_ROWS[name]
     encoded = ours(row, model)
@@ -93,7 +93,8 @@ def test_image_rows_equal_trl(name, options):
         assert np.concatenate([encoded.prompt, answer]).tolist() == theirs["input_ids"][r, :length].tolist()
         assert [0] * len(encoded.prompt) + [1] * len(answer) == theirs["completion_mask"][r, :length].tolist()
     if encoded.images:
-        pixels = pixel_values([open_image(image, ".") for image in encoded.images], model.assets.processor.image_processor)
+        found = read_pictures([open_image(image, ".") for image in encoded.images], model.media, model.assets.processor.image_processor)
+        pixels = np.concatenate([picture.arrays["pixel_values"] for picture in found])
         expected = theirs["pixel_values"][: len(encoded.images)].permute(0, 2, 3, 1)  # TRL repeats them for the second answer
         assert torch.equal(torch.from_numpy(pixels), expected.float())
 

@@ -101,6 +101,7 @@ def test_links_inside_the_folder_are_the_users_own(tmp_path):
 def test_pixels_are_the_processors(tmp_path):
     processor = tiny.image_model().assets.processor.image_processor
     pictures = [noise((13, 9), 1), noise((4, 20), 2)]
-    pixels = media.pixel_values(pictures, processor)
-    assert pixels.shape == (2, 8, 8, 3) and pixels.dtype == np.float32 and pixels.flags.c_contiguous
+    found = media.read_pictures(pictures, tiny.image_model().media, processor)
+    pixels = np.concatenate([picture.arrays["pixel_values"] for picture in found])
+    assert pixels.shape == (2, 8, 8, 3) and pixels.dtype == np.float32
     assert np.array_equal(pixels.transpose(0, 3, 1, 2), processor(pictures, return_tensors="np")["pixel_values"])

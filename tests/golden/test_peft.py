@@ -208,7 +208,7 @@ def test_adapters_that_do_not_fit(bases, tmp_path):
 
     settings = json.loads((folder / ours.CONFIG).read_text())
     for changed, words in ((dict(peft_type="IA3"), "IA3"), (dict(bias="all"), "bias"), (dict(lora_bias=True), "lora_bias"),
-                           (dict(init_lora_weights="pissa"), "pissa")):  # fmt: skip
+                           (dict(init_lora_weights="pissa"), "pissa"), (dict(r=0), "rank 0; a rank is at least 1")):  # fmt: skip
         (folder / ours.CONFIG).write_text(json.dumps({**settings, **changed}))
         with pytest.raises(UserError, match=words):
             ours.read(folder, model, abstract)

@@ -5,16 +5,18 @@ Runs without torch. The gradient is that by every token's log-probability.
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aligner.algorithms import cpo, dpo, kto, orpo
+from aligner.algorithms import cpo, dpo, kto, orpo, reward, sft, tpo
 from aligner.likelihood import answer_lengths, sum_answers
+from aligner.logprobs import divergence
 from aligner.metrics import values
-from aligner.types import Scores
+from aligner.types import Head, Scores
 from configs import common
 
 FOLDER = Path(__file__).parent / "vectors"
@@ -23,11 +25,16 @@ ALGORITHMS = {"dpo": dpo, "kto": kto, "cpo": cpo, "orpo": orpo}
 SKIPPED = {"num_tokens"}  # the training step counts those
 
 
-def load() -> dict[str, list[dict]]:
-    return {name: json.loads((FOLDER / f"trl_losses_{name}.json").read_text())["cases"] for name in ALGORITHMS}
+def load(name: str) -> list[dict]:
+    return json.loads((FOLDER / f"trl_losses_{name}.json").read_text())["cases"]
 
 
-VECTORS = load()
+def of(name: str) -> list:
+    """The stored cases of a trainer, as parameters of a test."""
+    return [pytest.param(record, id=f"{record['case']}: {record['batch']}") for record in load(name)]
+
+
+VECTORS = {name: load(name) for name in ALGORITHMS}
 with np.load(FOLDER / "trl_batches.npz") as stored:
     BATCHES: dict[str, dict[str, np.ndarray]] = {}
     for key in stored:
@@ -100,6 +107,85 @@ def test_equals_trl(name, record):
     scale = max(map(abs, wanted.values())) if single else 1e-3
     for metric, value in wanted.items():
         assert found[metric] == pytest.approx(value, rel=BAR, abs=BAR * scale), metric
+
+
+def reduced(objective, scores, batch):
+    terms, metrics, _ = objective(scores, batch, {})
+    return sum(term.weight * term.sum / term.count for term in terms.values()), metrics
+
+
+def compare(record, found, gradient, mask=1.0, bar=BAR, least=0.0) -> None:
+    loss, metrics = found
+    assert loss == pytest.approx(record["loss"], rel=bar)
+    expected = np.array(record["gradient"])
+    assert np.abs((np.asarray(gradient) - expected) * mask).max() <= bar * max(np.abs(expected).max(), least)
+    for metric in record["metrics"].keys() - SKIPPED:
+        assert values(metrics)[metric] == pytest.approx(record["metrics"][metric], rel=BAR, abs=1e-9), metric
+
+
+@pytest.mark.parametrize("record", of("tpo"))
+def test_tpo_equals_trl(record):
+    """The gold answer is the chosen one of the next pair."""
+    arrays, config = BATCHES[record["batch"]], common.base()
+    config.algorithm = common.tpo()
+    config.algorithm.update(record["settings"])
+    n = len(arrays["label"])
+    side = lambda x: np.concatenate([x[:n], x[n:], np.roll(x[:n], -1, axis=0)], axis=1)
+    with jax.enable_x64(True):
+        mask = side(arrays["mask"]).astype(np.int32)
+        role = 1 + np.arange(mask.shape[1]) // (mask.shape[1] // 3)
+        batch = {"score_segment": mask, "score_role": mask * role, "example_id": np.arange(n)[:, None]}
+        tokens = {name: jnp.zeros(mask.shape) for name in ("entropy", "correct", "mean_logit")}
+        scores = lambda logps: Scores(sum_answers(logps, batch, 3), answer_lengths(batch, 3).astype(float), {"logp": logps, **tokens}, {})
+        loss = lambda logps: reduced(tpo.make(config, None).objective, scores(logps), batch)
+        found, gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(side(arrays["logps"])))
+    parts = np.split(np.asarray(gradient), 3, axis=1)
+    compare(record, found, np.concatenate(parts)[: len(record["gradient"])])
+
+
+@pytest.mark.parametrize("record", of("sft"))
+def test_sft_equals_trl(record):
+    arrays, config = BATCHES[record["batch"]], common.base()
+    config.algorithm = common.sft()
+    config.algorithm.update(record["settings"])
+    with jax.enable_x64(True):
+        mask = jnp.asarray(arrays["mask"], int)
+        batch = {"score_segment": mask, "score_role": mask, "example_id": jnp.arange(len(mask))[:, None]}
+        tokens = {"entropy": jnp.asarray(arrays["entropy"]), "correct": jnp.asarray(arrays["is_top1"])}
+        scores = lambda logps: Scores(jnp.zeros(()), answer_lengths(batch, 1), {"logp": logps, **tokens}, {})
+        loss = lambda logps: reduced(sft.make(config, None).objective, scores(logps), batch)
+        found, gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(arrays["logps"]))
+    compare(record, found, gradient, arrays["mask"])
+
+
+@pytest.mark.parametrize("record", of("reward"))
+def test_reward_equals_trl(record):
+    arrays, config, n = BATCHES[record["batch"]], common.base(), len(BATCHES[record["batch"]]["label"])
+    config.algorithm = common.reward()
+    config.algorithm.center_rewards_coefficient = record["settings"].get("center_rewards_coefficient", 0.0)
+    with jax.enable_x64(True):
+        batch = {"margin": jnp.asarray(arrays["mean_logits"][:n, :1] if record["settings"].get("margin") else np.zeros((n, 1)))}
+        objective = reward.make(config, SimpleNamespace(has_score_head=True)).objective
+        scores = lambda r: Scores(None, jnp.ones((n, 1, 2)), {}, {}, values=jnp.stack([r[:n], r[n:]], -1))
+        loss = lambda r: reduced(objective, scores(r), batch)
+        found, gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(arrays["logps"].sum(1, keepdims=True)))
+    compare(record, found, gradient)
+
+
+@pytest.mark.parametrize("record", of("distillation"))
+def test_distillation_equals_trl(record):
+    """GKD's, and DistillationTrainer's, which is the same divergence computed in float32."""
+    arrays, c = BATCHES[record["batch"]], record["settings"]
+    with jax.enable_x64(True):
+        mask, head = jnp.asarray(arrays["mask"][: len(arrays["student"])]), Head(jnp.eye(arrays["student"].shape[-1], dtype=float))
+
+        def loss(student):
+            found = divergence(student, head, jnp.asarray(arrays["teacher"]), head, c["beta"], c["temperature"])["divergence"]
+            return jnp.sum(found * mask) / jnp.sum(mask), {}
+
+        found, gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(arrays["student"]))
+    single = {} if c["trainer"] == "gkd" else dict(bar=5e-6, least=0.01)
+    compare(record, found, gradient, **single)
 
 
 def test_every_loss_of_trl_is_there():

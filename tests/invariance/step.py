@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from aligner import algorithms, lora, metrics, sharding, state
+from aligner.algorithms.distillation import distil
 from aligner.likelihood import cast
 from aligner.train_step import jit, make_train_step
 from tests.models import tiny
@@ -32,15 +33,21 @@ def keep_gradient() -> optax.GradientTransformation:
     return optax.GradientTransformation(zeros, lambda grads, _, params: (zeros(grads), grads))
 
 
-def build(f: tiny.Family, config: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, max_grad_norm: float = 0.0):
+def build(
+    f: tiny.Family, config: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, max_grad_norm: float = 0.0,
+    teacher: tiny.Family | None = None,
+):  # fmt: skip
     """(jitted step, state, fixed), put together as `aligner.run` does it."""
     shardings = sharding.param_shardings(f.params, f.model.sharding_rules, mesh)
-    params = jax.device_put(tiny.as_arrays(f.params, config.model.param_dtype), shardings)
-    algorithm = algorithms.make(config, f.model)
+    place = lambda f, at: jax.device_put(tiny.as_arrays(f.params, config.model.param_dtype), at)
+    params = place(f, shardings)
+    algorithm = distil(config, f.model, teacher.model) if teacher else algorithms.make(config, f.model)
     trainable, base = lora.split(params, config.optim.freeze)
     fixed = {"base": base}
     if config.reference.kind == "copy":
         fixed["reference"] = jit(lambda tree: cast(tree, config.model.dtype), out_shardings=shardings)(params)
+    if teacher:
+        fixed["teacher"] = place(teacher, sharding.param_shardings(teacher.params, teacher.model.sharding_rules, mesh))
     train_state = state.create(trainable, optimizer, algorithm.carry, config.seed, mesh)
     function = make_train_step(
         algorithm, optimizer, dtype=config.model.dtype, accumulate=config.train.accumulate, max_grad_norm=max_grad_norm
@@ -55,11 +62,12 @@ def put(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, dtype: str = "flo
 
 
 def loss_and_gradients(
-    f: tiny.Family, batch: dict[str, np.ndarray], config: Any, mesh: jax.sharding.Mesh, dtype: str = "float32"
-) -> Result:
+    f: tiny.Family, batch: dict[str, np.ndarray], config: Any, mesh: jax.sharding.Mesh, dtype: str = "float32",
+    teacher: tiny.Family | None = None,
+) -> Result:  # fmt: skip
     """One step on one batch, its floating columns in `dtype`."""
     with jax.set_mesh(mesh):
-        step, train_state, fixed = build(f, config, keep_gradient(), mesh)
+        step, train_state, fixed = build(f, config, keep_gradient(), mesh, teacher=teacher)
         arguments = train_state, fixed, put(batch, mesh, dtype)
         after, found = step.lower(*arguments).compile(compiler_options=tiny.QUICK)(*arguments)
     ids = np.asarray(found.pop("example_ids").value)

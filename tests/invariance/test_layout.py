@@ -40,15 +40,15 @@ def compute(name: str, batch=(), config=(), mesh=None, freeze=()) -> Result:
 baseline = functools.cache(compute)
 
 
-def assert_same(found: Result, expected: Result, layout_metrics=("num_tokens",)) -> None:
+def assert_same(found: Result, expected: Result, layout_metrics=("num_tokens",), bar=BAR) -> None:
     assert found.gradients.keys() == expected.gradients.keys()
     for name in expected.metrics.keys() - set(layout_metrics):
-        assert found.metrics[name] == pytest.approx(expected.metrics[name], rel=BAR), name
+        assert found.metrics[name] == pytest.approx(expected.metrics[name], rel=bar), name
     for path, gradient in expected.gradients.items():
         scale = np.abs(gradient).max()
         if re.search(ZERO_GRADIENT, path):
             scale = np.abs(expected.gradients[path.replace("k_proj", "q_proj")]).max()
-        assert np.abs(found.gradients[path] - gradient).max() <= BAR * scale, path
+        assert np.abs(found.gradients[path] - gradient).max() <= bar * scale, path
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

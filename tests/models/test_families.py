@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from aligner.likelihood import make_likelihood
-from aligner.models import SUPPORTED, clip, decoder, from_hf, llava
+from aligner.models import SUPPORTED, decoder, from_hf, pictures, towers, vision
 from aligner.models.layers import ACTIVATIONS, REMAT, LayerNorm, Linear, RMSNorm
 from aligner.sharding import tree_paths
-from aligner.types import UserError
+from aligner.types import Media, UserError
 from tests.models import tiny
 
 
@@ -51,7 +51,7 @@ def test_tied_heads_read_the_embedding():
         (lambda: tiny.llava_config(vision=dict(hidden_act="tanh")), "hidden_act 'tanh' of the vision config"),
         (lambda: unknown_rope(), "rope_type 'mystery' is not supported"),
         (lambda: other_family(), "model_type 'lama' is not supported; nearest: 'llama'"),
-        (lambda: other_tower(), "llava checkpoint with a 'siglip_vision_model' part is not supported"),
+        (lambda: other_tower(), "llava checkpoint with a 'vit' part is not supported"),
     ],
 )
 def test_what_is_not_supported_is_refused(change, message):
@@ -72,10 +72,10 @@ def other_family():
 
 
 def other_tower():
-    from transformers import SiglipVisionConfig
+    from transformers import ViTConfig
 
     config = tiny.llava_config()
-    config.vision_config = SiglipVisionConfig(**tiny.VISION)
+    config.vision_config = ViTConfig(**tiny.VISION)
     return config
 
 
@@ -102,7 +102,7 @@ def test_images_are_dealt_to_the_rows_that_hold_their_placeholders():
     P = 2
     tokens = np.array([[9, 9, 1, 9, 9], [1, 2, 3, 4, 5], [1, 9, 9, 2, 3]])
     pixels = np.arange(3.0)[:, None, None, None] * np.ones((3, 4, 4, 3))
-    found = llava.deal_images(tokens, pixels, placeholder=9, features=P)
+    found = deal(tokens, pixels, P)
     np.testing.assert_array_equal(found["image_mask"], [[True, True], [False, False], [True, False]])
     np.testing.assert_array_equal(found["pixel_values"][:, :, 0, 0, 0], [[0, 1], [0, 0], [2, 0]])
     np.testing.assert_array_equal(found["media_index"], [[0, 1, -1, 2, 3], [-1] * 5, [-1, 0, 1, -1, -1]])
@@ -110,8 +110,13 @@ def test_images_are_dealt_to_the_rows_that_hold_their_placeholders():
 
 @pytest.mark.parametrize("tokens,images", [([[9, 9, 9]], 2), ([[9, 9, 1, 1]], 2), ([[9, 9, 9, 9]], 1), ([[9, 1, 9, 9]], 1)])
 def test_images_that_do_not_fit_their_placeholders(tokens, images):
-    with pytest.raises(UserError, match=f"{images} images of 2 features each do not fit placeholder counts"):
-        llava.deal_images(np.array(tokens), np.zeros((images, 4, 4, 3)), placeholder=9, features=2)
+    with pytest.raises(UserError, match=rf"{images} images, which take \[2.*\] placeholders, do not fit placeholder counts"):
+        deal(np.array(tokens), np.zeros((images, 4, 4, 3)), 2)
+
+
+def deal(tokens, pixels, features):
+    text = dict.fromkeys(("tokens", "segment_ids", "role"), tokens)
+    return pictures.deal(text, {"pixel_values": pixels.transpose(0, 3, 1, 2)}, Media(9, features, 4, 4))
 
 
 def test_llava_inputs_take_channels_first(llava):
@@ -150,7 +155,7 @@ def test_what_stands_in_an_empty_image_slot_does_not_matter(llava):
 
 
 def tower():
-    config = clip.config_from_hf(tiny.llava_config().vision_config)
+    config = towers.read(tiny.llava_config().vision_config)
     params = tiny.family("llava").params["vision_tower"]["vision_model"]
     pixels = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 8, 3)), jnp.float32)
     return config, params, pixels
@@ -160,11 +165,11 @@ def tower():
 def test_tower_layers(layers):
     """Index 0 is the embeddings after their norm, i the output of layer i - 1, negative ones count from the end."""
     config, params, pixels = tower()
-    whole = clip.VisionTransformer(config, collect=True)
+    whole = vision.VisionTransformer(config, collect=True)
     x, last, states = tiny.quick(lambda params, pixels: whole.apply({"params": params}, pixels))(params, pixels)
     every = [x, *states]
     np.testing.assert_array_equal(last, every[-1])
-    asked = tiny.quick(lambda params, pixels: clip.hidden_states(config, params, pixels, layers))(params, pixels)
+    asked = tiny.quick(lambda params, pixels: vision.hidden_states(config, params, pixels, layers))(params, pixels)
     for found, index in zip(asked, layers):
         np.testing.assert_allclose(found, every[index], atol=1e-5)
 
@@ -257,7 +262,7 @@ def test_the_likelihood_passes_remat_on_to_both_parts(llava):
         program = jax.make_jaxpr(jax.grad(lambda params: likelihood(params, batch).logps.sum()))(llava.params)
         return str(program).count("checkpoint[") + str(program).count("remat2[")
 
-    assert calls("none") == 0 and calls("full") >= 2
+    assert calls("full") >= calls("none") + 2  # some cheap parts are always computed again
 
 
 def test_configs_keep_only_what_changes_the_computation():

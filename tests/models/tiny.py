@@ -138,9 +138,9 @@ def config(**changes):
     return made
 
 
-def quick(function: Any) -> Any:
+def quick(function: Any, **options: Any) -> Any:
     """`function`, jitted in a hurry."""
-    return jax.jit(function, compiler_options=QUICK)
+    return jax.jit(function, compiler_options=QUICK, **options)
 
 
 def as_arrays(tree: Any, dtype: Any = None) -> Any:

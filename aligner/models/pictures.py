@@ -1,0 +1,149 @@
+"""Pictures on the host: how many tokens each takes, which slots of a row's pixels it fills, which feature stands at which token.
+
+Token counts differ from picture to picture; all of it is settled here in NumPy, so that what reaches the device are arrays of a few
+fixed shapes and gather indices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from aligner.types import Media, UserError
+
+Row = dict[str, np.ndarray]
+
+
+class Shown(NamedTuple):
+    """How a picture stands in the text.
+
+    Attributes:
+        slots: how many slots of a row's pixels it fills.
+        runs: how many placeholders each of its image tokens becomes.
+        text: what is written for it instead of one image token, with an image token for every run; None writes that one token.
+    """
+
+    slots: int
+    runs: tuple[int, ...]
+    text: str | None = None
+
+
+class Picture(NamedTuple):
+    """A picture as arrays.
+
+    Attributes:
+        arrays: name -> [slots, ...], what the model reads.
+        index: [placeholders] the feature that stands at each: slot * P + p within the picture, or -1 - n for the n-th leading one.
+        grid: its rows and columns of placeholders, where positions go by them.
+        taps: (features around each placeholder [placeholders, X], their weights), where one is a mixture of several.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    index: np.ndarray
+    grid: tuple[int, int] | None = None
+    taps: tuple[np.ndarray, np.ndarray] | None = None
+
+
+def whole(processed: Mapping[str, Any], features: int) -> list[Picture]:
+    """Pictures that fill one slot each: `pixel_values` [n,3,H,W]."""
+    pixels = np.asarray(processed["pixel_values"]).transpose(0, 2, 3, 1)
+    return [Picture({"pixel_values": image[None]}, np.arange(features)) for image in pixels]
+
+
+def read(media: Media, processed: Mapping[str, Any]) -> list[Picture]:
+    """What an image processor returned (NumPy), picture by picture."""
+    return media.pictures(processed) if media.pictures else whole(processed, media.features)
+
+
+def blank(media: Media, tokens: int, slots: int) -> Row:
+    """The arrays of a row without pictures."""
+    row = {"media_index": np.full(tokens, -1, np.int32), "image_mask": np.zeros(slots, bool)}
+    shapes = {"pixel_values": ((media.height, media.width, 3), np.float32), **media.slot}
+    row |= {name: np.zeros((slots, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+    return row | {name: np.zeros((tokens, *shape), dtype) for name, (shape, dtype) in media.per_token.items()}
+
+
+def fill(row: Row, pictures: Sequence[Picture], media: Media) -> None:
+    """Put pictures into a row, in place.
+
+    Args:
+        row: with `media_index` numbering the placeholders of all its pictures in order, as `aligner.data.layout` leaves it.
+        pictures: of the row, in order.
+        media: the model's.
+    """
+    more = media.arrange(row, pictures) if media.arrange is not None else {}
+    start, order = 0, []
+    for number, picture in enumerate(pictures, start=1):
+        end = start + len(picture.arrays["pixel_values"])
+        for name, array in picture.arrays.items():
+            row[name][start:end] = array
+        if "image_ids" in row:
+            row["image_ids"][start:end] = number
+        row["image_mask"][start:end] = True
+        order.append(np.where(picture.index < 0, -1 - picture.index, media.lead + start * media.features + picture.index))
+        start = end
+    if order:
+        features = np.concatenate(order).astype(np.int32)
+        index = row["media_index"]
+        row["media_index"] = np.where(index >= 0, features[np.maximum(index, 0)], -1).astype(np.int32)
+    row |= {name: array.astype(np.int32) if array.dtype.kind == "i" else array for name, array in more.items()}
+
+
+def deal(batch: Mapping[str, Any], processed: Mapping[str, Any], media: Media) -> Row:
+    """Deal pictures, given one after another, to the rows whose placeholders they fill.
+
+    Args:
+        batch: the text part of a batch, [B,T].
+        processed: what an image processor returned for all pictures.
+        media: the model's.
+
+    Returns:
+        What the batch holds beside its text.
+
+    Raises:
+        UserError: the placeholders of the rows are not those of the pictures.
+    """
+    pictures = read(media, processed)
+    text = {name: np.asarray(array) for name, array in batch.items()}
+    places = text["tokens"] == media.placeholder
+    counts, takes = places.sum(axis=1), [len(picture.index) for picture in pictures]
+    ends, total = np.cumsum([0, *takes]), np.cumsum([0, *counts])  # of pictures and of rows, in placeholders
+    if ends[-1] != total[-1] or not np.isin(total, ends).all():
+        raise UserError(
+            f"{len(pictures)} images, which take {takes} placeholders, do not fit placeholder counts {counts.tolist()} of the rows"
+        )
+    borders = np.searchsorted(ends, total)
+    groups = [pictures[first:last] for first, last in pairwise(borders)]
+    slots = max(1, *(sum(len(picture.arrays["pixel_values"]) for picture in group) for group in groups))
+    rows = []
+    for number, group in enumerate(groups):
+        row = blank(media, places.shape[1], slots)
+        row["pixel_values"] = row["pixel_values"].astype(pictures[0].arrays["pixel_values"].dtype)
+        row["media_index"] = np.where(places[number], np.cumsum(places[number]) - 1, -1).astype(np.int32)
+        row |= {name: array[number] for name, array in text.items()}
+        fill(row, group, media)
+        rows.append({name: array for name, array in row.items() if name not in text})
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def turning_positions(row: Row, pictures: Sequence[Picture]) -> Row:
+    """Positions [T,3] in time, rows and columns for every token (M-RoPE, arXiv 2409.12191): text counts up in all three; a picture's
+    placeholders count its rows and columns from where the text stands, which goes on after the longer side.
+
+    An answer that shares its prompt with others goes on where the prompt ends.
+    """
+    offsets = [np.stack([0 * r, r, c], axis=-1).reshape(-1, 3) for r, c in (np.indices(picture.grid) for picture in pictures)]
+    advance = [np.append(np.zeros(len(inside) - 1, int), inside.max() + 1) for inside in offsets]
+    offsets, advance = np.concatenate([*offsets, np.zeros((1, 3), int)]), np.concatenate([*advance, [0]])
+    out = np.zeros((len(row["tokens"]), 3), np.int32)
+    for segment in np.unique(row["segment_ids"][row["segment_ids"] > 0]):
+        inside = row["segment_ids"] == segment
+        for role in np.unique(row["role"][inside]):
+            columns = np.flatnonzero(inside & ((row["role"] == 0) | (row["role"] == role)))
+            index = row["media_index"][columns]
+            steps = np.where(index < 0, 1, advance[index])
+            out[columns] = (np.cumsum(steps) - steps)[:, None] + np.where(index[:, None] < 0, 0, offsets[index])
+    return {"rope_positions": out}

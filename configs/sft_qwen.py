@@ -1,0 +1,22 @@
+"""Supervised fine-tuning of Qwen 2.5 on conversations: loss on the assistant's turns, rows packed.
+
+COMMAND, 7B on a mesh of GPUs or TPUs:
+    python -m aligner.main --config configs/sft_qwen.py --workdir runs/sft_qwen --config.mesh.fsdp=8
+
+Rows: `messages`, prompt + completion, Alpaca, ShareGPT, question + answer; one's own with
+--config.data.train.path=rows.jsonl --config.data.eval.path=
+
+Small and offline, on two CPU cores (makes its own checkpoint and rows):
+    python -m aligner.main --config configs/sft_qwen.py:tiny --workdir runs/sft_qwen_tiny
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(preset: str = "") -> ConfigDict:
+    config = common.experiment(common.sft(), "Qwen/Qwen2.5-7B-Instruct", "HuggingFaceH4/ultrachat_200k", "train_sft", "test_sft")
+    config.data.packing = True  # batch_size counts rows: about 128k tokens a step
+    config.optim.learning_rate = 2e-5
+    return common.finish(config, preset, "qwen", "sft")

@@ -1,0 +1,107 @@
+"""Vision-language families without PyTorch: what of a config is refused, a DPO step on eight devices, programs that do not grow."""
+
+import copy
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aligner import sharding
+from aligner.convert import model_from_folder
+from aligner.data import loader
+from aligner.models import from_hf
+from aligner.models.pictures import Picture, turning_positions
+from aligner.types import UserError
+from tests.data import tiny as data_tiny
+from tests.invariance import step
+from tests.models import tiny, vision_folders
+from tests.models.vision_configs import CASES, Case, batch, hf_config
+
+REFUSED = {
+    "tower": ("llava", lambda hf: setattr(hf.vision_config, "model_type", "vit"), "llava checkpoint with a 'vit' part is not supported"),
+    "act": ("qwen2_vl", lambda hf: setattr(hf.vision_config, "hidden_act", "mish"), "hidden_act 'mish' of the vision config"),
+    "select": ("llava_next", lambda hf: setattr(hf, "vision_feature_select_strategy", "full"), "leaves 17 features of 16 patches"),
+    "layers": ("internvl", lambda hf: setattr(hf, "vision_feature_layer", [1, 2]), r"vision_feature_layer=\[1, 2\]"),
+    "mask": ("internvl", lambda hf: setattr(hf.vision_config, "use_mask_token", True), "with a mask token, is not implemented"),
+    "rope": ("qwen2_5_vl", lambda hf: hf.text_config.rope_parameters.update(rope_type="dynamic", factor=2.0), "rope_type 'dynamic'"),
+    "text": ("llava", lambda hf: setattr(hf.text_config, "model_type", "lama"), "llava checkpoint with a 'lama' part is not supported"),
+    "unknown": ("gemma3", lambda hf: setattr(hf.vision_config, "num_channels", 4) or setattr(hf.text_config, "use_bidirectional_attention", True),
+                "use_bidirectional_attention"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_implemented_is_refused_by_name(name):
+    family, change, words = REFUSED[name]
+    hf = copy.deepcopy(hf_config(family, CASES[family][0]))
+    change(hf)
+    with pytest.raises(UserError, match=words):
+        from_hf(hf)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", CASES)
+def test_a_dpo_step_on_eight_devices_gives_what_one_gives(family, tmp_path):
+    """Tensor 2 x fsdp 4, on rows of no, one and two pictures as the loader gives them."""
+    model = model_from_folder(vision_folders.save(tmp_path, family))
+    rows = vision_folders.rows(tmp_path / "rows")
+    dataset = loader.load_dataset(data_tiny.config(rows, image_folder=str(rows.parent)), "train", model)
+    made = [dataset.row(i) for i in range(8)]
+    made = {name: np.stack([row[name] for row in made]) for name in made[0]}
+    made["reference_logps"] = np.random.default_rng(1).normal(-20, 5, (8, 1, 2)).astype(np.float32)
+    f = tiny.Family(model, tiny.perturbed(model), [], made["reference_logps"])
+    one = step.loss_and_gradients(f, made, tiny.config(), step.one_device())
+    eight = step.loss_and_gradients(f, made, tiny.config(), sharding.make_mesh({"tensor": 2, "fsdp": 4}))
+    assert abs(one.metrics["loss"] - eight.metrics["loss"]) <= 1e-5 * abs(one.metrics["loss"])
+    largest = max(np.abs(g).max() for g in one.gradients.values())
+    for path, gradient in one.gradients.items():
+        assert np.abs(gradient - eight.gradients[path]).max() <= 1e-5 * largest, path
+
+
+def test_the_program_does_not_grow_with_depth():
+    """Of decoder and tower, whose layers differ in their windows."""
+    lines = []
+    for depth in (8, 32):
+        case = CASES["qwen2_5_vl"][0]
+        case = Case(*copy.deepcopy((case.text, case.vision)))
+        case.text[1]["num_hidden_layers"] = case.vision[1]["depth"] = depth
+        model = from_hf(hf_config("qwen2_5_vl", case))
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        rows = model.inputs(batch("qwen2_5_vl", hf_config("qwen2_5_vl", case), [0]))
+        loss = lambda params, model=model, rows=rows: jnp.sum(model.apply(params, rows, features=model.encode(params, rows)).hidden)
+        lines.append(len(jax.jit(jax.grad(loss)).lower(params).as_text().splitlines()))
+    assert lines[1] <= 1.05 * lines[0]
+
+
+@pytest.mark.slow
+def test_compiling_does_not_take_longer_with_depth():
+    seconds = []
+    for depth in (8, 32):
+        model = from_hf(tiny.llama_config(num_hidden_layers=depth))
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        rows = model.inputs({"input_ids": np.ones((1, 4), int)})
+        spent = []
+        for _ in range(3):
+            by = time.time()  # another program each time, so that no cache has it
+            loss = lambda params, model=model, rows=rows, by=by: jnp.sum(model.apply(params, rows).hidden) * by
+            start = time.process_time()
+            jax.jit(jax.grad(loss)).lower(params).compile()
+            spent.append(time.process_time() - start)
+        seconds.append(min(spent))
+    assert seconds[1] <= 1.2 * seconds[0]
+
+
+# ---- positions in rows and columns
+
+
+def test_positions_turn_in_rows_and_columns():
+    """Two words, a picture of 2 x 3, a word; two answers go on after the prompt, each for itself."""
+    media = np.array([-1, -1, 0, 1, 2, 3, 4, 5, -1, -1, -1, -1])
+    role = np.array([0] * 9 + [1, 2, 2])
+    row = dict(tokens=np.ones(12), segment_ids=np.ones(12, int), role=role, media_index=media)
+    found = turning_positions(row, [Picture({}, np.arange(6), (2, 3))])["rope_positions"]
+    text = lambda n: [n, n, n]
+    inside = [[2, 2 + r, 2 + c] for r in range(2) for c in range(3)]
+    np.testing.assert_array_equal(found, [text(0), text(1), *inside, text(5), text(6), text(6), text(7)])

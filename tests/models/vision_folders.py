@@ -1,0 +1,107 @@
+"""A tiny checkpoint folder of every vision-language family, with what its rows need: tokenizer, chat template, image processor. No PyTorch."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import aligner
+from aligner.convert import model_from_folder
+from tests.models import tiny
+from tests.models.vision_configs import CASES, END, IMG, PINPOINTS, START, hf_config
+
+_TILES = {f"<row_{r}_col_{c}>" for r in (1, 2, 3) for c in (1, 2, 3)}
+# Everything an image may be written with, and words.
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "USER:", "ASSISTANT:", "<fake_token_around_image>", "<global-img>", *sorted(_TILES), "<img>", "</img>",
+         "[IMG_BREAK]", "[IMG_END]"]  # fmt: skip
+WORDS += [f"t{i}" for i in range(len(WORDS), 64)]
+WORDS[START], WORDS[END], WORDS[IMG], WORDS[61] = "<start>", "<end>", "<image>", "<video>"
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}ASSISTANT: {% else %}USER: {% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }} {% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}MARK {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+)
+_SQUARE = dict(size={"height": 8, "width": 8})
+_CLIP = dict(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+_QWEN = ("qwen2_vl", "Qwen2VL", dict(patch_size=2, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 16, "longest_edge": 256}))
+_IDEFICS = dict(size={"longest_edge": 16}, max_image_size={"longest_edge": 8})
+# family -> (folder and prefix of the image processor's class, its settings)
+PROCESSORS: dict[str, tuple[str, str, dict]] = {
+    "llava": ("clip", "CLIP", _CLIP),
+    "llava_next": ("llava_next", "LlavaNext", _CLIP | dict(image_grid_pinpoints=PINPOINTS)),
+    "llava_next_video": ("llava_next", "LlavaNext", _CLIP | dict(image_grid_pinpoints=PINPOINTS)),
+    "llava_onevision": ("llava_onevision", "LlavaOnevision", _SQUARE | dict(image_grid_pinpoints=PINPOINTS)),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), _QWEN),
+    "paligemma": ("siglip", "Siglip", _SQUARE),
+    "gemma3": ("gemma3", "Gemma3", _SQUARE),
+    "idefics3": ("idefics3", "Idefics3", _IDEFICS),
+    "smolvlm": ("smolvlm", "SmolVLM", _IDEFICS),
+    "idefics2": ("idefics2", "Idefics2", dict(size={"shortest_edge": 4, "longest_edge": 8}, do_image_splitting=False)),
+    "mllama": ("mllama", "Mllama", _SQUARE | dict(max_image_tiles=2)),
+    "internvl": ("got_ocr2", "GotOcr2", _SQUARE | dict(crop_to_patches=True, max_patches=4)),
+}
+PIXTRAL = ("pixtral", "Pixtral", dict(patch_size=2, size={"longest_edge": 8}))
+
+
+def tokenizer(family: str, image: str = "<image>") -> Any:
+    """Words by white space; whatever an image may be written with is a special token."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [image if word == "<image>" else word for word in WORDS]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in words if word[0] in "<["])
+    named = {"image_token": image, "boi_token": "<start>", "eoi_token": "<end>", "start_image_token": "<img>", "end_image_token": "</img>",
+             "video_token": "<video>", "context_image_token": image, "image_boundary_token": "<fake_token_around_image>",
+             "fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>"}  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        chat_template=TEMPLATE.replace("MARK", "<start>" if family == "gemma3" else image), extra_special_tokens=named, model_max_length=1024,
+    )  # fmt: skip
+
+
+def save(folder: Path, family: str, n: int = 0) -> Path:
+    """Write the family's n-th case to `folder`, every weight perturbed."""
+    hf = hf_config(family, CASES[family][n])
+    hf.save_pretrained(folder / "config")
+    pixtral = hf.vision_config.model_type == "pixtral"
+    module, prefix, settings = PIXTRAL if pixtral else PROCESSORS[family]
+    words = tokenizer(family, "[IMG]" if pixtral else "<image>")
+    words.save_pretrained(folder / "config")
+    made = importlib.import_module(f"transformers.models.{module}.image_processing_pil_{module}")
+    getattr(made, prefix + "ImageProcessorPil")(**settings).save_pretrained(folder / "config")
+    extra = dict(patch_size=2, vision_feature_select_strategy=getattr(hf, "vision_feature_select_strategy", "default"),
+                 num_additional_image_tokens=1, image_token="[IMG]" if pixtral else "<image>") if family in ("llava", "llava_next") else {}  # fmt: skip
+    if extra and not pixtral:
+        processor = {"llava": "LlavaProcessor", "llava_next": "LlavaNextProcessor"}[family]
+        (folder / "config" / "processor_config.json").write_text(json.dumps(extra | {"processor_class": processor}))
+    model = model_from_folder(folder / "config")
+    aligner.save(model, tiny.perturbed(model), folder / "hf")
+    return folder / "hf"
+
+
+def rows(folder: Path, count: int = 8) -> Path:
+    """Preference rows with no, one and two pictures of several sizes, as JSON lines with the pictures beside them."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number in range(count):
+        names = [f"{number}.{i}.png" for i in range(number % 3)]
+        for name in names:
+            height, width = rng.integers(6, 21, 2)
+            Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / name)
+        words = lambda n: " ".join(f"t{i}" for i in rng.integers(24, 58, n))
+        content = [{"type": "image"} for _ in names] + [{"type": "text", "text": words(4)}]
+        lines.append({"images": names, "prompt": [{"role": "user", "content": content}],
+                      "chosen": [{"role": "assistant", "content": [{"type": "text", "text": words(3)}]}],
+                      "rejected": [{"role": "assistant", "content": [{"type": "text", "text": words(5)}]}]})  # fmt: skip
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder / "rows.jsonl"

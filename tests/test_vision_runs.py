@@ -1,0 +1,38 @@
+"""DPO runs with every vision-language family, from a folder and rows of pictures to an exported folder."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+import aligner
+from aligner import metrics, run
+from aligner.convert.tables import flatten
+from tests.models import tiny, vision_folders
+from tests.models.vision_configs import CASES
+
+EVERY_DAY = "qwen2_5_vl"
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f == EVERY_DAY else pytest.mark.slow) for f in [*CASES, "pixtral"]])
+def test_dpo_runs(family, tmp_path, monkeypatch):
+    quick = tiny.QUICK | {"xla_allow_excess_precision": False}
+    monkeypatch.setattr(run, "jit", lambda function, **options: jax.jit(function, compiler_options=quick, **options))
+    folder = vision_folders.save(tmp_path, "llava", 4) if family == "pixtral" else vision_folders.save(tmp_path, family)
+    data = vision_folders.rows(tmp_path / "rows")
+    config = tiny.config(model__path=str(folder), data__max_length=512, data__pad_to_multiple=8, data__batch_size=4, data__workers=2,
+                         train__steps=2, log__every=1, optim__learning_rate=1e-2, optim__warmup=0.0, checkpoint__export=True,
+                         mesh__data=1)  # fmt: skip
+    config.data.train.path, config.data.train.image_folder = str(data), str(data.parent)
+    monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
+    run.run(config, tmp_path / "run")
+    records = [record for record in metrics.read(tmp_path / "run") if record["split"] == "train"]
+    assert len(records) == 2
+    assert abs(records[0]["loss"] - math.log(2)) < 1e-6, "policy and reference are the same at first"
+    assert abs(records[1]["loss"] - math.log(2)) > 1e-6
+    (_, before), (model, after) = aligner.load(folder), aligner.load(tmp_path / "run" / "export")
+    before, after = flatten(before), flatten(after)
+    still = {path for path in before if np.array_equal(before[path], after[path])}
+    unused = {path for path in still for prefix in model.trained_layers if path.startswith(prefix)}
+    assert not {path for path in still - unused if not path.endswith("mask_token")}, "these leaves have not moved"
