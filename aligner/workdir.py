@@ -29,6 +29,8 @@ def resolve(config: ConfigDict, workdir: str | Path) -> ConfigDict:
     def one(value: Any) -> Any:
         if isinstance(value, str):
             return value.replace("{workdir}", str(workdir))
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(one, value))
         return {key: one(child) for key, child in value.items()} if isinstance(value, Mapping) else value
 
     resolved = config.copy_and_resolve_references()
