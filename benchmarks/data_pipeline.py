@@ -24,8 +24,8 @@ from benchmarks.machine import cpu_name, forget_peak, resident_mib
 VOCABULARY = 8000
 
 
-def write_rows(path: Path, kind: str, count: int, seed: int = 0) -> None:
-    """Conversations of one to three turns, or pairs, of words whose frequencies fall as in a language; about 1.2 kB a row."""
+def write_rows(path: Path, kind: str, count: int, turns: int = 3, seed: int = 0) -> None:
+    """Conversations of up to so many turns, or pairs, of words whose frequencies fall as in a language; about 0.5 kB a turn."""
     draw = random.Random(seed)
     syllables = [a + b for a in "bcdfghklmnprstvw" for b in ("a", "e", "i", "o", "u", "an", "er", "is", "on")]
     words = ["".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(20000)]
@@ -41,7 +41,7 @@ def write_rows(path: Path, kind: str, count: int, seed: int = 0) -> None:
 
     with path.open("w", encoding="utf-8") as file:
         for _ in range(count):
-            talk = [message for _ in range(draw.randint(1, 3)) for message in (said("user", 5, 40), said("assistant", 20, 160))]
+            talk = [message for _ in range(draw.randint(1, turns)) for message in (said("user", 5, 40), said("assistant", 20, 160))]
             row = {"messages": talk}
             if kind == "dpo":
                 row = {"prompt": talk[:-1], "chosen": talk[-1:], "rejected": [said("assistant", 20, 160)]}
@@ -150,7 +150,7 @@ def memory(gigabytes: float, workers: int, take: int) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "rows.jsonl"
-        write_rows(path, "sft", 4000)
+        write_rows(path, "sft", 1000)
         tokenizer = make_tokenizer(path)
         block = path.read_bytes()
         with path.open("wb") as file:
@@ -163,6 +163,7 @@ def memory(gigabytes: float, workers: int, take: int) -> dict[str, float]:
         rows = mixture.open_samples(config.data.train, "data.train", kind, seed=0)
         opened = time.perf_counter() - start
         example = kind.encode(rows.read(0), model, config.data)
+        example = example._replace(answers=(example.answers[0][:8],), scored=(example.scored[0][:8],))
         look = lambda index: (rows.read(index), example)[1]
         found = census.take_census(look, rows, model, None, "data.train", cache_dir=Path(name) / "cache", workers=workers, progress=False)
         seconds = time.perf_counter() - start - opened

@@ -99,8 +99,8 @@ def find_formatter(
         missing = lambda found: len(set(found[1].needs) - set(columns)) - len(set(found[1].needs) & set(columns))
         needed = "; ".join(f"{key!r} needs {', '.join(variant.needs)}" for key, variant in sorted(candidates, key=missing)[:3])
         raise UserError(
-            f"config.{where}: the rows have the columns {', '.join(columns)}; {needed}. "
-            f"Rename the columns, or set config.{where}.formatter to your own package.module:function."
+            f"config.{where}: the rows have the columns {', '.join(columns)}; {needed}; "
+            f"rename the columns, or set config.{where}.formatter to your own package.module:function."
         )
     best, variant = max(fitting, key=lambda found: (len(found[1].needs), -takes.index(found[1].makes)))
     return best, guard(variant.function)
@@ -145,7 +145,7 @@ def _guard(function: Formatter, template: Mapping[str, Any]) -> Formatter:
         except (Bad, UserError):
             raise
         except KeyError as error:
-            raise Bad("missing column", str(error)) from error
+            raise Bad("missing column", f"{error}, the row has {', '.join(map(str, row))}") from error
         except Exception as error:  # a formatter may be anyone's
             raise Bad("unexpected value", f"{type(error).__name__}: {error}") from error
 
