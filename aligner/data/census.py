@@ -161,7 +161,7 @@ def check_census(census: Census, rows: sources.Rows, name: str, max_bad_fraction
     raise UserError(f"config.{name}: {bad} of {len(rows)} rows of {rows.description} cannot be used, {rule}: {reasons}.")
 
 
-def describe(census: Census, rows: sources.Rows, name: str, formatter: str, eos: str) -> Iterator[str]:
+def describe(census: Census, rows: sources.Rows, name: str, formatter: str, model: Model) -> Iterator[str]:
     """Lines that say what was read, what was dropped and how long examples are."""
     kept = len(census.row_ids)
     yield f"{name}: {rows.description}, formatter {formatter}: {kept} of {len(rows)} rows kept"
@@ -169,9 +169,10 @@ def describe(census: Census, rows: sources.Rows, name: str, formatter: str, eos:
         yield f"  dropped, {line}"
     prompt, _, scored, answers, images, ends = census.sizes.T
     yield f"  prompt {int(np.median(prompt))} tokens (longest {prompt.max()}), an answer {scored.sum() / answers.sum():.0f} on average"
-    if images.any() and not images.all():
-        yield f"  {int((images == 0).sum())} rows without an image"
+    if model.media is not None and not images.all():
+        yield f"  {int((images == 0).sum())} rows without an image" + ": no row has one in a column `image` or `images`" * (not images.any())
     if not ends.all():
+        eos = model.assets.tokenizer.eos_token
         yield f"  {kept - int(ends.sum())} rows where the chat template ends an answer without {eos}: they do not train where to stop"
 
 

@@ -77,7 +77,7 @@ def find_formatter(name: str, columns: list[str], where: str, takes: tuple[type,
         ranked = sorted(candidates.items(), key=lambda item: len(set(item[1][0]) - set(columns)) - len(set(item[1][0]) & set(columns)))
         needed = "; ".join(f"{key!r} needs {', '.join(needs)}" for key, (needs, *_) in ranked[:3])
         raise UserError(
-            f"config.{where}: the rows have the columns {', '.join(columns)}; {needed}. "
+            f"config.{where}: the rows have {'the columns ' + ', '.join(columns) if columns else 'no columns'}; {needed}. "
             f"Rename the columns, or set config.{where}.formatter to your own package.module:function."
         )
     best = max(fitting, key=fitting.__getitem__)
@@ -124,8 +124,12 @@ def messages_of(value: Any, role: str = "assistant") -> list[dict[str, Any]]:
     """Messages from what datasets write: a list or a single one, with role/content or from/value; a bare string is one of `role`."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
+    if not isinstance(value, (dict, list, tuple)):
+        raise Bad("unexpected value", f"{value!r} stands where a text or messages should be")
     messages = []
     for message in [value] if isinstance(value, dict) else value:
+        if not isinstance(message, dict):
+            raise Bad("unexpected value", f"{message!r} stands where a message should be")
         speaker = message["role"] if "role" in message else message["from"]
         if speaker not in _ROLES:
             raise Bad("unknown role", f"{speaker!r}")

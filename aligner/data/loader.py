@@ -133,7 +133,7 @@ def load_dataset(
         return made | _values(examples, kind, G, answers)
 
     fill = float(_columns(sizes, data).sum() / (T * len(plan)))
-    report = [*describe(census, rows, name, formatter_name, str(model.assets.tokenizer.eos_token))]
+    report = [*describe(census, rows, name, formatter_name, model)]
     report += ["  every pair makes two rows, one for each answer"] if pairs else []
     report += [f"  every row: T={T} columns, S={S} scored positions, I={I} images"]
     if needs == "text" or data.get("packing", False):
@@ -262,11 +262,16 @@ def check_assets(model: Model) -> None:
     if model.media is None:
         return
     if assets.processor is None or getattr(assets.processor, "image_processor", None) is None:
-        raise UserError(f"the {model.family} model takes images but has no image processor; preprocessor_config.json is missing.")
+        missing = f"{assets.folder} has no image processor; put preprocessor_config.json into it"
+        raise UserError(f"the {model.family} model takes images, but {missing}.")
     token = image_token(assets)
     found = assets.tokenizer.convert_tokens_to_ids(token)
     if found != model.media.placeholder:
-        raise UserError(f"the tokenizer gives {token} the id {found}, the model's config (image_token_index) {model.media.placeholder}.")
+        placeholder = model.media.placeholder
+        raise UserError(
+            f"the tokenizer in {assets.folder} gives {token} the id {found}, but image_token_index in its config.json is {placeholder}; "
+            "fetch both again from one source."
+        )
     from PIL import Image
 
     probe = Image.new("RGB", (2 * model.media.width, model.media.height))  # wide, to see that it is made square

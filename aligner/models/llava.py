@@ -40,7 +40,9 @@ def config_from_hf(hf: Any) -> LlavaConfig:
     for part, supported in ((hf.text_config, tuple(families.FAMILIES)), (hf.vision_config, ("clip_vision_model",))):
         if part.model_type not in supported:
             raise UserError(f"a llava checkpoint with a {part.model_type!r} part is not supported; that part may be {', '.join(supported)}")
-    layer = hf.vision_feature_layer
+    layer, depth = hf.vision_feature_layer, hf.vision_config.num_hidden_layers
+    if outside := [index for index in np.ravel(layer).tolist() if not -depth - 1 <= index <= depth]:
+        raise UserError(f"vision_feature_layer {outside[0]} is none of the vision tower, which has {depth} layers")
     text = families.FAMILIES[hf.text_config.model_type](hf.text_config)
     return LlavaConfig(
         text_config=dataclasses.replace(text, tie_word_embeddings=bool(hf.tie_word_embeddings or text.tie_word_embeddings)),
