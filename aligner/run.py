@@ -105,10 +105,9 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             train_state, kept = restored
             batches.set_state(kept["data"])
             counted = kept["num_tokens"]
-            if int(train_state.step) > steps:
-                done = int(train_state.step)
-                raise UserError(f"the run in {directory} has done {done} steps, but config.train.steps is {steps}; set it to {done} or more")
-            say(f"goes on from step {int(train_state.step)}")
+            if (done := int(train_state.step)) > steps:
+                raise UserError(f"the run in {directory} has done {done} steps, and config.train.steps is {steps}; give {done} or more")
+            say(f"goes on from step {done}")
 
         step_function = make_train_step(
             algorithm,

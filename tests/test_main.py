@@ -253,7 +253,7 @@ def test_a_path_may_be_written_another_way(tmp_path, monkeypatch):
     (tmp_path / "another").mkdir()
     with now.unlocked():
         now.model.path = "another"
-    with pytest.raises(UserError, match="config.model.path was 'runs/mine/demo/model' and is 'another'"):
+    with pytest.raises(UserError, match=r"config\.model\.path was 'runs/mine/demo/model' and is 'another'"):
         workdir.check(now, "runs/mine")
 
 

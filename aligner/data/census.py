@@ -170,7 +170,8 @@ def describe(census: Census, rows: sources.Rows, name: str, formatter: str, mode
     prompt, _, scored, answers, images, ends = census.sizes.T
     yield f"  prompt {int(np.median(prompt))} tokens (longest {prompt.max()}), an answer {scored.sum() / answers.sum():.0f} on average"
     if model.media is not None and not images.all():
-        yield f"  {int((images == 0).sum())} rows without an image" + ": no row has one in a column `image` or `images`" * (not images.any())
+        why = "" if images.any() else ": no row has one in a column `image` or `images`"
+        yield f"  {int((images == 0).sum())} rows without an image{why}"
     if not ends.all():
         eos = model.assets.tokenizer.eos_token
         yield f"  {kept - int(ends.sum())} rows where the chat template ends an answer without {eos}: they do not train where to stop"
