@@ -47,7 +47,9 @@ def progress(start: int, total: int) -> Iterator[Callable]:
     """
     every = max(1, total // 20)
     seen: deque[tuple[float, float]] = deque(maxlen=21)  # (time, tokens up to then) after each step; the first one compiles
-    with bar(total, "", "step", start) as steps:
+    # Without the steps per second, all of it fits into the 80 columns of a common terminal.
+    layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+    with bar(total, "", "step", start, bar_format=layout) as steps:
 
         def update(step: int, values: Mapping[str, float]) -> None:
             shown = {"loss": f"{values['loss']:.4f}"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -64,11 +65,6 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     look = lambda split: loader.load_dataset(config, split, model, algorithm.needs, cache_dir=Path(directory) / "data")
     train, evaluations = look("train"), {name: look(split) for name, split in eval_splits(config).items()}
     for dataset in (train, *evaluations.values()):
-        if dataset.answers > config.algorithm.get("answers", dataset.answers):
-            raise UserError(
-                f"config.{dataset.name} has a row with {dataset.answers} answers, but config.algorithm.answers is "
-                f"{config.algorithm.answers}; set it to at least that"
-            )
         say(*dataset.report)
         check_answers(config, dataset)
     steps = config.train.steps if config.train.steps is not None else max(1, int(config.train.epochs * train.size / config.data.batch_size))
@@ -112,7 +108,9 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             train_state, kept = restored
             batches.set_state(kept["data"])
             counted = kept["num_tokens"]
-            say(f"goes on from step {int(train_state.step)}")
+            if (done := int(train_state.step)) > steps:
+                raise UserError(f"the run in {directory} has done {done} steps, and config.train.steps is {steps}; give {done} or more")
+            say(f"goes on from step {done}")
 
         step_function = make_train_step(
             algorithm,
@@ -246,11 +244,13 @@ def check_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     for key in ("dtype", "param_dtype"):
         if config.model[key] not in ("float32", "bfloat16", "float64"):
             raise UserError(f"config.model.{key} is {config.model[key]!r}; it must be float32, bfloat16 or float64")
+        if config.model[key] == "float64" and not jax.config.jax_enable_x64:
+            raise UserError(f"config.model.{key} float64 needs the environment variable JAX_ENABLE_X64=1; set it, or choose float32")
     values = workdir.flat(config.to_dict())
     for least, keys in AT_LEAST.items():
         for key in keys:
-            if values[key] is not None and values[key] < least:
-                raise UserError(f"config.{key} is {values[key]}; it must be at least {least}")
+            if values[key] is not None and not least <= values[key] < math.inf:
+                raise UserError(f"config.{key} is {values[key]}; it must be at least {least}" + " and finite" * (values[key] == math.inf))
     if config.train.steps is None and config.train.epochs <= 0:
         raise UserError(f"config.train.epochs is {config.train.epochs}; it must be above 0 where config.train.steps is not set")
     if config.data.max_bad_fraction > 1:
@@ -295,7 +295,7 @@ def call_setup(config: ConfigDict) -> None:
     module, _, name = config.setup.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"config.setup {config.setup!r} cannot be imported ({error}); run from the root of the repository") from None
     if jax.process_index() == 0:
         function(config)

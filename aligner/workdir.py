@@ -58,15 +58,25 @@ def check(config: ConfigDict, workdir: str | Path) -> list[str]:
     path = Path(workdir) / CONFIG
     if Path(workdir).exists() and not Path(workdir).is_dir():
         raise UserError(f"--workdir {workdir} is a file; name a folder, new or of an earlier run")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir {workdir} cannot be made ({error.strerror}); name a folder in which you may write") from None
     if not path.exists():
         return []
     before, now = flat(read_config(workdir)), flat(json.loads(json.dumps(config.to_dict())))
-    changed = {key: (before.get(key), now.get(key)) for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
+    changed = {key: (before.get(key), now.get(key)) for key in before.keys() | now.keys() if not _same(before.get(key), now.get(key))}
     refused = sorted(key for key in changed if not any(key == free or key.startswith(free + ".") for free in MAY_DIFFER))
     if refused:
         what = "; ".join(f"config.{key} was {changed[key][0]!r} and is {changed[key][1]!r}" for key in refused)
         raise UserError(f"{workdir} belongs to a run with another config: {what}. Use another --workdir, or the settings of that run")
     return [f"config.{key} was {changed[key][0]!r} and is now {changed[key][1]!r}" for key in sorted(changed)]
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Equal, or two ways to write the path of one file or folder, such as with and without a slash at its end."""
+    paths = isinstance(before, str) and isinstance(now, str) and os.path.exists(before) and os.path.exists(now)
+    return before == now or (paths and os.path.samefile(before, now))
 
 
 def record(config: ConfigDict, workdir: str | Path) -> None:
@@ -79,11 +89,14 @@ def read_config(workdir: str | Path) -> dict[str, Any]:
     """The resolved config that a workdir was started with."""
     path = Path(workdir) / CONFIG
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{workdir} is not a working directory of a run: it has no {CONFIG}") from None
-    except json.JSONDecodeError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} cannot be read: it holds a {type(config).__name__}, no config")
+    return config
 
 
 def restore_params(workdir: str | Path, step: int | None = None) -> tuple[Model, Params, int]:

@@ -12,6 +12,7 @@ from absl import flags
 from PIL import Image
 
 from aligner import main, run
+from aligner.types import UserError
 from tests.resume import runs
 from tests.resume.runs import ROOT, demo
 
@@ -103,6 +104,8 @@ def test_command_line(tmp_path, argv, phrases):
         ("data.batch_size", 0, ["config.data.batch_size is 0; it must be at least 1"]),
         ("data.max_bad_fraction", 5.0, ["config.data.max_bad_fraction is 5.0", "from 0 to 1"]),
         ("seed", -1, ["config.seed is -1"]),
+        ("optim.learning_rate", "nan", ["config.optim.learning_rate is nan; it must be at least 0"]),
+        ("optim.learning_rate", "inf", ["config.optim.learning_rate is inf", "finite"]),
         ("optim.schedule", "cosin", ["'cosin' is not a schedule", "did you mean 'cosine'?", "constant, linear, cosine"]),
         ("optim.freeze", "visoin_tower/.*", ["config.optim.freeze", "'visoin_tower/.*'", "matches no parameter", "model/"]),
         ("optim.freeze", "(", ["config.optim.freeze has '('", "no regex"]),
@@ -115,6 +118,7 @@ def test_command_line(tmp_path, argv, phrases):
         ("algorithm.name", "dppo", ["dppo", "dpo"]),
         ("train.remat", "ful", ["config.train.remat is 'ful'", "none", "full"]),
         ("model.dtype", "fp16", ["config.model.dtype is 'fp16'", "bfloat16"]),
+        ("model.dtype", "float64", ["config.model.dtype float64 needs", "JAX_ENABLE_X64=1"]),
         ("model.path", "", ["config.model.path is empty"]),
         ("data.train.path", "", ["config.data.train.path is empty"]),
         ("data.train.formatter", "rlaif", ["config.data.train.formatter", "'rlaif'", "did you mean 'rlaif_v'?"]),
@@ -123,6 +127,7 @@ def test_command_line(tmp_path, argv, phrases):
         ("mesh.fsdp", 3, ["config.mesh", "'fsdp': 3", "devices"]),
         ("mesh.data", 0, ["config.mesh", "must be positive"]),
         ("setup", "scripts.nothing:make", ["config.setup 'scripts.nothing:make' cannot be imported"]),
+        ("setup", ":", ["config.setup ':' cannot be imported"]),
     ],
 )
 def test_settings(tmp_path, key, value, phrases):
@@ -148,8 +153,15 @@ def test_model_folders(tmp_path):
     refused(tmp_path, f"{other} holds no weights", model__path=other)
 
     config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"model_type": "llava_nxt"}))
-    refused(tmp_path, "model_type 'llava_nxt', which is not supported", "supported, nearest first: llava_next", model__path=other)
+
+    def changed(*phrases, **settings):
+        (other / "config.json").write_text(json.dumps(config | settings))
+        refused(tmp_path, str(other / "config.json"), *phrases, model__path=other)
+
+    changed("model_type 'llava_nxt', which is not supported", "supported, nearest first: llava_next", model_type="llava_nxt")
+    changed("rope_type 'zigzag' is not supported", text_config=config["text_config"] | {"rope_parameters": {"rope_type": "zigzag"}})
+    changed("'hidden_size'", "'big'", text_config=config["text_config"] | {"hidden_size": "big"})
+    changed("vision_feature_layer -9", "has 2 layers", vision_feature_layer=-9)
 
 
 def test_another_reference(tmp_path):
@@ -172,6 +184,10 @@ def test_data_files(tmp_path):
 
     file.write_text("".join(json.dumps({"picture": r["image"], "good": r["chosen"], "bad": r["rejected"]}) + "\n" for r in rows))
     refused(tmp_path, "the rows have the columns picture, good, bad", "'trl' needs chosen, rejected", **here)
+
+    file.write_text("{}\n")
+    refused(tmp_path, "the rows have no columns", **here)
+    refused(tmp_path, "is a file, no folder", data__train__image_folder=file)
 
     file.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]) + '{"image": "x.png", "question": \n')
     refused(tmp_path, f"{file}, line 4: not valid JSON", **here)
@@ -211,10 +227,55 @@ def test_workdir_of_another_run(tmp_path, monkeypatch):
         "config.checkpoint.every was 5 and is now 7",
         "config.train.steps was 22 and is now 99",
     ]
-    (tmp_path / "run" / "config.json").write_text("{")
-    refused(tmp_path, "config.json cannot be read")
+    for broken in ("{", "[]"):
+        (tmp_path / "run" / "config.json").write_text(broken)
+        refused(tmp_path, "config.json cannot be read")
     (tmp_path / "file").write_text("")
     refused(tmp_path, "is a file; name a folder", argv=arguments(tmp_path / "file"))
+    refused(tmp_path, "file/below cannot be made (Not a directory)", argv=arguments(tmp_path / "file" / "below"))
+
+
+def test_a_path_may_be_written_another_way(tmp_path, monkeypatch):
+    """As the shell completes it, with a slash at its end, or from the root: the run is the same."""
+    from aligner import workdir
+    from configs import dpo_llava
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine" / "demo" / "model").mkdir(parents=True)
+    config = dpo_llava.get_config("tiny")
+    workdir.record(workdir.resolve(config, "runs/mine"), "runs/mine")
+    before = workdir.read_config("runs/mine")["model"]["path"]
+    for other in ("runs/mine/", tmp_path / "runs" / "mine"):
+        now = workdir.resolve(config, other)
+        assert now.model.path != before
+        now.data = workdir.resolve(config, "runs/mine").data  # files that were not made here
+        assert workdir.check(now, other) == []
+    (tmp_path / "another").mkdir()
+    with now.unlocked():
+        now.model.path = "another"
+    with pytest.raises(UserError, match=r"config\.model\.path was 'runs/mine/demo/model' and is 'another'"):
+        workdir.check(now, "runs/mine")
+
+
+def test_rows_without_images_are_told(tmp_path, capsys):
+    """A column of another name would leave the pictures out of training without a word."""
+    rows = [json.loads(line) for line in (demo() / "data" / "train.jsonl").read_text().splitlines()[:20]]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"img" if key == "image" else key: row[key] for key in row}) + "\n" for row in rows))
+    said = []
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError, match="parameters were loaded"):
+        patch.setattr(run, "say", lambda *lines: said.extend(lines))
+        call(*arguments(tmp_path / "run", {"data.train.path": file}))
+    assert "  20 rows without an image: no row has one in a column `image` or `images`" in said
+
+
+def test_ctrl_c_before_there_is_a_state(tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "run", interrupted)
+    code, told = call(*arguments(tmp_path / "run"))
+    assert (code, told.strip()) == (130, "stopped at once; the same command goes on from the newest checkpoint")
 
 
 def test_as_a_program(tmp_path):

@@ -271,4 +271,7 @@ def _more(names: list) -> str:
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The start of a library's message up to the first line that is more than an opening such as "validation failed:"."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    end = next((number for number, line in enumerate(lines, 1) if not line.endswith((":", ","))), len(lines))
+    return " ".join(lines[:end])

@@ -121,7 +121,10 @@ def model_from_folder(folder: str | Path, score_head: bool = False) -> Model:
     scored = any(str(name).endswith(_SCORED) for name in config.get("architectures") or ())
     if scored and normalised.num_labels != 1:
         raise UserError(f"{path} describes a classifier of {normalised.num_labels} labels; a reward or cost model has one score.")
-    model = from_hf(normalised, score_head or scored)
+    try:
+        model = from_hf(normalised, score_head or scored)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     if score_head and not scored:
         assets = dataclasses.replace(assets, config_changes=_scored_config(normalised))
         model = dataclasses.replace(model, conversion=dataclasses.replace(model.conversion, fresh=("score.weight",)))

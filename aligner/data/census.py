@@ -186,7 +186,7 @@ def check_census(census: Census, rows: Samples, name: str, max_bad_fraction: flo
     raise UserError(f"config.{name}: {bad} of {len(rows)} rows of {rows.description} cannot be used, {rule}: {reasons}.")
 
 
-def describe(census: Census, rows: Samples, name: str, formatter: str, eos: str) -> Iterator[str]:
+def describe(census: Census, rows: Samples, name: str, formatter: str, model: Model) -> Iterator[str]:
     """Lines that say what was read, what was dropped and how long examples are."""
     kept = len(census.row_ids)
     yield f"{name}: {rows.description}, formatter {formatter}: {kept} of {len(rows)} rows kept"
@@ -195,9 +195,11 @@ def describe(census: Census, rows: Samples, name: str, formatter: str, eos: str)
     prompt, _, scored, answers, images, ends = census.sizes.T
     answer = f", an answer {scored.sum() / answers.sum():.0f} on average" if answers.any() else ""
     yield f"  prompt {int(np.median(prompt))} tokens (longest {prompt.max()}){answer}"
-    if images.any() and not images.all():
-        yield f"  {int((images == 0).sum())} rows without an image"
+    if model.media is not None and not images.all():
+        why = "" if images.any() else ": no row has one in a column `image` or `images`"
+        yield f"  {int((images == 0).sum())} rows without an image{why}"
     if not ends.all():
+        eos = model.assets.tokenizer.eos_token
         yield f"  {kept - int(ends.sum())} rows where the chat template ends an answer without {eos}: they do not train where to stop"
 
 

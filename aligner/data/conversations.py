@@ -39,10 +39,14 @@ def messages_of(value: Any, role: str = "assistant") -> list[dict[str, Any]]:
     """Messages from what datasets write: a list or a single one, with role/content or from/value; a bare string is one of `role`."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
+    if not isinstance(value, (dict, list, tuple)):
+        raise Bad("unexpected value", f"{value!r} stands where a text or messages should be")
     return [_message(message) for message in ([value] if isinstance(value, dict) else value)]
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise Bad("unexpected value", f"{message!r} stands where a message should be")
     speaker = message["role"] if "role" in message else message["from"]
     if speaker not in _ROLES:
         raise Bad("unknown role", f"{speaker!r}")

@@ -99,7 +99,7 @@ def find_formatter(
         missing = lambda found: len(set(found[1].needs) - set(columns)) - len(set(found[1].needs) & set(columns))
         needed = "; ".join(f"{key!r} needs {', '.join(variant.needs)}" for key, variant in sorted(candidates, key=missing)[:3])
         raise UserError(
-            f"config.{where}: the rows have the columns {', '.join(columns)}; {needed}; "
+            f"config.{where}: the rows have {'the columns ' + ', '.join(columns) if columns else 'no columns'}; {needed}; "
             f"rename the columns, or set config.{where}.formatter to your own package.module:function."
         )
     best, variant = max(fitting, key=lambda found: (len(found[1].needs), -takes.index(found[1].makes)))

@@ -148,7 +148,7 @@ def load_dataset(
 
     lengths = np.minimum(T, plan.lengths(_columns(sizes, data)))
     fill = float(lengths.sum() / (T * len(plan)))
-    report = [*describe(census, rows, name, rows.formatter, str(model.assets.tokenizer.eos_token))]
+    report = [*describe(census, rows, name, rows.formatter, model)]
     report += ["  every pair makes two rows, one for each answer"] if rows.pairs else []
     report += [f"  every row: T={T} columns, S={S} scored positions, I={I} images"]
     if needs == "text" or data.get("packing", False):
@@ -261,7 +261,8 @@ def check_assets(model: Model) -> None:
     if model.media is None:
         return
     if assets.processor is None or getattr(assets.processor, "image_processor", None) is None:
-        raise UserError(f"the {model.family} model takes images but has no image processor; preprocessor_config.json is missing.")
+        missing = f"{assets.folder} has no image processor; put preprocessor_config.json into it"
+        raise UserError(f"the {model.family} model takes images, but {missing}.")
     from PIL import Image
 
     probe = Image.new("RGB", (2 * model.media.width, model.media.height))  # wide, to see that it is made square
@@ -269,8 +270,8 @@ def check_assets(model: Model) -> None:
     written = assets.tokenizer(shown.text or token, add_special_tokens=False)["input_ids"]
     if written.count(model.media.placeholder) != len(shown.runs):
         raise UserError(
-            f"the tokenizer gives {token} the id {assets.tokenizer.convert_tokens_to_ids(token)}, the model's config (image_token_index) "
-            f"{model.media.placeholder}."
+            f"the tokenizer in {assets.folder} gives {token} the id {assets.tokenizer.convert_tokens_to_ids(token)}, but image_token_index "
+            f"in its config.json is {model.media.placeholder}; fetch both again from one source."
         )
     picture = media.read_pictures([probe], model.media, assets.processor.image_processor)[0]
     found, wanted = picture.arrays["pixel_values"].shape[1:], blank(model.media, 1, 1)["pixel_values"].shape[1:]

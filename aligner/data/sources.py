@@ -94,7 +94,8 @@ def open_rows(source: Any, name: str = "data.train") -> Rows:
     if source.image_folder:
         folder = Path(source.image_folder).expanduser()
         if not folder.is_dir():
-            raise UserError(f"config.{name}.image_folder: {source.image_folder} is no folder{_nearest(folder)}.")
+            why = "a file, no folder" if folder.exists() else f"no folder{_nearest(folder)}"
+            raise UserError(f"config.{name}.image_folder: {source.image_folder} is {why}.")
         rows = dataclasses.replace(rows, folder=folder)
     if source.size is not None:
         if source.size < 1:
@@ -246,6 +247,8 @@ def _json(path: Path) -> Rows:
         if len(lists) != 1:
             raise UserError(f"{path}: must hold a list of rows, or an object with one such list; its keys are {list(data)[:8]}.")
         data = next(iter(lists.values()))
+    if not isinstance(data, list):
+        raise UserError(f"{path}: must hold a list of rows, or an object with one such list; this is a {type(data).__name__}.")
 
     def read(index: int) -> dict:
         if not isinstance(data[index], dict):

@@ -49,6 +49,9 @@ def config_from_hf(hf: Any) -> LlavaConfig:
             f"vision_feature_select_strategy {strategy!r} of the {hf.model_type} config does not fit its {hf.vision_config.model_type} "
             "tower; set 'full', or 'default' to leave out a class token"
         )
+    depth = hf.vision_config.num_hidden_layers
+    if outside := [index for index in np.ravel(layer).tolist() if not -depth - 1 <= index <= depth]:
+        raise UserError(f"vision_feature_layer {outside[0]} is none of the vision tower, which has {depth} layers")
     return LlavaConfig(
         text_config=vlm.read_text(hf),
         vision_config=tower,

@@ -81,5 +81,5 @@ def load_prompts(config: Any, split: str, model: Model, cache_dir: str | Path | 
         columns = {name: value for name, value in row.items() if name not in ("prompt", "completion", "completions")}
         return Item(index, sample.prompt, encoded, Prompt(encoded.prompt, pictures), {"ground_truth": sample.ground_truth, **columns})
 
-    report = describe(census, rows, name, rows.formatter, str(model.assets.tokenizer.eos_token))
+    report = describe(census, rows, name, rows.formatter, model)
     return Prompts(len(census.row_ids), item, Path(rows.folder(0)), tuple(report))

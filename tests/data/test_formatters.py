@@ -139,6 +139,14 @@ def test_odd_rows_become_counted_reasons(row, reason):
     assert caught.value.reason == reason
 
 
+@pytest.mark.parametrize("value", [None, 3, ["a"]])
+def test_a_value_of_another_type_is_shown(value):
+    """What Python says of it, such as "'NoneType' object is not iterable", helps nobody."""
+    row = {"image": "a.png", "question": "q", "chosen": value, "rejected": "b"}
+    with pytest.raises(Bad, match=r"unexpected value: (None|3|'a') stands where a"):
+        find_formatter("rlaif_v", list(row), "data.train")[1](row)
+
+
 @pytest.mark.parametrize(
     ("pair", "reason"),
     [

@@ -89,6 +89,7 @@ def test_identity_changes_with_the_file(tmp_path):
         ({"a.jsonl": "\n[1]\n"}, {"path": "a.jsonl"}, "a.jsonl, line 2: a row must be an object"),
         ({"a.json": "[{]"}, {"path": "a.json"}, "a.json: not valid JSON"),
         ({"a.json": '{"x": 1}'}, {"path": "a.json"}, "must hold a list of rows"),
+        ({"a.json": "3"}, {"path": "a.json"}, "this is a int"),
         ({"a.jsonl": "\n"}, {"path": "a.jsonl"}, "holds no rows"),
         ({"a.parquet": "nonsense"}, {"path": "a.parquet"}, "cannot be read as Parquet"),
         ({"a.xls": "x"}, {"path": "a.xls"}, "no suffix that is known"),

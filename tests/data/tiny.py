@@ -60,7 +60,7 @@ def image_model(template=CHATML, size=8, patch=4, **options):
         pictures, words, patch_size=patch, vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=template
     )
     media = Media(words.convert_tokens_to_ids("<image>"), (size // patch) ** 2, size, size)
-    return SimpleNamespace(family="llava", media=media, assets=SimpleNamespace(tokenizer=words, processor=processor))
+    return SimpleNamespace(family="llava", media=media, assets=SimpleNamespace(tokenizer=words, processor=processor, folder="model"))
 
 
 def source(path, **changes):
