@@ -41,7 +41,7 @@ def config_from_hf(hf: Any) -> GemmaVLConfig:
     tower = vlm.read_tower(hf, ("siglip_vision_model",))
     if hf.model_type == "paligemma":
         if hf.text_config.model_type != "gemma":
-            raise UserError(f"a paligemma checkpoint with a {hf.text_config.model_type!r} part (PaliGemma 2) is not implemented; 'gemma' is")
+            raise UserError(f"a paligemma checkpoint with a {hf.text_config.model_type!r} part is not implemented, gemma is")
         text = copy.copy(hf.text_config)
         text.use_bidirectional_attention = None  # of the prompt, it means
         return GemmaVLConfig(vlm.read_text(hf, text=text, both_ways="prompt"), tower, hf.image_token_index, 0)
