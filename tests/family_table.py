@@ -26,7 +26,7 @@ NAMES = [
     ("LLaVA-NeXT, LLaVA-NeXT-Video", ("llava_next", "llava_next_video"), "images; no videos"),
     ("LLaVA-OneVision", ("llava_onevision",), "images; no videos"),
     ("Qwen2-VL, 2.5-VL, 3-VL", ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "images; no videos"),
-    ("Gemma 3, PaliGemma 1, 2", ("gemma3", "paligemma"), "the prompt, or each image, sees all of itself; no pan-and-scan"),
+    ("Gemma 3, PaliGemma", ("gemma3", "paligemma"), "the prompt, or each image, sees all of itself; no pan-and-scan; no PaliGemma 2"),
     ("Idefics2, Idefics3, SmolVLM", ("idefics2", "idefics3", "smolvlm"), "images; no videos"),
     ("Llama 3.2 Vision", ("mllama",), "images"),
     ("InternVL", ("internvl",), "the `-hf` checkpoints; images"),

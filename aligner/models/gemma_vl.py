@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from aligner.models import decoder, towers, vision, vlm
 from aligner.models.layers import Linear, RMSNorm, leaf
 from aligner.models.pictures import Shown
-from aligner.types import Batch, Media, Model
+from aligner.types import Batch, Media, Model, UserError
 
 _PATH = "vision_tower/vision_model"
 
@@ -40,6 +40,8 @@ def config_from_hf(hf: Any) -> GemmaVLConfig:
     """Read a `PaliGemmaConfig` or a `Gemma3Config`."""
     tower = vlm.read_tower(hf, ("siglip_vision_model",))
     if hf.model_type == "paligemma":
+        if hf.text_config.model_type != "gemma":
+            raise UserError(f"a paligemma checkpoint with a {hf.text_config.model_type!r} part is not implemented, gemma is")
         text = copy.copy(hf.text_config)
         text.use_bidirectional_attention = None  # of the prompt, it means
         return GemmaVLConfig(vlm.read_text(hf, text=text, both_ways="prompt"), tower, hf.image_token_index, 0)

@@ -83,8 +83,7 @@ CASES: dict[str, list[Case]] = {
     ],
     "paligemma": [
         Case(("gemma", dict(head_dim=8)), ("siglip_vision_model", dict(V, projection_dim=16) | NO_HEAD)),
-        Case(("gemma2", dict(head_dim=8, query_pre_attn_scalar=8, sliding_window=5)),
-             ("siglip_vision_model", dict(V, projection_dim=16) | NO_HEAD)),
+        Case(("gemma", dict(head_dim=8, num_key_value_heads=4)), ("siglip_vision_model", dict(V, projection_dim=16) | NO_HEAD)),
         Case(("gemma", dict(head_dim=6, num_key_value_heads=1)), ("siglip_vision_model", dict(V, projection_dim=16, patch_size=4) | NO_HEAD)),
     ],
     "gemma3": [
