@@ -80,7 +80,7 @@ def refused(tmp_path, *phrases, argv=None, **settings):
         (["runs/here"], ["unexpected argument 'runs/here'"]),
         (["--config.data.batchsize=3"], ["no key config.data.batchsize", "did you mean config.data.batch_size?"]),
         (["--config.dat.batch_size=3"], ["no key config.dat;", "did you mean config.data?"]),
-        (["--config.log.zzz=3"], ["no key config.log.zzz", "the keys of config.log are every, tensorboard, wandb"]),
+        (["--config.log.zzz=3"], ["no key config.log.zzz", "the keys of config.log are completions, every, tensorboard, wandb"]),
         (["--config.optim=3"], ["config.optim is a section", "config.optim.learning_rate"]),
         (["--config.seed.x=3"], ["config.seed is a value"]),
         (["--config.data.batch_size=many"], ["config.data.batch_size must be a whole number", "not 'many'"]),

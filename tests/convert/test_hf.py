@@ -201,7 +201,7 @@ def test_folders_that_are_no_checkpoint(tmp_path, monkeypatch):
     ("change", "message"),
     [
         (dict(model_type="llava_llama"), r"model_type 'llava_llama', which is not supported; supported, nearest first: llava, llama,"),
-        (dict(model_type="lama"), r"supported, nearest first: llama, llava,"),
+        (dict(model_type="lama"), r"supported, nearest first: llama, mllama,"),
         (dict(model_type=None), "model_type None"),
         (dict(quantization_config={"quant_method": "awq"}), "weights quantised by awq; use the unquantised checkpoint"),
         (dict(num_attention_heads="many"), "config.json cannot be read by transformers"),

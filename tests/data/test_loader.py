@@ -121,7 +121,7 @@ def test_images_for_a_text_model(tmp_path):
 def test_a_processor_that_does_not_fit_the_model():
     model = tiny.image_model()
     model.media = type(model.media)(model.media.placeholder, 16, 16, 16)
-    with pytest.raises(UserError, match="gives images of 8 x 8 x 3, the model's vision tower takes 16 x 16 x 3"):
+    with pytest.raises(UserError, match="gives images of 8 x 8, the model's vision tower takes 16 x 16"):
         check_assets(model)
     model.media = type(model.media)(7, 4, 8, 8)
     with pytest.raises(UserError, match=r"gives <image> the id 3, .* 7"):
