@@ -59,6 +59,7 @@ def losses(folder):
     return [record["loss"] for record in metrics.read(folder) if record["split"] == "train"]
 
 
+@pytest.mark.slow
 def test_goes_on_to_the_same_numbers(trained):
     assert losses(trained / "twice") == losses(trained / "once")
     assert losses(trained / "once")[0] == pytest.approx(np.log(2), rel=1e-6)
@@ -74,6 +75,7 @@ def test_only_adapters_are_saved(trained):
     assert saved < 3 * 4 * numbers + 200_000, "adapters and their two moments, no base"
 
 
+@pytest.mark.slow
 def test_exports_merged_and_as_an_adapter(trained, demo, tmp_path, capsys):
     source = ["to-hf", "--workdir", str(trained / "once"), "--out"]
     assert command.main([*source, str(tmp_path / "merged")]) == 0
@@ -95,6 +97,7 @@ def test_exports_merged_and_as_an_adapter(trained, demo, tmp_path, capsys):
     assert json.loads((tmp_path / "adapter" / peft.CONFIG).read_text())["base_model_name_or_path"] == str(demo / "model")
 
 
+@pytest.mark.slow
 def test_a_run_from_an_adapter_on_a_quantised_base(trained, demo, tmp_path):
     """Begins where the adapter stands, with the precomputed reference; merges into the unquantised base."""
     command.main(["to-hf", "--workdir", str(trained / "once"), "--out", str(tmp_path / "adapter"), "--adapter"])
@@ -116,6 +119,7 @@ def test_a_run_from_an_adapter_on_a_quantised_base(trained, demo, tmp_path):
         run.run(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_without_adapters_exports_none(demo, tmp_path):
     config = configure(demo, lora__rank=0)
     config.train.steps = 1

@@ -94,6 +94,7 @@ def test_the_reference_has_no_adapters_and_the_leaves_that_train_whole_as_they_w
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.slow
 def test_split_and_devices_change_nothing(llava, variant):
     family, changes = llava, dict(lora__variant=variant, lora__targets=("all-linear",), lora__modules_to_save=(".*/norm/.*",))
     expected, gradients = step(family, configure(**changes))

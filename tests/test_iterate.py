@@ -5,7 +5,7 @@ import json
 import pytest
 
 from aligner import iterate
-from aligner.data.formatters import messages, prompt_completion
+from aligner.data.by_columns import messages, prompt_completion
 from aligner.types import UserError
 from configs import common
 from scripts.make_tiny_checkpoint import make_llama

@@ -39,6 +39,7 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_rewards_from_the_command_line(folder):
     done = subprocess.run([sys.executable, "-m", "aligner.score", *command(folder, "scored.jsonl")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -158,5 +158,5 @@ def test_a_longer_ranking_than_was_said_is_refused(tmp_path):
     config.algorithm = common.dpo_ranked()
     config.algorithm.answers = 2
     config.model.path, config.data.train.path = str(tmp_path / "model"), str(tmp_path / "ranked.jsonl")
-    with pytest.raises(UserError, match=r"config\.data\.train has a row with 3 answers, but config\.algorithm\.answers is 2"):
+    with pytest.raises(UserError, match=r"config\.data\.train has rows of 3 answers, but config\.algorithm\.answers is 2"):
         run(config, tmp_path / "run")

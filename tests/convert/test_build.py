@@ -41,6 +41,7 @@ def build(parts, out, *more):
     return out
 
 
+@pytest.mark.slow
 def test_with_two_layers_it_is_a_llava(parts, tmp_path, capsys):
     from transformers import CLIPModel, LlavaForConditionalGeneration
 

@@ -359,6 +359,7 @@ print(json.dumps({"beyond": status("VmHWM") - before - sum(x.nbytes for x in lea
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from Linux's /proc")
+@pytest.mark.slow
 def test_peak_memory_is_two_leaves_beyond_the_device_arrays(tmp_path):
     config = {**LLAMA, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "vocab_size": 4096, "head_dim": 64,
               "num_attention_heads": 16}  # fmt: skip

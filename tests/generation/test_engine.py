@@ -45,6 +45,7 @@ def test_logps_are_those_of_the_full_forward_pass(family):
         np.testing.assert_allclose(row[: len(sampled)], sampled, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_answer_depends_neither_on_neighbours_nor_on_the_number_of_rows(llama):
     prompts = prompts_of(llama)
     sampling = Sampling(max_new_tokens=9, temperature=1.0, top_p=0.9, repetition_penalty=1.2, stop_tokens=(2,))

@@ -46,6 +46,7 @@ def test_export_at_the_end_of_a_run(trained):
     compare(trained / "export", trained)
 
 
+@pytest.mark.slow
 def test_to_hf_of_an_earlier_step_and_another_dtype(trained, tmp_path):
     out = tmp_path / "hf"
     command = [sys.executable, "-m", "aligner.convert", "to-hf", "--workdir", str(trained), "--out", str(out)]

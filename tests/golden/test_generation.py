@@ -10,6 +10,7 @@ import pytest
 import aligner
 from aligner.generation.engine import Prompt, generate_all, make_engine
 from aligner.generation.sampling import Sampling
+from aligner.models.pictures import whole
 from tests.golden.checkpoints import EOS, IMAGE, LLAVA, load_hf, save_llava
 from tests.golden.test_text_families import load_torch, save_checkpoint
 from tests.models.text_configs import FIRST
@@ -68,5 +69,6 @@ def test_pictures(case, tmp_path):
         pictures.append(rng.standard_normal((images, media.height, media.width, 3)).astype(np.float32))
     pixels = torch.tensor(np.concatenate(pictures).transpose(0, 3, 1, 2))
     wanted = theirs(hf, [prompt.tolist() for prompt in prompts], EOS, pixel_values=pixels)
-    found = ours(model, params, [Prompt(*pair) for pair in zip(prompts, pictures)], (EOS,), n=2)
+    seen = [whole({"pixel_values": images.transpose(0, 3, 1, 2)}, media.features) for images in pictures]
+    found = ours(model, params, [Prompt(*pair) for pair in zip(prompts, seen)], (EOS,), n=2)
     assert found == [[row, row] for row in wanted]

@@ -72,6 +72,7 @@ def test_a_folder_of_transformers_survives(tmp_path):
     np.testing.assert_array_equal(convert.load_params(again, disk)["score"]["kernel"], params["score"]["kernel"])
 
 
+@pytest.mark.slow
 def test_llava_keeps_its_tensors_and_the_bare_model_reads_them(tmp_path):
     """The documented layout: `LlavaModel.from_pretrained` reads the folder, `score.weight` times its last hidden state is the score."""
     from transformers import LlavaModel

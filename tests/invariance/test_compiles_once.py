@@ -8,6 +8,7 @@ from scripts import make_tiny_checkpoint
 from tests.models import tiny
 
 
+@pytest.mark.slow
 def test_two_steps_and_two_more(tmp_path, monkeypatch, demo):
     made, mesh = {}, dict(data=2, fsdp=2, tensor=2)
 

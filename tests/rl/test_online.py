@@ -107,6 +107,7 @@ def test_a_run_killed_within_a_ppo_rollout_goes_on_bit_for_bit(demo, tmp_path, m
     assert all(record["sampling/sampling_logp_difference/max"] < 1e-4 for record in whole)
 
 
+@pytest.mark.slow
 def test_stopped_between_updates(demo, tmp_path, monkeypatch):
     config = settings(demo, "grpo", algorithm__num_iterations=2, checkpoint__every=100)
     online.run(config, tmp_path / "whole")

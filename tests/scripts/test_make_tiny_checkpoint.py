@@ -103,6 +103,7 @@ def test_an_odd_split_is_refused_and_leaves_nothing(tmp_path):
 # ---- the checkpoints
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_in_another_process(pictures, llava, tmp_path):
     sizes = [f"--{name.replace('_', '-')}={value}" for name, value in (SMALL | SMALL_VISION).items()]
     command = [sys.executable, "scripts/make_tiny_checkpoint.py", "--out", tmp_path / "model", *sizes]
