@@ -130,7 +130,9 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         if restored:
             train_state, kept = restored
             host = kept["host"]
-            say(f"goes on from step {int(train_state.step)}")
+            if (done := int(train_state.step)) > steps:
+                raise UserError(f"the run in {directory} has done {done} steps, and config.train.steps is {steps}; give {done} or more")
+            say(f"goes on from step {done}")
 
         step_function = make_train_step(
             algorithm, optimizer, dtype=config.model.dtype, schedule=schedule, accumulate=config.train.accumulate,
@@ -218,7 +220,15 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                 checkpoint.save(checkpoints, train_state, {"host": dict(host)})
                 saved = step
 
+            def hold_out() -> None:
+                nonlocal last
+                last = evaluate()
+                write(step, "eval", last)
+                say(f"step {step}: held-out {short(last)}")
+
             try:
+                if restored and due(step) and not metrics.has(directory, step, "eval"):
+                    hold_out()  # the run was killed while it evaluated
                 while step < steps:
                     iteration, update = divmod(step, updates)
                     if update and not batch:
@@ -244,9 +254,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                     if step % config.checkpoint.every == 0 or step == steps:
                         save()
                     if due(step):
-                        last = evaluate()
-                        write(step, "eval", last)
-                        say(f"step {step}: held-out {short(last)}")
+                        hold_out()
                     check_stop()
             except (Stopped, UserError):  # a reward server that is gone is no reason to lose what was learned
                 if step != saved and step:
