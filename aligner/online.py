@@ -25,7 +25,7 @@ from aligner.generation.engine import make_engine
 from aligner.generation.sampling import Sampling, stop_tokens
 from aligner.generation.sampling import check as check_sampling
 from aligner.likelihood import cast
-from aligner.rl import advantages, rollouts, table
+from aligner.rl import advantages, mixture, rollouts, table
 from aligner.rl.engines import Local, Server
 from aligner.rl.environments import find_environment
 from aligner.rl.prompts import load_prompts
@@ -150,11 +150,13 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         tokenize = lambda words: np.array(model.assets.tokenizer(words, add_special_tokens=False)["input_ids"], np.int32)
         episodes = dict(environment=environment, turns=c.max_turns, tokenize=tokenize)
         key = jax.random.key(config.seed)
-        local = lambda manner, key=key: Local(make_engine(model, manner, rows=rows, dtype=config.model.dtype, detokenize=text), key)
+        local = lambda manner, key=key, of=model: Local(make_engine(of, manner, rows=rows, dtype=config.model.dtype, detokenize=text), key)
         export = lambda params, folder: convert.save(model, lora.merge(params) if adapters else params, folder)
         served = config.generation.server and server_of(config, manner, directory / "served", export)
         writer = rollouts.Writer(served or local(manner), text, rewards, weights, c.reward_timeout, **episodes)
-        other = writer._replace(engine=local(manner, jax.random.fold_in(key, 1)))
+        share = rollouts.rivalry(c)
+        rival = mixture.geometric(model, share) if 0 < share < 1 else model
+        other = writer._replace(engine=local(manner, jax.random.fold_in(key, 1), rival))
         greedy = writer._replace(engine=local(Sampling(manner.max_new_tokens, 0.0, stop_tokens=manner.stop_tokens)))
         # the policy that wrote is asked again where it will have moved on, or where its own word is part of the reward
         wants = bool(served) or updates > 1 or c.beta > 0 or c.get("top_entropy_quantile", 1.0) < 1 or c.name in (*PENALISED, "ppo")
@@ -167,8 +169,9 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             """(batch, host state after it, metrics) of a rollout by the policy as it is now."""
             begun = time.monotonic()
             writer.engine.update(policy(), iteration)
-            if c.get("xpo_alpha"):  # one answer by the policy, one by the reference
-                other.engine.update(reference_params(config, whole(train_state.trainable, fixed, config)[1]), iteration)
+            if share:  # one answer by the policy, one by the reference or its mixture with the policy
+                reference = reference_params(config, whole(train_state.trainable, fixed, config)[1])
+                other.engine.update(reference if rival is model else {"policy": policy(), "reference": reference}, iteration)
                 groups, position = rollouts.collect(writer, prompts, host["position"], size, 1)
                 places = range(host["position"], position)
                 groups = rollouts.joined(groups, rollouts.write(other, [group.item for group in groups], places, 1))

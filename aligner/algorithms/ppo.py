@@ -72,10 +72,9 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
         }
         if c.entropy_coef:
             terms["entropy"] = Term(-c.entropy_coef, acts * jnp.sum(entropy * mask), count)
-        clipped = (ratio < 1 - c.epsilon) | (ratio > 1 + high)
-        outside = jnp.zeros_like(there)
-        if c.cliprange_value is not None:
-            outside = jnp.abs(scores.tokens["value"] - batch["old_values"]) > c.cliprange_value
+        # where clipping counts
+        clipped = jnp.clip(ratio, 1 - c.epsilon, 1 + high) * batch["advantages"] < ratio * batch["advantages"]
+        outside = value > policy_gradient.value(scores.tokens["value"], batch["old_values"], batch["returns"], None)
         found = {
             "val/ratio": mean_over(there, ratio),
             "policy/approxkl_avg": mean_over(there, jnp.square(log_ratio) / 2),
