@@ -21,6 +21,7 @@ from aligner.algorithms import ppo
 from aligner.algorithms.grpo import PENALISED, reference_params
 from aligner.console import Stopped, catch_signals, progress, say, short, tracing
 from aligner.convert import peft
+from aligner.data import loader
 from aligner.generation.engine import make_engine
 from aligner.generation.sampling import Sampling, stop_tokens
 from aligner.generation.sampling import check as check_sampling
@@ -91,7 +92,8 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     optim.check_groups(config.optim.groups, trained)
     prompts = load_prompts(config, "train", model, directory / "data")
     held_out = load_prompts(config, "eval", model, directory / "data") if config.data.eval.path else None
-    for dataset in filter(None, (prompts, held_out)):
+    supervised = loader.load_dataset(config, "ptx", model, "supervised", cache_dir=directory / "data") if c.get("ptx_coef") else None
+    for dataset in filter(None, (prompts, held_out, supervised)):
         say(*dataset.report)
     updates = c.num_mini_batches * c.num_iterations
     size = config.data.batch_size * c.num_mini_batches  # prompts of a rollout
@@ -207,6 +209,8 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             return {"reward": float(np.nanmean(worth)), "completions/mean_length": float(length)}
 
         step = int(train_state.step)
+        order = dict(seed=config.seed, shuffle=config.data.shuffle, start=step)
+        beside = loader.batches(supervised, config.data.batch_size, **order) if supervised else None
         last: dict[str, float] = {}
         due = lambda step: held_out is not None and (step == steps or (config.train.eval_every and step % config.train.eval_every == 0))
         with (
@@ -242,6 +246,8 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                             rollouts.save(directory / ROLLOUTS, iteration, batch, host, found)
                             forget(directory, iteration, updates)
                     part = rollouts.minibatch(batch, config.seed, iteration, update, c.num_mini_batches)
+                    if beside:
+                        part |= {ppo.PTX + name: x for name, x in next(beside).items()}
                     trace(step)
                     train_state, seen = train_step(train_state, fixed, put(part, {}, mesh))
                     step += 1
