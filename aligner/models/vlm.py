@@ -52,7 +52,7 @@ def read_text(
     # `transformers` puts a plain head on the inner model: what its text family does to logits (Gemma 2, Granite, Phi) it leaves out, and
     # whether the head is tied the larger config says
     plain = dict(final_softcap=None, logits_scale=1.0, head_bias=False)
-    return dataclasses.replace(config, tie_word_embeddings=bool(hf.tie_word_embeddings), **plain | flags)
+    return dataclasses.replace(config, tie_word_embeddings=bool(getattr(hf, "tie_word_embeddings", False)), **plain | flags)
 
 
 def read_tower(hf: Any, kinds: Sequence[str]) -> vision.VisionConfig:
