@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from aligner.losses.distillation import generalized_jsd, generalized_jsd_gradient
 from aligner.losses.partial_distillation import few_tokens_jsd, likeliest
-from aligner.matmul import dot, weight_gradient
+from aligner.matmul import dot, dot_turned, weight_gradient
 from aligner.types import Head
 
 CHUNK_ELEMENTS = 2**26  # logits held at once, per part of the batch: 256 MiB in float32
@@ -149,7 +149,7 @@ def _batch_parts(rows: int) -> int:
 
 def _logits(static: _Static, hidden, weight, bias):
     """Logits of a chunk in float32 or wider: [..., V]."""
-    logits = dot(hidden, weight, ((hidden.ndim - 1,), (1 if static.transposed else 0,)))
+    logits = dot_turned(hidden, weight) if static.transposed else dot(hidden, weight, ((hidden.ndim - 1,), (0,)))
     if bias is not None:
         logits = logits + bias
     if static.scale != 1.0:
