@@ -98,7 +98,7 @@ def test_online_dpo(name, record):
     first = (arrays["label"] > 0.5).astype(float)
     batch["reference_logps"] = as_rows(arrays["reference"], R)
     batch |= {"chosen": np.stack([first, 1 - first], -1)[:, None], "rejected": np.stack([1 - first, first], -1)[:, None]}
-    batch["by_reference"] = np.zeros_like(batch["chosen"])
+    batch["by_rival"] = np.zeros_like(batch["chosen"])
     objective = make(config, tiny.family("llama").model).objective
 
     def loss(logps):
