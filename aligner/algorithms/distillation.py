@@ -46,8 +46,9 @@ def distil(config: ConfigDict, model: Model, teacher: Model) -> Algorithm:
 
     def score(params, fixed, batch: Batch, key) -> Scores:
         ours, aux = states(model, params, batch, key, config.train.remat)
-        theirs, _ = states(teacher, jax.lax.stop_gradient(fixed["teacher"]), batch)
-        heads = model.head(params), jax.lax.stop_gradient(teacher.head(fixed["teacher"]))
+        told = jax.lax.stop_gradient(fixed["teacher"])
+        theirs, _ = states(teacher, told, batch)
+        heads = model.head(params), teacher.head(told)
         if c.objective == "iw_opd":
             stats = [token_stats(x, tempered(head, c.temperature), batch["score_token"]) for x, head in zip((ours, theirs), heads)]
             tokens = {"logp": stats[0]["logp"], "teacher_logp": stats[1]["logp"]}
