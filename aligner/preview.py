@@ -12,12 +12,12 @@ import html
 import io
 import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import app, flags
 
+from aligner.commandline import check_out
 from aligner.types import Model, UserError
 
 OUT = flags.DEFINE_string("out", "preview.html", "The page to write.")
@@ -55,7 +55,7 @@ def page(config: Any, model: Model, datasets: Iterable[Any], rows: int) -> str:
     """
     from aligner.data.templates import chat_template
 
-    parts = [f"<h1>What {html.escape(Path(config.model.path).name)} will see</h1>", LEGEND]
+    parts = [f"<h1>What the model in {html.escape(config.model.path)} will see</h1>", LEGEND]
     for dataset in datasets:
         parts.append(f"<h2>{html.escape(dataset.name)}</h2>")
         parts.append("<pre>" + html.escape("\n".join(dataset.report)) + "</pre>")
@@ -109,7 +109,9 @@ def show_row(row: Mapping[str, np.ndarray], model: Model) -> str:
     # the columns whose token is trained: the one after a scored position in the same answer, or the first of an answer
     trained = trained_columns(row)
     blocks = []
-    for segment in range(1, int(row["segment_ids"].max()) + 1):
+    segments = int(row["segment_ids"].max())
+    of = lambda segment: f" of segment {segment}" if segments > 1 else ""
+    for segment in range(1, segments + 1):
         here = row["segment_ids"] == segment
         roles = [int(role) for role in np.unique(row["role"][here]) if role > 0]
         prompt = tokens_html(row, here & (row["role"] == 0), trained, model)
@@ -117,7 +119,7 @@ def show_row(row: Mapping[str, np.ndarray], model: Model) -> str:
         shared = common_start([row["tokens"][columns] for columns in answers])
         texts = [tokens_html(row, columns, trained, model, shared) for columns in answers]
         cells = [f"<div><h3>answer {role}</h3>{text}</div>" for role, text in zip(roles, texts)]
-        blocks.append(f'<h3>prompt</h3>{prompt}<div class="answers">{"".join(cells)}</div>')
+        blocks.append(f'<h3>prompt{of(segment)}</h3>{prompt}<div class="answers">{"".join(cells)}</div>')
     used, scored = int((row["segment_ids"] > 0).sum()), int((row["score_segment"] > 0).sum())
     ids = ", ".join(str(i) for i in row["example_id"] if i >= 0)
     note = f'<p class="note">row {ids}: {used} of {len(row["tokens"])} columns, {scored} tokens trained</p>'
@@ -187,23 +189,26 @@ def main(argv: list[str]) -> None:
     from aligner.console import say
     from aligner.data import loader
     from aligner.data.catalogue import with_template
-    from aligner.data.mixture import is_set
     from aligner.main import CONFIG, WORKDIR
-    from aligner.run import call_setup
+    from aligner.run import call_setup, eval_splits
 
     if CONFIG.value is None:
         raise UserError("--config is missing; for example: python -m aligner.preview --config configs/dpo_llava.py:tiny --out page.html")
+    out = check_out(OUT.value)
     config = workdir.resolve(CONFIG.value, WORKDIR.value or "runs/preview")
     if config.setup:
         call_setup(config)
     model, _ = convert.open_model(config.model.path, config.model.revision, config.algorithm.name in algorithms.SCORING)
     model = with_template(model, config.data)
     needs = algorithms.make(config, model).needs
-    datasets = [loader.load_dataset(config, split, model, needs) for split in ("train", "eval") if is_set(config.data[split])]
+    if needs == "prompt":  # as `aligner.rl.prompts` takes them: with room for an answer
+        with config.unlocked():
+            config.data.max_length = max(0, config.data.max_length - config.generation.max_new_tokens)
+    datasets = [loader.load_dataset(config, split, model, needs) for split in ("train", *eval_splits(config).values())]
     for dataset in datasets:
         say(*dataset.report)
-    Path(OUT.value).write_text(page(config, model, datasets, ROWS.value), encoding="utf-8")
-    print(f"{OUT.value}: {len(datasets)} datasets, {ROWS.value} rows each; open it in a browser")
+    out.write_text(page(config, model, datasets, ROWS.value), encoding="utf-8")
+    print(f"{out}: {len(datasets)} datasets, {ROWS.value} rows each; open it in a browser")
 
 
 if __name__ == "__main__":
