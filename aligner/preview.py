@@ -10,8 +10,9 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from aligner.types import Model, UserError
 OUT = flags.DEFINE_string("out", "preview.html", "The page to write.")
 ROWS = flags.DEFINE_integer("rows", 8, "How many rows of each dataset to show.", lower_bound=1)
 
+TORN = "\ufffd"  # what bytes that are no whole character become
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #1c1c1c; background: #fff }
 h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid #ddd } h3 { font-size: 1rem }
@@ -141,27 +143,38 @@ def trained_columns(row: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def tokens_html(row: Mapping[str, np.ndarray], columns: np.ndarray, trained: np.ndarray, model: Model, shared: int = 0) -> str:
-    """The tokens of some columns, each a coloured span; a run of image features is one."""
-    tokenizer, spans, place = model.assets.tokenizer, [], 0
+    """The tokens of some columns, each a coloured span; a run of image features is one, and so are the tokens of one character."""
     media = row.get("media_index", np.full(len(row["tokens"]), -1))
-    where = np.flatnonzero(columns)
-    while place < len(where):
+
+    def kind(place: int) -> str:
         column = where[place]
         if media[column] >= 0:
-            run = place
-            while run < len(where) and media[where[run]] >= 0:
-                run += 1
-            spans.append(f'<span class="media">image, {run - place} features</span>')
-            place = run
-            continue
+            return "media"
         role = int(row["role"][column])
-        kind = f"trained{min(role, 3) or 1}" if trained[column] else "untrained" if role else "prompt"
-        kind += " common" if place < shared else ""
-        token = int(row["tokens"][column])
-        text = html.escape(tokenizer.convert_tokens_to_string([tokenizer.convert_ids_to_tokens(token)])).replace("\n", "⏎\n")
-        spans.append(f'<span class="{kind}" title="{token}">{text}</span>')
-        place += 1
+        shade = f"trained{min(role, 3) or 1}" if trained[column] else "untrained" if role else "prompt"
+        return shade + (" common" if place < shared else "")
+
+    where, spans, show = np.flatnonzero(columns), [], shower(model.assets.tokenizer)
+    for name, places in itertools.groupby(range(len(where)), kind):
+        ids = [int(row["tokens"][where[place]]) for place in places]
+        if name == "media":
+            spans.append(f'<span class="media">image, {len(ids)} features</span>')
+            continue
+        while ids:
+            # a character may be several tokens: the fewest that are no torn one
+            texts = {count: show(ids[:count]) for count in range(1, min(len(ids), 4) + 1)}
+            count = next((count for count, text in texts.items() if TORN not in text), 1)
+            title = ", ".join(map(str, ids[:count]))
+            spans.append(f'<span class="{name}" title="{title}">{html.escape(texts[count])}</span>'.replace("\n", "⏎\n"))
+            ids = ids[count:]
     return f'<div class="text">{"".join(spans)}</div>'
+
+
+def shower(tokenizer: Any) -> Callable[[list[int]], str]:
+    """Token ids -> their text as it stands within a longer one: alone, some tokenizers leave the space before a word out."""
+    before = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])
+    known = len(tokenizer.convert_tokens_to_string(before))
+    return lambda ids: tokenizer.convert_tokens_to_string(before + tokenizer.convert_ids_to_tokens(ids))[known:]
 
 
 def common_start(answers: list[np.ndarray]) -> int:

@@ -1,11 +1,14 @@
 """The page shows what was read: tokens, masks, drops with their rows, lengths, the template."""
 
+import html
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -77,3 +80,29 @@ def test_the_command(tmp_path):
     shown = (tmp_path / "page.html").read_text()
     assert re.findall("<h2>(data.*?)</h2>", shown) == ["data.train", "data.eval", "data.evals.others"]
     assert shown.count('<img alt="image as fed"') == 8 + 8 + 3
+
+
+def test_tokens_read_as_the_text_they_stand_for(tmp_path):
+    """Characters of several tokens, spaces that a SentencePiece tokenizer keeps in its words, half characters."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "</s>", "▁a", "▁cat", "s", "a", "<0xF0>", "<0x9F>", "<0x90>", "<0x88>"])}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    pieces = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    row = {"tokens": np.array([2, 3, 4, 3, 6, 7, 8, 9, 6, 1]), "role": np.ones(10, int)}
+    model = SimpleNamespace(assets=SimpleNamespace(tokenizer=pieces))
+    shown = preview.tokens_html(row, np.ones(10, bool), np.arange(10) < 8, model)
+    assert re.findall(r"class=\"([\w ]+)\" title=\"(.*?)\">(.*?)</span>", shown) == [
+        ("trained1", "2", " a"), ("trained1", "3", " cat"), ("trained1", "4", "s"), ("trained1", "3", " cat"),
+        ("trained1", "6, 7, 8, 9", "🐈"), ("untrained", "6", "�"), ("untrained", "1", "&lt;/s&gt;"),
+    ]  # fmt: skip
+    bytewise = tiny.tokenizer()
+    text = "a cat 🐈, 中国\nin the house</s>"
+    ids = bytewise(text)["input_ids"]
+    row = {"tokens": np.array(ids), "role": np.zeros(len(ids), int)}
+    shown = preview.tokens_html(row, np.ones(len(ids), bool), np.zeros(len(ids), bool), SimpleNamespace(assets=SimpleNamespace(tokenizer=bytewise)))
+    assert html.unescape(re.sub("<.*?>", "", shown)) == text.replace("\n", "⏎\n")
