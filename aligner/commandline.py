@@ -86,6 +86,19 @@ def _problem(config: Any, name: str, value: str | None) -> str | None:
     return None if taken else f"{where} must be {_KINDS[kind]}{example}, not {value!r}"
 
 
+def check_out(path: str | Path) -> Path:
+    """The path, if a file can be written there; raises UserError. Asked before the work whose result it is to hold."""
+    path = Path(path)
+    try:
+        new = not path.exists()
+        path.open("ab").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"--out: {path} cannot be written: {error.strerror}") from None
+    return path
+
+
 _BOOLEANS = ("true", "t", "1", "false", "f", "0")
 
 
