@@ -14,6 +14,7 @@ import numpy as np
 from aligner.generation import decoding
 from aligner.generation.sampling import Sampling
 from aligner.likelihood import cast
+from aligner.matmul import turn
 from aligner.models.decoder import unroll
 from aligner.models.pictures import Picture, blank, fill, placeholders
 from aligner.train_step import jit
@@ -94,7 +95,7 @@ def make_engine(model: Model, sampling: Sampling, *, rows: int = 8, dtype: str =
         sampling,
         rows,
         detokenize,
-        prepare=jit(lambda params: unroll(cast(params, dtype))),
+        prepare=jit(lambda params: turn(unroll(cast(params, dtype)))),
         start=jit(lambda params, *sizes: decoding.empty_state(model, sampling, params, rows, *sizes), static_argnums=(1, 2)),
         fill=jit(lambda params, *rest: decoding.fill(model, params, *rest), donate_argnums=1),
         decode=jit(lambda params, *rest: decoding.decode(model, sampling, params, *rest), donate_argnums=1),

@@ -15,6 +15,7 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from aligner.matmul import Turned
 from aligner.models import cross, moe, rope
 from aligner.models.attention import Spec, alibi_slopes, attention, dense, spec_of
 from aligner.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear, RMSNorm, at_least_float32, pick, rngs, stack
@@ -434,10 +435,12 @@ def head(config: DecoderConfig, params: Params) -> Head:
     if config.tie_word_embeddings:
         return Head(params["model"]["embed_tokens"]["embedding"], transposed=True, **rest)
     kernel = params["lm_head"]["kernel"]
+    turned = isinstance(kernel, Turned)
+    kernel = kernel.weight if turned else kernel
     if config.normalized_head:
-        length = jnp.sqrt(jnp.sum(jnp.square(at_least_float32(kernel)), axis=0, keepdims=True))
+        length = jnp.sqrt(jnp.sum(jnp.square(at_least_float32(kernel)), axis=int(turned), keepdims=True))
         kernel = (kernel / jnp.maximum(length, 1e-12)).astype(kernel.dtype)
-    return Head(kernel, bias=params["lm_head"].get("bias"), **rest)
+    return Head(kernel, bias=params["lm_head"].get("bias"), transposed=turned, **rest)
 
 
 def text_batch(inputs: Mapping[str, Any], positions_from_mask: bool = False) -> dict[str, Array]:
