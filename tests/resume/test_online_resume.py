@@ -45,7 +45,7 @@ def test_the_run_itself(uninterrupted):
     shown = Counter(row for path in (uninterrupted / "completions").iterdir() for row in parquet.read_table(path)["row"].to_pylist())
     assert len(shown) == 48 and set(shown.values()) == {2}
     assert train[0]["val/ratio"] == 1 and train[2]["val/ratio"] != 1
-    assert len({record["reward"] for record in train}) == 6
+    assert len({record["objective/kl"] for record in train}) == 6
 
 
 @pytest.mark.slow
