@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from aligner.rl.environments import Step
 from scripts.make_tiny_checkpoint import COLOURS, SHAPES, SPECIAL_TOKENS, VALUES, draw, make_llama, make_llava, new_folder
 
 HIGHEST = 9  # summand
@@ -51,8 +52,8 @@ def make_sums(folder: str | Path, seed: int = 0, scored: int = 20000) -> None:
     Args:
         folder: must not exist yet.
         seed: of which answers there are.
-        scored: rows of scored.jsonl. Three fifths are a word alone, so often that every sum is seen with every word: what a reward model has
-            not seen, a policy finds.
+        scored: rows of scored.jsonl. Three fifths are a word alone, so many that every sum is seen with every word: what a reward model
+            has not seen, a policy finds.
     """
     rng = np.random.default_rng([seed, 3])
     pairs = [(a, b) for a in range(HIGHEST + 1) for b in range(HIGHEST + 1)]
@@ -70,7 +71,7 @@ def make_sums(folder: str | Path, seed: int = 0, scored: int = 20000) -> None:
 
 
 def closeness(word: str, total: int) -> float:
-    """What an answer that ends with a word is worth to whoever marks it: 1 where it is the sum, a quarter less for every one that it is off."""
+    """What an answer that ends with a word is worth to whoever marks it: 1 where it is the sum, a quarter less for each that it is off."""
     return max(0.0, 1 - abs(int(word) - total) / 4) if word.isdigit() else 0.0
 
 
@@ -97,6 +98,23 @@ def last_word(prompts: list, completions: list[str], *, ground_truth: list[str],
 def silent(prompts: list, completions: list[str], **columns) -> list[float]:
     """A reward: -1 where nothing is said, which no marked answer has taught a reward model to dislike."""
     return [0.0 if text.strip() else -1.0 for text in completions]
+
+
+class AskAgain:
+    """An environment of several turns: a sum is asked for again until it is right, and worth half as much every time.
+
+    python -m aligner.main --config configs/grpo_llama3.py:tiny --workdir runs/turns \\
+        --config.algorithm.environment=scripts.online_demo:AskAgain --config.algorithm.reward_funcs="()" --config.algorithm.max_turns=3
+    """
+
+    def reset(self, prompt, columns) -> None:
+        self.truth, self.worth = str(columns["ground_truth"]), 1.0
+
+    def step(self, text: str) -> Step:
+        if text.split()[-1:] == [self.truth]:
+            return Step(reward=self.worth, done=True)
+        self.worth /= 2
+        return Step("? =")
 
 
 def setup_sums(config) -> None:
