@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from aligner import by_row
 from aligner.types import UserError
 
 WRITES = ("answers", "best", "sft", "preference")
@@ -38,8 +39,6 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser("python -m aligner.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = top.add_argument
     add("--model", required=True, help="checkpoint folder or Hub id")
-    add("--data", required=True, help=".json, .jsonl, .parquet or .txt file, a folder of them, or a Hub dataset id")
-    add("--out", required=True, help="file to write, .jsonl; must not exist yet")
     add("--write", choices=WRITES, default="answers", help="what becomes of a row (default: %(default)s)")
     add("--n", type=int, default=1, help="answers to each prompt (default: %(default)s)")
     add("--reward-model", default="", help="checkpoint folder or Hub id of a reward model that scores the answers")
@@ -53,14 +52,8 @@ def parser() -> argparse.ArgumentParser:
     add("--repetition-penalty", type=float, default=1.0, help="divides logits of tokens that stand there (default: %(default)s)")
     add("--stop", action="append", default=[], help="text that ends an answer; may be given several times")
     add("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
-    add("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
-    add("--formatter", default="auto", help="how a row becomes a prompt, as in configs (default: %(default)s)")
-    add("--image-folder", default="", help="images named in the rows are looked up here (default: the folder of the file)")
-    add("--size", type=int, help="answer only the first rows")
     add("--max-prompt-length", type=int, default=4096, help="longer prompts are not answered (default: %(default)s)")
-    add("--batch-size", type=int, default=16, help="texts written at once on all devices (default: %(default)s)")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation (default: %(default)s)")
-    add("--fsdp", type=int, default=1, help="devices over which the parameters are split (default: %(default)s)")
+    by_row.add_arguments(top, "answer", "texts written")
     return top
 
 
@@ -84,14 +77,13 @@ def run(args: argparse.Namespace) -> Path:
     from aligner.generation import engine as engines
     from aligner.generation import sampling
     from aligner.rl.reward_model import make_reward_model
-    from aligner.score import resume, source
 
     out = Path(args.out)
-    check(args, out)
+    check(args)
     model, disk = convert.open_model(args.model)
     if model.has_score_head:
         raise UserError(f"{args.model} has a score head, so it cannot write; score rows with python -m aligner.score")
-    rows = sources.open_rows(source(args), "data")
+    rows = sources.open_rows(by_row.source(args), "data")
     name, to_sample = formatters.find_formatter(args.formatter, rows.columns(), "data", formatters.PROMPTS)
     loader.check_assets(model)
     manner = sampling.Sampling(
@@ -101,7 +93,7 @@ def run(args: argparse.Namespace) -> Path:
     partial = out.with_name(out.name + ".partial")
     free = ("out", "write", "min_reward", "min_margin", "batch_size", "fsdp", "size", "model", "data")
     settings = {key: value for key, value in vars(args).items() if key not in free}
-    done = resume(partial, dict(settings, model=convert.fingerprint(disk), rows=rows.identity, formatter=name, sampling=str(manner)))
+    done = by_row.resume(partial, dict(settings, model=convert.fingerprint(disk), rows=rows.identity, formatter=name, sampling=str(manner)))
     say(f"{rows.description}, formatter {name}: {len(rows)} rows" + (f", {done} of them done before" if done else ""))
 
     mesh = sharding.make_mesh({"data": -1, "fsdp": args.fsdp})
@@ -133,15 +125,11 @@ def run(args: argparse.Namespace) -> Path:
     return out
 
 
-def check(args: argparse.Namespace, out: Path) -> None:
+def check(args: argparse.Namespace) -> None:
     """What can be known to be wrong from the command alone."""
     from aligner.generation import sampling
 
-    if out.exists():
-        raise UserError(f"{out} is there already; name another file with --out, or remove it")
-    for name in ("n", "batch_size", "max_new_tokens", "max_prompt_length", "fsdp"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    by_row.check(args, ("n", "max_new_tokens", "max_prompt_length"))
     names = {field.name for field in dataclasses.fields(sampling.Sampling)} & vars(args).keys()
     sampling.check(sampling.Sampling(**{name: getattr(args, name) for name in names}), where="--")
     if args.write != "answers" and not args.reward_model:
@@ -159,7 +147,6 @@ def answer_rows(block: range, rows: Any, to_sample: Any, engine: Any, params: An
     from aligner.data import media, templates
     from aligner.data.samples import Bad, as_prompt
     from aligner.generation.engine import Prompt, generate_all
-    from aligner.score import json_able
 
     model, found, prompts = media.looking_in(engine.model, rows.folder), {}, {}
     for i in block:
@@ -179,13 +166,13 @@ def answer_rows(block: range, rows: Any, to_sample: Any, engine: Any, params: An
     texts = [[engine.detokenize(answer.tokens) for answer in of_prompt] for of_prompt in answers]
     flat = [(prompts[i], text) for i, of_prompt in zip(good, texts) for text in of_prompt]
     rewards = iter(reward(*zip(*flat))) if reward and flat else None
-    by_row = dict(zip(good, zip(texts, answers)))
+    answered = dict(zip(good, zip(texts, answers)))
     for i in block:
-        record = {**json_able(rows[i]), "prompt": plain(prompts.get(i))}
-        if i not in by_row:
+        record = {**by_row.json_able(rows[i]), "prompt": plain(prompts.get(i))}
+        if i not in answered:
             yield {**record, "not_answered": found[i]}
             continue
-        text, of_prompt = by_row[i]
+        text, of_prompt = answered[i]
         record |= {
             "completions": text,
             "completion_lengths": [len(answer.tokens) for answer in of_prompt],
@@ -231,17 +218,8 @@ def plain(prompt: Any) -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command. Returns the exit code: 0 done, 2 bad input."""
-    args = parser().parse_args(argv)
-    try:
-        print(f"written: {run(args)}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    """Run the command. Returns the exit code."""
+    return by_row.main(parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -78,10 +78,9 @@ def run(config: ConfigDict, workdir: Path, rounds: int, prompts: str, reward_mod
 
 def write_pairs(path: Path, model: Any, prompts: str, reward_model: str, n: int, options: dict[str, Any]) -> None:
     """A round's pairs: of the model's answers by a reward model, or the dataset's answer and the model's."""
-    from aligner import generate
+    from aligner import by_row, generate
     from aligner.data import formatters, sources
     from aligner.data.samples import Supervised
-    from aligner.score import source
 
     arguments = {"model": model, "data": prompts, "n": n, **options}
     arguments |= {"reward-model": reward_model, "write": "preference"} if reward_model else {}
@@ -92,7 +91,7 @@ def write_pairs(path: Path, model: Any, prompts: str, reward_model: str, n: int,
         generate.run(args)
     if reward_model:
         return
-    rows = sources.open_rows(source(args), "data")
+    rows = sources.open_rows(by_row.source(args), "data")
     _, to_sample = formatters.find_formatter("auto", rows.columns(), "data", (Supervised,))
     records = map(json.loads, out.read_text(encoding="utf-8").splitlines())
     lines = [pair for row, record in zip(map(rows.__getitem__, range(len(rows))), records) if (pair := spin_pair(to_sample, row, record))]

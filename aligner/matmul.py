@@ -5,12 +5,19 @@ one; asking for a bfloat16 result of bfloat16 operands costs more still, on ever
 """
 
 import functools
+import math
+import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
+
+FEW_ROWS = 64  # rows of x up to which a CPU multiplies a turned kernel from the left
+TURNED = re.compile(r"(^|/)(layers/\d+/.*|lm_head)/kernel$")
 
 
 def dot(x: Array, y: Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> Array:
@@ -54,3 +61,31 @@ def _weight_gradient_cpu(x, g):
     """XLA's CPU backend runs a bfloat16 product over the leading axis at float32 speed; a transpose forced into memory avoids that."""
     x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     return dot(with_layout_constraint(x.T, Layout(major_to_minor=(0, 1))), g, ((1,), (0,)))
+
+
+@struct.dataclass
+class Turned:
+    """A kernel [K, N] held as its transpose, `weight` [N, K]: how a CPU reads it fastest for the few rows of a step of generation."""
+
+    weight: Float[Array, "N K"]
+
+
+def turn(params: Any) -> Any:
+    """The tree, its decoder's layers apart, with the kernels of those layers and of the head turned; as it is where there is no CPU."""
+    if jax.default_backend() != "cpu":
+        return params
+
+    def turned(path: tuple, leaf: Array) -> Any:
+        fits = leaf.ndim == 2 and TURNED.search(jax.tree_util.keystr(path, simple=True, separator="/"))
+        return Turned(leaf.T) if fits else leaf
+
+    return jax.tree_util.tree_map_with_path(turned, params)
+
+
+def dot_turned(x: Float[Array, "... K"], weight: Float[Array, "N K"]) -> Float[Array, "... N"]:
+    """`x @ weight.T` as `dot` gives it. A CPU packs the right factor of a product anew each time: few rows had better be it."""
+    rows = math.prod(x.shape[:-1])
+    if rows > FEW_ROWS or jax.default_backend() != "cpu":
+        return dot(x, weight, ((x.ndim - 1,), (1,)))
+    y = dot(weight, x.reshape(rows, -1), ((1,), (1,)))
+    return lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)  # without the barrier the compiler swaps the factors back

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from aligner.matmul import dot
+from aligner.matmul import Turned, dot, dot_turned
 from aligner.matmul import matmul as dense_matmul
 from aligner.types import UserError
 
@@ -79,6 +79,8 @@ def dequantise(kernel: Any, dtype: Any) -> Float[Array, "... K N"]:
 
     Elementwise but for a split of the input axis, so that a sharded kernel stays where it is.
     """
+    if isinstance(kernel, Turned):
+        return kernel.weight.T.astype(dtype)
     if not is_quantised(kernel):
         return kernel.astype(dtype)
     values = jnp.asarray(NF4, kernel.scale.dtype)[kernel.qvalue] if kernel.qtype == "nf4" else kernel.qvalue.astype(kernel.scale.dtype)
@@ -88,7 +90,9 @@ def dequantise(kernel: Any, dtype: Any) -> Float[Array, "... K N"]:
 
 
 def matmul(x: Float[Array, "... K"], kernel: Any) -> Float[Array, "... N"]:
-    """`x @ kernel` in the dtype of x, the kernel an array or quantised; a quantised one gets no gradient."""
+    """`x @ kernel` in the dtype of x, the kernel an array, turned or quantised; a quantised one gets no gradient."""
+    if isinstance(kernel, Turned):
+        return dot_turned(x, kernel.weight).astype(x.dtype)
     return _matmul(x, kernel) if is_quantised(kernel) else dense_matmul(x, kernel.astype(x.dtype))
 
 

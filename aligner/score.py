@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from aligner import by_row
 from aligner.types import UserError
 
 ROWS_PER_BLOCK = 256  # read, sorted by length, scored, and written together
@@ -34,17 +35,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser("python -m aligner.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--model", required=True, help="checkpoint folder or Hub id; for rewards a *ForSequenceClassification folder")
-    top.add_argument("--data", required=True, help=".json, .jsonl or .parquet file, a folder of them, or a Hub dataset id")
-    top.add_argument("--out", required=True, help="file to write, .jsonl; must not exist yet")
     top.add_argument("--kind", choices=("reward", "logprob"), default="reward", help="default: %(default)s")
-    top.add_argument("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
-    top.add_argument("--formatter", default="auto", help="how a row becomes a sample, as in configs (default: %(default)s)")
-    top.add_argument("--image-folder", default="", help="images named in the rows are looked up here (default: the folder of the file)")
-    top.add_argument("--size", type=int, help="score only the first rows")
     top.add_argument("--max-length", type=int, default=4096, help="rows longer than so many tokens are not scored (default: %(default)s)")
-    top.add_argument("--batch-size", type=int, default=16, help="rows at once on all devices (default: %(default)s)")
-    top.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation (default: %(default)s)")
-    top.add_argument("--fsdp", type=int, default=1, help="devices over which the parameters are split (default: %(default)s)")
+    by_row.add_arguments(top, "score", "rows")
     return top
 
 
@@ -69,21 +62,17 @@ def run(args: argparse.Namespace) -> Path:
     from aligner.data.samples import Preference, Ranked, Supervised, Unpaired
 
     out = Path(args.out)
-    if out.exists():
-        raise UserError(f"{out} is there already; name another file with --out, or remove it")
-    for name in ("batch_size", "max_length", "fsdp"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    by_row.check(args, ("max_length",))
     model, disk = convert.open_model(args.model)
     if model.has_score_head != (args.kind == "reward"):
         has, other = ("a score head", "reward") if model.has_score_head else ("no score head", "logprob")
         raise UserError(f"{args.model} has {has}: use --kind {other}, or another --model")
-    rows = sources.open_rows(source(args), "data")
+    rows = sources.open_rows(by_row.source(args), "data")
     kinds = (Preference, Ranked, Unpaired, Supervised)
     name, to_sample = find_formatter(args.formatter, rows.columns(), "data", kinds)
     loader.check_assets(model)
     partial = out.with_name(out.name + ".partial")
-    done = resume(partial, dict(model=convert.fingerprint(disk), rows=rows.identity, formatter=name, **settings(args)))
+    done = by_row.resume(partial, dict(model=convert.fingerprint(disk), rows=rows.identity, formatter=name, **settings(args)))
     say(f"{rows.description}, formatter {name}: {len(rows)} rows" + (f", {done} of them done before" if done else ""))
 
     mesh = sharding.make_mesh({"data": -1, "fsdp": args.fsdp})
@@ -107,35 +96,9 @@ def run(args: argparse.Namespace) -> Path:
     return out
 
 
-def source(args: argparse.Namespace) -> Any:
-    """The dataset as a config section."""
-    from ml_collections import ConfigDict
-
-    return ConfigDict(dict(path=args.data, split=args.split, subset=None, image_folder=args.image_folder, size=args.size))
-
-
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What decides the numbers, so that a file is not continued with others."""
     return {name: getattr(args, name) for name in ("kind", "image_folder", "max_length", "dtype")}
-
-
-def resume(partial: Path, described: dict[str, Any]) -> int:
-    """How many rows a half-written file holds; a line that a kill left unfinished is cut off.
-
-    Raises:
-        UserError: it was written with other settings.
-    """
-    beside, now = partial.with_suffix(".settings"), json.dumps(described, sort_keys=True)
-    if partial.exists() and (not beside.exists() or beside.read_text() != now):
-        raise UserError(f"{partial} was begun with another model, dataset or settings; give the same command, or remove the file")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_text(now)
-    if not partial.exists():
-        return 0
-    with partial.open("rb+") as file:
-        whole = file.read()
-        file.truncate(whole.rfind(b"\n") + 1)
-    return whole.count(b"\n")
 
 
 def answers_of(sample: Any) -> tuple[Any, tuple]:
@@ -217,33 +180,12 @@ def make_score(model: Any, kind: str) -> Any:
 
 def line(row: dict[str, Any], found: dict[str, Any]) -> str:
     """A line of the output."""
-    return json.dumps({**json_able(row), **found}, ensure_ascii=False) + "\n"
-
-
-def json_able(row: dict[str, Any]) -> dict[str, Any]:
-    """The columns that JSON can hold; embedded images are not."""
-    kept = {}
-    for name, value in row.items():
-        try:
-            json.dumps(value)
-        except TypeError:
-            continue
-        kept[name] = value
-    return kept
+    return json.dumps({**by_row.json_able(row), **found}, ensure_ascii=False) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command. Returns the exit code: 0 done, 2 bad input."""
-    args = parser().parse_args(argv)
-    try:
-        print(f"written: {run(args)}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    """Run the command. Returns the exit code."""
+    return by_row.main(parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ Llama 512 wide, 8 layers, 8 heads, 4 KV heads, MLP 1408, vocabulary 32000; 4 pai
 computes the reference in the step (a second copy of the weights), clips at 1.0 and takes an AdamW step on float32 master weights.
 Every side is a process of its own, set up as its users run it (aligner's command line asks the C library for huge pages; the side
 "TRL, huge pages" is TRL with the same), and waits while another steps. Ratios are paired: each round runs every side once, and the
-median over rounds of time(TRL) / time(side) is printed. Peak memory is the highest resident memory of the process after its first step
-(which compiles), less what it held after its imports, before it made anything.
+median over rounds of time(TRL) / time(side) is printed. Peak memory is that of the steps after the first.
 
 CPU seconds (of all threads) tell the sides apart also on a machine that others use; set OMP_WAIT_POLICY=passive for them, or torch's
 waiting threads count as work.
@@ -17,18 +16,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 
 from aligner.hugepages import restart_with_huge_pages
-from benchmarks import machine, torch_sides
+from benchmarks import machine, sides, torch_sides
 
 SHAPE = dict(hidden=512, layers=8, heads=8, kv_heads=4, intermediate=1408, vocabulary=32000)
 PAIRS, PROMPT, ANSWER = 4, 128, 128
@@ -37,7 +32,6 @@ TORCH = {"torch": dict(answers_only=False), "torch, answers only": dict(answers_
 HUGE = "TRL, huge pages"
 TRL = ("TRL", HUGE)
 SIDES = ["TRL", *TORCH, *OURS]
-MARK = "MEASURED "
 
 
 def pairs() -> list[dict[str, list[int]]]:
@@ -65,7 +59,7 @@ def make_side(name: str, folder: Path, dtype: str):
 
 
 def serve(name: str, folder: Path, dtype: str) -> None:
-    """The process of one side: a step for every line that it reads, answered by a line of JSON. The first step, unasked, warms up."""
+    """The process of one side."""
     if name in OURS:
         restart_with_huge_pages()
         import benchmarks.aligner_side  # noqa: F401
@@ -73,52 +67,11 @@ def serve(name: str, folder: Path, dtype: str) -> None:
         import torch  # noqa: F401
         import transformers  # noqa: F401
         import trl.trainer.dpo_trainer  # noqa: F401
-    imported, steps = machine.resident_mib(), 0
-
-    def answer(seconds: float, cpu_seconds: float) -> None:
-        nonlocal steps
-        steps += 1
-        peak = machine.resident_mib(peak=True)
-        print(MARK + json.dumps(dict(seconds=seconds, cpu_seconds=cpu_seconds, peak=peak, net=peak - imported)), flush=True)
-        if steps == 1:
-            machine.forget_peak()
-        if not sys.stdin.readline():
-            os._exit(0)  # TRL's loop has no other way out
-
+    answer = sides.answering(machine.resident_mib())
     if name in TRL:
         torch_sides.run_trl(folder, [as_text(row) for row in pairs()], dtype, 10**6, answer)
     step = make_side(name, folder, dtype)
-    while True:
-        start = time.perf_counter(), time.process_time()
-        step()
-        answer(time.perf_counter() - start[0], time.process_time() - start[1])
-
-
-def compare(folder: Path, dtype: str, rounds: int, names: list[str]) -> dict[str, list[dict[str, float]]]:
-    """What every side measured in every round."""
-    processes, found = {}, {name: [] for name in names}
-
-    def next_answer(name: str) -> dict[str, float]:
-        for line in processes[name].stdout:
-            if line.startswith(MARK):
-                return json.loads(line[len(MARK) :])
-        raise SystemExit(f"{name} ended early")
-
-    try:
-        for name in names:  # one after the other: each warms up alone
-            command = [sys.executable, "-m", "benchmarks.dpo_step", "--serve", name, "--folder", str(folder), "--dtype", dtype]
-            environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if name == HUGE else None
-            processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-            next_answer(name)
-        for number in range(1, rounds + 1):
-            for name in names:
-                print(file=processes[name].stdin, flush=True)
-                found[name].append(next_answer(name))
-            print(f"  round {number}: " + ", ".join(f"{name} {found[name][-1]['seconds']:.2f}" for name in names), flush=True)
-    finally:
-        for process in processes.values():
-            process.kill()
-    return found
+    sides.serve(lambda: step() and None, answer)
 
 
 def main() -> None:
@@ -152,16 +105,15 @@ def main() -> None:
 
 def measure(folder: Path, dtype: str, options) -> dict[str, dict]:
     """Times, ratios and memory of every side. A ratio is (of wall clock, of CPU time), the median over rounds."""
-    found = compare(folder, dtype, options.rounds, options.sides)
-
-    def ratio(base: str, name: str) -> list[float]:
-        rounds = list(zip(found.get(base, []), found[name]))
-        return [statistics.median(a[key] / b[key] for a, b in rounds) if rounds else float("nan") for key in ("seconds", "cpu_seconds")]
+    command = lambda name: ["benchmarks.dpo_step", "--serve", name, "--folder", str(folder), "--dtype", dtype]
+    huge_pages = {HUGE: {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}}
+    found = sides.take_turns({name: command(name) for name in options.sides}, options.rounds, huge_pages)
 
     def row(name: str) -> dict:
         middle = {key: statistics.median(answer[key] for answer in found[name]) for key in ("seconds", "cpu_seconds")}
         highest = {key: max(answer[key] for answer in found[name]) for key in ("peak", "net")}
-        return {**middle, **highest, "TRL": ratio("TRL", name), "torch": ratio("torch", name), "rounds": found[name]}
+        ratios = {base: [sides.ratio(found, base, name, key) for key in ("seconds", "cpu_seconds")] for base in ("TRL", "torch")}
+        return {**middle, **highest, **ratios, "rounds": found[name]}
 
     return {name: row(name) for name in options.sides}
 

@@ -1,6 +1,6 @@
-"""Tokens per second of `aligner`'s generation against `transformers.generate`, the same weights and prompts, taking turns in one process.
+"""Tokens per second of `aligner`'s generation against `transformers.generate`, the same weights and prompts, taking turns.
 
-    python -m benchmarks.generation --rounds 3
+    python -m benchmarks.generation --rounds 5
 
 Llama 512 wide, 8 layers, 8 heads, 4 KV heads, MLP 1408, vocabulary 32000; batch 8, prompts of 64 tokens, 128 new tokens each, drawn at
 temperature 1 from the whole distribution on both sides, or the likeliest with --greedy (whose tokens are then compared).
@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks import machine, torch_sides
+from aligner.hugepages import restart_with_huge_pages
+from benchmarks import machine, sides, torch_sides
 from benchmarks.dpo_step import SHAPE
 
 BATCH, PROMPT, NEW = 8, 64, 128
@@ -58,32 +58,44 @@ def aligner_side(folder: Path, prompts: np.ndarray, dtype: str, greedy: bool):
     return run
 
 
+def serve(name: str, folder: Path, dtype: str, greedy: bool) -> None:
+    """The process of one side."""
+    if name == "aligner":
+        restart_with_huge_pages()
+        import aligner.generation.engine  # noqa: F401
+    else:
+        import transformers  # noqa: F401
+    answer = sides.answering(machine.resident_mib())
+    run = SIDES[name](folder, np.random.default_rng(0).integers(4, SHAPE["vocabulary"], (BATCH, PROMPT)), dtype, greedy)
+    sides.serve(lambda: run().tolist(), answer)
+
+
+SIDES = {"transformers": transformers_side, "aligner": aligner_side}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--greedy", action="store_true")
+    parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)  # the process of one side
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.serve:
+        return serve(options.serve, options.folder, options.dtype, options.greedy)
     print(machine.cpu_name())
-    prompts = np.random.default_rng(0).integers(4, SHAPE["vocabulary"], (BATCH, PROMPT))
     with tempfile.TemporaryDirectory() as folder:
         torch_sides.make_checkpoint(Path(folder), **SHAPE)
-        sides = {"transformers": transformers_side, "aligner": aligner_side}
-        sides = {name: make(Path(folder), prompts, options.dtype, options.greedy) for name, make in sides.items()}
-        tokens = {name: run() for name, run in sides.items()}  # compile, warm up
-        if options.greedy:
-            print(f"greedy tokens equal: {np.mean(tokens['transformers'] == tokens['aligner']):.3f}")
-        ratios = []
-        for number in range(options.rounds):
-            rates, cpu = {}, {}
-            for name, run in sides.items():
-                start = time.perf_counter(), time.process_time()
-                run()
-                rates[name], cpu[name] = BATCH * NEW / (time.perf_counter() - start[0]), time.process_time() - start[1]
-            ratios.append((rates["aligner"] / rates["transformers"], cpu["transformers"] / cpu["aligner"]))
-            said = ", ".join(f"{name} {rate:.0f} tokens/s" for name, rate in rates.items())
-            print(f"round {number + 1}: {said}; aligner is {ratios[-1][0]:.2f} times as fast ({ratios[-1][1]:.2f} in CPU time)", flush=True)
-    print(f"median of {options.rounds} rounds, {options.dtype}: {statistics.median(r for r, _ in ratios):.2f}")
+        rest = ["--folder", folder, "--dtype", options.dtype, *["--greedy"] * options.greedy]
+        found = sides.take_turns({name: ["benchmarks.generation", "--serve", name, *rest] for name in SIDES}, options.rounds)
+    for name, rounds in found.items():
+        rate = statistics.median(BATCH * NEW / answer["seconds"] for answer in rounds)
+        print(f"{name:12} {rate:5.0f} tokens/s, net peak memory {max(answer['net'] for answer in rounds):5.0f} MiB")
+    wall, cpu = (sides.ratio(found, "transformers", "aligner", key) for key in ("seconds", "cpu_seconds"))
+    print(f"aligner is {wall:.2f} times as fast, {cpu:.2f} in CPU time: medians of {options.rounds} rounds, {options.dtype}")
+    if options.greedy:
+        tokens = [np.asarray(rounds[-1]["result"]) for rounds in found.values()]
+        print(f"greedy tokens equal: {np.mean(tokens[0] == tokens[1]):.3f}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from configs.online import (  # noqa: F401
     reinforce_plus_plus_baseline,
     remax,
     rloo,
+    teacher_keys,
     xpo,
 )
 
@@ -207,7 +208,7 @@ def distillation() -> ConfigDict:
             name="distillation",
             teacher="",  # checkpoint folder or Hub id, of the same vocabulary; "{workdir}" stands for the working directory
             beta=0.5,  # 0: forward KL(teacher || student); 1: reverse KL(student || teacher); between: generalised Jensen-Shannon
-            temperature=1.0,  # all logits are divided by it
+            **teacher_keys(),
         )
     )
 

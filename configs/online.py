@@ -4,6 +4,18 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 
+def teacher_keys() -> dict:
+    """What following a teacher has in common, on given answers and on one's own."""
+    return dict(
+        temperature=1.0,  # all logits are divided by it
+        objective="divergence",  # of whole distributions; iw_opd: of the tokens that stand there, early ones weighted more (IW-OPD)
+        loss_top_k=0,  # divergence over so many tokens only; 0 is all
+        loss_top_k_of="student",  # whose likeliest: student, teacher, both
+        loss_add_tail=True,  # all other tokens are one more; else they are forgotten
+        iw_opd_gamma=0.5,  # iw_opd: how much more the first token counts than the last; 0 is the sampled reverse KL
+    )
+
+
 def _online(name: str) -> dict:
     """What all online algorithms have in common."""
     return dict(
@@ -149,5 +161,5 @@ def on_policy_distillation() -> ConfigDict:
     config = ConfigDict(_online("on_policy_distillation"))
     config.update(dict(num_generations=1, beta=1.0))  # as in `distillation`: 1 is the reverse KL
     config.teacher = ""  # checkpoint folder or Hub id, of the same vocabulary
-    config.temperature = 1.0  # all logits are divided by it
+    config.update(teacher_keys())
     return config

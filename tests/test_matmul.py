@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aligner.matmul import matmul, weight_gradient
+from aligner.matmul import FEW_ROWS, Turned, dot_turned, matmul, turn, weight_gradient
 
 BAR = {"float64": 1e-14, "float32": 2e-6, "bfloat16": 2**-8}  # one rounding to bfloat16 is at most 2^-9, relative
 
@@ -54,3 +54,22 @@ def test_inside_a_scan_over_stacked_kernels(dtype):
     for a, b in zip(found, expected):
         assert a.dtype == dtype
         assert np.abs(np.asarray(a, np.float32) - b).max() <= (1e-5 if dtype == "float32" else 0.05) * np.abs(b).max()
+
+
+@pytest.mark.parametrize("rows", [1, 6, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("dtype", BAR)
+def test_turned(dtype, rows):
+    with jax.enable_x64(True):
+        x, w = draw(dtype, rows, 1, 7), draw(dtype, 5, 7, seed=1)
+        found = jax.jit(dot_turned)(x, w).astype(dtype)
+        close(found, jnp.matmul(x.astype(jnp.float64), w.T.astype(jnp.float64), precision="highest"), dtype)
+
+
+def test_what_is_turned():
+    """The maps of layers that stand apart, and the head; not what stands beside a kernel, not what other programs read."""
+    w = jnp.ones((3, 2))
+    layer = {"mlp": {"up_proj": {"kernel": w, "lora_a": w}}, "experts": {"kernel": jnp.ones((4, 3, 2))}}
+    tree = {"lm_head": {"kernel": w}, "model": {"layers": {"0": layer}}, "projector": {"kernel": w}}
+    leaves = jax.tree_util.tree_leaves_with_path(turn(tree), is_leaf=lambda x: isinstance(x, Turned))
+    turned = [jax.tree_util.keystr(path, simple=True, separator="/") for path, leaf in leaves if isinstance(leaf, Turned)]
+    assert turned == ["lm_head/kernel", "model/layers/0/mlp/up_proj/kernel"]

@@ -1,5 +1,7 @@
 """CPO (arXiv 2401.08417), SimPO (arXiv 2405.14734) and AlphaPO (arXiv 2501.03884): pairs compared by the policy alone. No reference."""
 
+from collections.abc import Callable, Mapping
+
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -20,18 +22,23 @@ LOSSES = {
 PER_TOKEN = ("ipo", "simpo")  # take the average over an answer's tokens, the others the sum
 
 
+def check(c: ConfigDict, losses: Mapping[str, Callable], nll: str) -> None:
+    """Raises UserError where `config.algorithm` of CPO or TPO makes no sense; `nll` names the weight of its likelihood term."""
+    check_positive(c, "beta")
+    check_not_negative(c, nll)
+    check_smoothing(c)
+    check_choice("algorithm.loss_type", c.loss_type, losses)
+    if c.label_smoothing and c.loss_type in ("hinge", "ipo"):
+        raise UserError(f"config.algorithm.label_smoothing is {c.label_smoothing}, but {c.loss_type} does not smooth labels; set it to 0")
+
+
 def make(config: ConfigDict, model: Model) -> Algorithm:
     """CPO as `config.algorithm` (configs.common.cpo, simpo, alphapo) describes it: the loss on pairs + cpo_alpha * NLL of the chosen.
 
     Metrics are TRL's; rewards are beta * log-probability, summed or averaged as the loss takes it.
     """
     c = config.algorithm
-    check_positive(c, "beta")
-    check_not_negative(c, "cpo_alpha")
-    check_smoothing(c)
-    check_choice("algorithm.loss_type", c.loss_type, LOSSES)
-    if c.label_smoothing and c.loss_type in ("hinge", "ipo"):
-        raise UserError(f"config.algorithm.label_smoothing is {c.label_smoothing}, but {c.loss_type} does not smooth labels; set it to 0")
+    check(c, LOSSES, "cpo_alpha")
     policy = make_likelihood(model, 2, pairs.STATS, config.train.remat)
 
     def score(params, fixed, batch: Batch, key) -> Scores:

@@ -4,10 +4,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from aligner.algorithms import cpo, pairs
-from aligner.algorithms.checks import check_choice, check_not_negative, check_positive, check_smoothing
 from aligner.likelihood import make_likelihood
 from aligner.losses import reference_free
-from aligner.types import Algorithm, Batch, Mean, Model, Scores, Term, UserError
+from aligner.types import Algorithm, Batch, Mean, Model, Scores, Term
 
 GOLD = 2  # its place along R, behind the pair
 LOSSES = {name: cpo.LOSSES[name] for name in ("sigmoid", "hinge", "ipo")}
@@ -21,12 +20,7 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
     Metrics are TRL's; rewards are beta * log-probability, summed or averaged as the loss takes it.
     """
     c = config.algorithm
-    check_positive(c, "beta")
-    check_not_negative(c, "tpo_alpha")
-    check_smoothing(c)
-    check_choice("algorithm.loss_type", c.loss_type, LOSSES)
-    if c.label_smoothing and c.loss_type in ("hinge", "ipo"):
-        raise UserError(f"config.algorithm.label_smoothing is {c.label_smoothing}, but {c.loss_type} does not smooth labels; set it to 0")
+    cpo.check(c, LOSSES, "tpo_alpha")
     policy = make_likelihood(model, 3, pairs.STATS, config.train.remat)
 
     def score(params, fixed, batch: Batch, key) -> Scores:

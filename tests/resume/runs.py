@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -111,6 +112,15 @@ def start(
             [sys.executable, "-c", WITHOUT_TORCH, *arguments(workdir, settings, recipe)],
             cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
+
+
+def start_two(workdir: Path, settings: Mapping[str, object] | None = None) -> list[subprocess.Popen]:
+    """Start a run in two processes of four devices each, as a launcher does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    world = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    return [start(workdir, settings, 4, **world, JAX_PROCESS_ID=str(rank)) for rank in (0, 1)]
 
 
 def log_of(workdir: Path) -> Path:

@@ -1,0 +1,95 @@
+"""What the commands share that write a line for every row of a dataset (`aligner.score`, `aligner.generate`): arguments, and going on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from aligner.types import UserError
+
+
+def add_arguments(top: argparse.ArgumentParser, doing: str, batch: str) -> None:
+    """The arguments that say where rows come from and how they are computed.
+
+    Args:
+        doing: what happens to a row, in an imperative: "score".
+        batch: what --batch-size counts.
+    """
+    add = top.add_argument
+    add("--data", required=True, help="file of rows (JSON, JSONL, CSV, Parquet, Arrow, text), a folder of them, or a Hub dataset id")
+    add("--out", required=True, help="file to write, .jsonl; must not exist yet")
+    add("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
+    add("--formatter", default="auto", help="how a row is read, as in configs (default: %(default)s)")
+    add("--image-folder", default="", help="images named in the rows are looked up here (default: the folder of the file)")
+    add("--size", type=int, help=f"{doing} only the first rows")
+    add("--batch-size", type=int, default=16, help=f"{batch} at once on all devices (default: %(default)s)")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation (default: %(default)s)")
+    add("--fsdp", type=int, default=1, help="devices over which the parameters are split (default: %(default)s)")
+
+
+def check(args: argparse.Namespace, counts: Sequence[str]) -> None:
+    """Raises UserError where the output is there already, or one of the `counts` is below 1."""
+    if Path(args.out).exists():
+        raise UserError(f"{args.out} is there already; name another file with --out, or remove it")
+    for name in ("batch_size", "fsdp", *counts):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+
+
+def source(args: argparse.Namespace) -> Any:
+    """The dataset as a config section."""
+    from ml_collections import ConfigDict
+
+    return ConfigDict(dict(path=args.data, split=args.split, subset=None, image_folder=args.image_folder, size=args.size))
+
+
+def resume(partial: Path, described: dict[str, Any]) -> int:
+    """How many rows a half-written file holds; a line that a kill left unfinished is cut off.
+
+    Raises:
+        UserError: it was written with other settings, or its folder cannot be written.
+    """
+    beside, now = partial.with_suffix(".settings"), json.dumps(described, sort_keys=True)
+    if partial.exists() and (not beside.exists() or beside.read_text() != now):
+        raise UserError(f"{partial} was begun with another model, dataset or settings; give the same command, or remove the file")
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(now)
+    except OSError as error:
+        raise UserError(f"--out: {partial.parent} cannot be written: {error.strerror}") from None
+    if not partial.exists():
+        return 0
+    with partial.open("rb+") as file:
+        whole = file.read()
+        file.truncate(whole.rfind(b"\n") + 1)
+    return whole.count(b"\n")
+
+
+def json_able(row: dict[str, Any]) -> dict[str, Any]:
+    """The columns that JSON can hold; embedded images are not."""
+    kept = {}
+    for name, value in row.items():
+        try:
+            json.dumps(value)
+        except TypeError:
+            continue
+        kept[name] = value
+    return kept
+
+
+def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], Path], argv: list[str] | None) -> int:
+    """Run such a command. Returns the exit code: 0 done, 2 bad input, 130 Ctrl-C."""
+    args = parser.parse_args(argv)
+    try:
+        print(f"written: {run(args)}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0

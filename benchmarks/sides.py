@@ -1,0 +1,92 @@
+"""Sides of a comparison as processes of their own, which take turns: each is set up as its users run it, and waits while another works.
+
+A side reads a line, works once, and answers with a line of JSON: seconds, CPU seconds of all threads, and memory. The first time, unasked,
+compiles and warms up; peak memory is the highest resident memory after that, `net` less what the process held after its imports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from benchmarks import machine
+
+MARK = "MEASURED "
+
+
+def answering(imported: float) -> Callable[..., None]:
+    """What a side calls after each piece of work; it returns when the next one is wanted, and ends the process when none is.
+
+    Args:
+        imported: MiB that the process held after its imports.
+    """
+    count = 0
+
+    def answer(seconds: float, cpu_seconds: float, result: Any = None) -> None:
+        nonlocal count
+        count += 1
+        peak = machine.resident_mib(peak=True)
+        found = dict(seconds=seconds, cpu_seconds=cpu_seconds, peak=peak, net=peak - imported, result=result)
+        print(MARK + json.dumps(found), flush=True)
+        if count == 1:
+            machine.forget_peak()
+        if not sys.stdin.readline():
+            os._exit(0)  # a trainer's own loop has no other way out
+
+    return answer
+
+
+def serve(work: Callable[[], Any], answer: Callable[..., None]) -> None:
+    """Work whenever asked; what `work` returns must be JSON's."""
+    while True:
+        start = time.perf_counter(), time.process_time()
+        result = work()
+        answer(time.perf_counter() - start[0], time.process_time() - start[1], result)
+
+
+def take_turns(
+    commands: Mapping[str, Sequence[str]], rounds: int, environment: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+) -> dict[str, list[dict]]:
+    """What every side measured in every round.
+
+    Args:
+        commands: name of a side -> arguments behind `python -m`.
+        rounds: how often each works, after the first time.
+        environment: name of a side -> variables that it alone gets.
+    """
+    processes, found = {}, {name: [] for name in commands}
+
+    def next_answer(name: str) -> dict[str, Any]:
+        for line in processes[name].stdout:
+            if line.startswith(MARK):
+                return json.loads(line[len(MARK) :])
+        raise SystemExit(f"{name} ended early")
+
+    try:
+        for name, command in commands.items():  # one after the other: each warms up alone
+            variables = {**os.environ, **environment.get(name, {})}
+            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            processes[name] = subprocess.Popen([sys.executable, "-m", *command], text=True, env=variables, **pipes)
+            next_answer(name)
+        for number in range(1, rounds + 1):
+            for name in commands:
+                print(file=processes[name].stdin, flush=True)
+                found[name].append(next_answer(name))
+            print(f"  round {number}: " + ", ".join(f"{name} {found[name][-1]['seconds']:.2f} s" for name in commands), flush=True)
+    finally:
+        for process in processes.values():
+            process.kill()
+    return found
+
+
+def ratio(found: Mapping[str, list[dict]], base: str, name: str, key: str = "seconds") -> float:
+    """How many times as fast as `base` a side is: the median over rounds, each paired with itself; nan where one did not run."""
+    rounds = list(zip(found.get(base, []), found.get(name, [])))
+    return statistics.median(a[key] / b[key] for a, b in rounds) if rounds else float("nan")
