@@ -228,6 +228,22 @@ def test_every_other_algorithm_takes_two_steps(demo, tmp_path, name):
 
 
 @pytest.mark.slow
+def test_an_episode_of_several_turns(demo, tmp_path):
+    """The demo's environment: what it says is in the text, not in what is learnt; its rewards are the run's."""
+    from pyarrow import parquet
+
+    config = settings(demo, "grpo", algorithm__reward_funcs=(), algorithm__environment="scripts.online_demo:AskAgain", train__steps=2,
+                      algorithm__max_turns=3, algorithm__num_generations=8, generation__max_new_tokens=3)  # fmt: skip
+    online.run(config, tmp_path / "run")
+    found = records(tmp_path / "run")
+    answers = [row for path in sorted((tmp_path / "run" / "completions").iterdir()) for row in parquet.read_table(path).to_pylist()]
+    again = [row for row in answers if "? =" in row["completion"]]
+    assert again and set(row["rewards/environment"] for row in answers) <= {0.0, 0.25, 0.5, 1.0}
+    assert found[0]["completions/max_length"] <= 9 and found[0]["sampling/sampling_logp_difference/max"] < 1e-4
+    assert found[0]["reward"] == pytest.approx(np.mean([row["rewards/environment"] for row in answers if row["step"] == 0]))
+
+
+@pytest.mark.slow
 def test_supervised_rows_beside_the_answers(demo, tmp_path):
     """PTX: what they teach is learnt, also over a restart with the same numbers and in micro-batches."""
     rows = tmp_path / "rows.jsonl"
