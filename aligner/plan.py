@@ -34,6 +34,7 @@ MEMORY = {  # GiB of one chip
     **{"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32},
     **{"a100": 80, "h100": 80, "h200": 141, "b200": 180},
 }
+REMAT = ("none", "dots", "context", "full")  # what the backward pass recomputes, ever more
 RANK = 16  # of the adapters that are tried
 
 
@@ -105,7 +106,7 @@ def remedies(config: Any, resident_fits: bool, devices: int) -> Iterator[tuple[s
         return " ".join(told), changed.copy_and_resolve_references()
 
     def smaller() -> Iterator[tuple[str, Any]]:
-        for remat in {"none": ("dots", "full"), "dots": ("full",)}.get(changed.train.remat, ()):
+        for remat in REMAT[REMAT.index(changed.train.remat) + 1 :]:
             yield turn("train", "remat", remat)
         parts = devices // max(1, changed.mesh.tensor)
         while changed.data.batch_size % (2 * changed.train.accumulate * parts) == 0:

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from aligner import ahead, lora, plan, sharding
+from aligner.models.layers import REMAT
 from aligner.run import attach
 from aligner.types import UserError
 from scripts.make_tiny_checkpoint import make_llama
@@ -153,8 +154,9 @@ def test_collectives_as_a_tpu_writes_them():
 def test_remedies_cost_ever_more():
     config = tiny.config(data__batch_size=32, reference__kind="copy")
     told = [settings for settings, _ in plan.remedies(config, True, 8)]
-    assert told[:2] == ["--config.train.remat=dots", "--config.train.remat=full"]
-    assert told[2:4] == ["--config.train.remat=full --config.train.accumulate=2", "--config.train.remat=full --config.train.accumulate=4"]
+    assert set(plan.REMAT) == set(REMAT)
+    assert told[:3] == ["--config.train.remat=dots", "--config.train.remat=context", "--config.train.remat=full"]
+    assert told[3:5] == ["--config.train.remat=full --config.train.accumulate=2", "--config.train.remat=full --config.train.accumulate=4"]
     assert [setting for setting in told[-1].split() if "lora" in setting or "fsdp" in setting] == ["--config.mesh.fsdp=8", "--config.lora.rank=16"]
     first = next(plan.remedies(config, False, 8))
     assert first[0] == "--config.mesh.fsdp=2" and first[1].mesh.data == -1
