@@ -134,8 +134,6 @@ def make_step(config: Any, model: Model, devices: list[Any], row: Row) -> Step:
 def abstract_batch(config: Any, model: Model, algorithm: Algorithm, params: Params, row: Row, mesh: Mesh) -> dict:
     """The global batch: what the loader gives and the columns that `prepare` or a rollout adds."""
     rows, place = config.data.batch_size, sharding.batch_sharding(mesh)
-    if config.algorithm.name in algorithms.ONLINE:
-        rows *= config.algorithm.num_mini_batches
     leading = lambda shape, dtype: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=place)
     made = empty_row(row.tokens, row.scored, row.images, model.media, row.examples)
     batch = {name: leading(array.shape, array.dtype) for name, array in made.items()}
