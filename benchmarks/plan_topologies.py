@@ -77,7 +77,8 @@ def main() -> None:
     parser.add_argument("--chips", type=int, choices=SLICES["v5e"])
     parser.add_argument("--json", help="file to write all figures to")
     options = parser.parse_args()
-    print(f"{'GiB of each chip':20} {'in all':>7} {'of':>6} {'state':>6} {'TFLOP':>6} {'gathered':>9} {'scattered':>9} {'reduced':>8} compiled in")
+    names = f"{'in all':>7} {'of':>6} {'state':>6} {'TFLOP':>6} {'gathered':>9} {'scattered':>9} {'reduced':>8}"
+    print(f"{'GiB of each chip':20} {names} compiled in", flush=True)
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in [options.only] if options.only else MODELS:

@@ -1,6 +1,7 @@
 """What `aligner.plan` says of a config is what a run of it holds, computes and sends."""
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,11 @@ from aligner import ahead, lora, plan, sharding
 from aligner.models.layers import REMAT
 from aligner.run import attach
 from aligner.types import UserError
+from configs import common
 from scripts.make_tiny_checkpoint import make_llama
 from tests.invariance.step import build, keep_gradient, put
 from tests.models import tiny
+from tests.resume.runs import ROOT
 from tests.test_main import forget_flags
 
 CUBE = dict(data=2, fsdp=2, tensor=2)
@@ -83,8 +86,6 @@ def test_bytes_are_the_compilers(llama):
 def test_every_kind_of_algorithm_has_a_step(llama):
     for name in ("sft", "kto", "orpo", "simpo", "dpo_ranked", "sso", "tpo", "grpo"):
         config = tiny.config()
-        from configs import common
-
         config.algorithm = getattr(common, name)()
         if name == "grpo":
             config.algorithm.reward_funcs = ("math",)
@@ -181,7 +182,9 @@ def call(monkeypatch, tmp_path, *argv):
 
     for name in ("topology", "json", "tokens", "scored", "images", "examples", "search"):
         flags.FLAGS[name].unparse()
-    parse(["plan", *argv, f"--json={tmp_path / 'plan.json'}"])
+    monkeypatch.setattr(sys, "argv", ["plan", *argv, f"--json={tmp_path / 'plan.json'}"])  # where the config's own flags are read
+    monkeypatch.chdir(ROOT)
+    parse(sys.argv)
     monkeypatch.setattr(plan, "devices_of", lambda topology: (jax.devices(), "small", False))
     status = plan.main([])
     return status, json.loads((tmp_path / "plan.json").read_text())

@@ -167,10 +167,10 @@ def test_two_processes_train(name, tmp_path):
 
 
 def test_local_ends_when_a_process_fails(tmp_path):
-    """What one of them says of a bad command line is the exit status of all."""
+    """What one of them says of a bad command line, and its exit status, are what is told of all."""
     command = [sys.executable, "launch/local.py", "--processes", "2", "--", "--config=configs/dpo_lava.py", f"--workdir={tmp_path}"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 2 and ended.stderr.count("error: --config configs/dpo_lava.py does not exist") == 2
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=runs.TIMEOUT)
+    assert ended.returncode == 2 and "error: --config configs/dpo_lava.py does not exist" in ended.stderr
 
 
 @pytest.mark.parametrize("name", JOBSETS)
