@@ -27,7 +27,7 @@ def parse(argv: list[str]) -> list[str]:
     app.define_help_flags()
     path, preset = config_file(argv)
     if path and not Path(path).is_file():
-        others = sorted(str(file) for file in Path("configs").glob("*.py") if file.stem not in ("__init__", "common"))
+        others = sorted(str(file) for file in Path("configs").glob("*.py") if file.stem not in ("__init__", "common", "online"))
         raise UserError(f"--config {path} does not exist; there is {', '.join(others) or 'no folder configs here'}")
     try:
         return flags.FLAGS(argv)

@@ -45,13 +45,14 @@ def write_lines(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def make_sums(folder: str | Path, seed: int = 0, scored: int = 12000) -> None:
+def make_sums(folder: str | Path, seed: int = 0, scored: int = 20000) -> None:
     """train.jsonl with every sum of two numbers once, as a prompt with its answer; scored.jsonl with answers and whether they are right.
 
     Args:
         folder: must not exist yet.
         seed: of which wrong answers there are.
-        scored: rows of scored.jsonl, one or two words each; right where the last word is: two fifths; a fifth miss it narrowly.
+        scored: rows of scored.jsonl; right where the last word is: two fifths; a fifth miss it narrowly. Three fifths are a word alone, as
+            often as every sum needs to be seen with every word: what a reward model has not seen, a policy finds.
     """
     rng = np.random.default_rng([seed, 3])
     pairs = [(a, b) for a in range(HIGHEST + 1) for b in range(HIGHEST + 1)]
@@ -63,7 +64,7 @@ def make_sums(folder: str | Path, seed: int = 0, scored: int = 12000) -> None:
             first, last, number = *rng.choice(WORDS[len(SPECIAL_TOKENS) :], 2), str(rng.integers(2 * HIGHEST + 1))
             near = str(np.clip(a + b + rng.choice([-3, -2, -1, 1, 2, 3]), 0, 2 * HIGHEST))
             last = (str(a + b), number, str(a + b), near, str(last))[i % 5]
-            text = f"{first} {last}" if rng.random() < 0.7 else last
+            text = f"{first} {last}" if rng.random() < 0.4 else last
             rows.append({"prompt": question(a, b), "completion": text, "score": float(last == str(a + b))})
         write_lines(folder / "scored.jsonl", rows)
 
@@ -102,7 +103,7 @@ def setup_sums(config) -> None:
         make_sums(data, seed=config.seed)
     for name in config.algorithm.reward_funcs:
         if name.endswith("reward/export") and not Path(name).exists():
-            steps = min(1500, 25 * config.train.steps)  # a run that is only a try need not wait for it
+            steps = min(2000, 25 * config.train.steps)  # a run that is only a try need not wait for it
             train_reward_model(model, data / "scored.jsonl", Path(name).parent, steps)
 
 

@@ -18,6 +18,7 @@ from aligner.data.census import check_census, describe, take_census
 from aligner.data.kinds import ANSWERS, ENCODERS, Kind
 from aligner.data.samples import Bad
 from aligner.data.templates import Encoded, image_token
+from aligner.data.together import Steps, encoder
 from aligner.models.pictures import blank
 from aligner.models.pictures import fill as fill_slots
 from aligner.types import Model, UserError
@@ -91,11 +92,12 @@ def load_dataset(
     rows = mixture.open_samples(source, name, kind, seed, unpaired=needs.startswith("unpaired"))
     check_assets(model)
 
-    def encode(index: int) -> Encoded:
-        return kind.encode(rows.read(index), media.looking_in(model, rows.folder(index)), data)
+    @encoder
+    def encode(index: int) -> Steps:
+        return (yield from kind.encode.steps(rows.read(index), media.looking_in(model, rows.folder(index)), data))
 
     census = take_census(
-        encode,
+        encode.steps,
         rows,
         model,
         None if needs == "text" else data.max_length,

@@ -133,6 +133,7 @@ def test_running_standardisation_and_the_adaptive_coefficient():
     (dict(reward_weights=(1.0, 2.0)), "one number for each of reward_funcs"),
     (dict(num_mini_batches=0), "num_mini_batches is 0"),
     (dict(reward_clip=-1.0), "reward_clip is -1.0"),
+    (dict(ptx_coef=0.5), "algorithm.ptx_coef is set and config.data.ptx.path is not"),
 ], ids=str)  # fmt: skip
 def test_settings_without_sense_are_refused(changes, words):
     with pytest.raises(UserError, match=words):

@@ -17,7 +17,7 @@ from scripts.text_demo import make_text
 from tests.models import tiny
 from tests.resume.runs import ROOT
 
-CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "common"))
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "common", "online"))
 STARTS = {f"{algorithm}_{family}" for algorithm in ("sft", "dpo", "kto", "orpo", "simpo", "reward") for family in ("llama3", "qwen", "llava")}
 EVERYDAY = "dpo_llava"
 SMALL = dict(vocab_size=300, hidden_size=16, layers=1, heads=2, kv_heads=2)
