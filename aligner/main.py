@@ -17,7 +17,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from aligner.commandline import parse
+from aligner.commandline import defaults, parse
 from aligner.hugepages import restart_with_huge_pages
 from aligner.processes import EXAMPLE, world
 from aligner.types import UserError
@@ -53,11 +53,13 @@ def main(argv: list[str]) -> int:
         example = "python -m aligner.main --config configs/dpo_llava.py:tiny --workdir runs/quickstart"
         raise UserError(f"{missing} is missing; for example: {example}")
     start_jax()
-    from aligner import algorithms, online  # after the flags, so that a typo is told at once
-    from aligner.console import Stopped
+    from aligner import algorithms, online, workdir  # after the flags, so that a typo is told at once
+    from aligner.console import Stopped, say
     from aligner.run import run as train
 
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells a dozen lines for every save
+    if new := workdir.bring_up_to_date(WORKDIR.value, defaults(sys.argv)):
+        say(f"the run in {WORKDIR.value} is of an earlier aligner; these count as their defaults: config.{', config.'.join(new)}")
     try:
         run = online.run if CONFIG.value.algorithm.name in algorithms.ONLINE else train
         run(CONFIG.value, WORKDIR.value)
