@@ -85,6 +85,9 @@ def run(args: argparse.Namespace) -> list[str]:
         if Path(args.out).exists():
             raise UserError(f"{args.out} is there already; name another file with --out, or remove it")
         check_out(args.out)
+    for option, value, least, most in (("near", args.near, 0.01, 1), ("ascii", args.ascii, 0, 1), ("ngram", args.ngram, 1, 1000)):
+        if value is not None and not least <= value <= most:
+            raise UserError(f"--{option} is {value}; it must be from {least} to {most}")
     rows = sources.open_rows(section(args.data, split=args.split, subset=args.subset, size=args.size), "data")
     name, to_sample = formatters.find_formatter(args.formatter, rows.columns(), "data", (Ranked,) if args.pairs else TAKES)
     lines, numbers, samples, dropped = [f"{rows.description}, formatter {name}: {len(rows)} rows"], [], [], {}
