@@ -154,7 +154,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         key = jax.random.key(config.seed)
         local = lambda manner, key=key, of=model: Local(make_engine(of, manner, rows=rows, dtype=config.model.dtype, detokenize=text), key)
         export = lambda params, folder: convert.save(model, lora.merge(params) if adapters else params, folder)
-        served = config.generation.server and server_of(config, manner, directory / "served", export)
+        served = config.generation.server and server_of(config, manner, model, directory / "served", export)
         writer = rollouts.Writer(served or local(manner), text, rewards, weights, c.reward_timeout, **episodes)
         share = rollouts.rivalry(c)
         rival = mixture.geometric(model, share) if 0 < share < 1 else model
@@ -288,12 +288,13 @@ def sampling_of(config: ConfigDict, model: Any) -> Sampling:
     return manner
 
 
-def server_of(config: ConfigDict, manner: Sampling, folder: Path, export: Any) -> Server:
+def server_of(config: ConfigDict, manner: Sampling, model: Any, folder: Path, export: Any) -> Server:
     """The server that `config.generation.server` names, "vllm:http://HOST:8000" or "sglang:http://HOST:30000"."""
     kind, _, url = config.generation.server.partition(":")
     if kind not in ("vllm", "sglang") or not url.startswith("http"):
         raise UserError(f"config.generation.server is {config.generation.server!r}; it must be like vllm:http://HOST:8000 or sglang:http://..")
-    return Server(url, kind, manner, folder, export, every=config.generation.server_every, seed=config.seed)
+    placeholder = model.media and model.media.placeholder
+    return Server(url, kind, manner, folder, export, placeholder=placeholder, every=config.generation.server_every, seed=config.seed)
 
 
 def whole(trainable: Mapping[str, Any], fixed: Mapping[str, Any], config: ConfigDict) -> tuple[dict, dict]:
