@@ -260,6 +260,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count[\\"]*:\{[\\"]*n[\\"]*:[\\"]*(\d+)')
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _ARRAY = re.compile(r"(pred|[suf]\d+|bf16)\[([\d,]*)\]")
 
 
@@ -284,22 +285,39 @@ def find_collectives(program: str) -> list[Collective]:
             lines[name] = []
         elif name and line.startswith(" "):
             lines[name].append(line)
-    found: list[Collective] = []
+    found: dict[Any, Collective] = {}
 
-    def walk(name: str, times: int) -> None:
+    def walk(name: str, times: int, caller: str = "") -> None:
         for line in lines.get(name, ()):
             if here := _COLLECTIVE.search(line):
-                scatters = here[2] == "all-reduce" and name.startswith("all-reduce-scatter")  # how TPUs write it
-                found.append(_collective("reduce-scatter" if scatters else here[2], here[1], bool(here[3]), times))
+                kind, results = here[2], here[1]
+                if kind == "all-reduce" and name.startswith("all-reduce-scatter"):  # how a TPU scatters: the fusion keeps its part
+                    kind, results = "reduce-scatter", caller.partition(" fusion(")[0]
+                one = _collective(kind, results, bool(here[3]), times)
+                # what runs beside several other operations stands in a TPU's program once for each: the same channel
+                channel = _CHANNEL.search(line)
+                key = (kind, channel[1]) if channel else len(found)
+                if key not in found or times < found[key].times:
+                    found[key] = one
             elif "while(" in line or "calls=" in line or "conditional(" in line or " call(" in line:
-                trips = _TRIPS.search(line)
-                inner = times * int(trips[1]) if trips else times
-                for one, several in _CALLED.findall(line):
-                    for called in [one] if one else [part.strip().lstrip("%") for part in several.split(",")]:
-                        walk(called, inner)
+                inner = times * _trips(line, lines) if " while(" in line else times
+                for called, several in _CALLED.findall(line):
+                    for inside in [called] if called else [part.strip().lstrip("%") for part in several.split(",")]:
+                        walk(inside, inner, line)
 
     walk(entry, 1)
-    return found
+    return list(found.values())
+
+
+def _trips(loop: str, lines: Mapping[str, list[str]]) -> int:
+    """How often a loop runs: what the compiler notes, else the bound that its condition compares with (scans count from 0); else once."""
+    if noted := _TRIPS.search(loop):
+        return int(noted[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop)[1]
+    text = "\n".join(lines.get(condition, ()))
+    for called in re.findall(r"calls=%?([\w.\-]+)", text):
+        text += "\n".join(lines.get(called, ()))
+    return max(map(int, re.findall(r"[su]32\[\]\S* constant\((\d+)\)", text)), default=1)
 
 
 def _collective(kind: str, results: str, starts: bool, times: int) -> Collective:

@@ -20,7 +20,7 @@ ASSETS = "assets"
 SOURCE = "source.json"  # which weights the run started from
 
 # On a restart these may differ from what the workdir was started with; they are reported. Anything else is another run.
-MAY_DIFFER = ("mesh", "train.steps", "train.eval_every", "checkpoint", "log", "profile", "data.workers")
+MAY_DIFFER = ("mesh", "train.steps", "train.eval_every", "train.watchdog", "checkpoint", "log", "profile", "data.workers")
 
 
 def resolve(config: ConfigDict, workdir: str | Path) -> ConfigDict:
@@ -118,6 +118,8 @@ def record(config: ConfigDict, workdir: str | Path) -> None:
 def read_config(workdir: str | Path) -> dict[str, Any]:
     """The resolved config that a workdir was started with."""
     path = Path(workdir) / CONFIG
+    if "://" in str(workdir):
+        raise UserError(f"{workdir} is remote, and only training works with that; copy it to a folder here, or mount it, and name that")
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError:

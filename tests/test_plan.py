@@ -136,9 +136,24 @@ TPU_PROGRAM = """
 %body (p: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
   %all-gather-start = (bf16[1,16]{1,0}, bf16[8,16]{1,0}) all-gather-start(%x), channel_id=2, dimensions={0}
   %fusion = f32[1,16]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
+  %started = (bf16[8,16]{1,0}) fusion(%y), kind=kCustom, calls=%async_collective_fusion.1
+}
+
+%async_collective_fusion.1 (input: bf16[1,16]) -> bf16[8,16] {
+  %all-gather.2 = bf16[8,16]{1,0} all-gather(%x), channel_id=2, dimensions={0}, frontend_attributes={chain_id="6"}
+}
+
+%cond.2 (p: (u32[], f32[8,16])) -> pred[] {
+  %bound = u32[]{:T(128)} constant(16)
+  ROOT %compare = pred[]{:T(512)} compare(%n, %bound), direction=LT
+}
+
+%body.2 (p: (u32[], f32[8,16])) -> (u32[], f32[8,16]) {
+  %permute = bf16[1,16]{1,0} collective-permute(%x), channel_id=4, source_target_pairs={{0,1}}
 }
 
 ENTRY %main (a: f32[8]) -> f32[8] {
+  %while.2 = (u32[], f32[8,16]) while(%s), condition=%cond.2, body=%body.2
   %while.1 = (s32[], f32[8,16]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"32"}}
   %all-reduce.9 = (f32[], f32[4]) all-reduce(%c, %d), channel_id=3, to_apply=%add
 }
@@ -148,8 +163,9 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 def test_collectives_as_a_tpu_writes_them():
     found = ahead.collectives(TPU_PROGRAM)
     assert found["all-gather"] == {"count": 1, "times": 32, "bytes": 32 * 2 * 8 * 16}
-    assert found["reduce-scatter"] == {"count": 1, "times": 32, "bytes": 32 * 4 * 8 * 16}
+    assert found["reduce-scatter"] == {"count": 1, "times": 32, "bytes": 32 * 4 * 16}
     assert found["all-reduce"] == {"count": 1, "times": 1, "bytes": 4 * 5}
+    assert found["collective-permute"] == {"count": 1, "times": 16, "bytes": 16 * 2 * 16}
 
 
 def test_remedies_cost_ever_more():

@@ -31,8 +31,13 @@ def load(name: str) -> list[dict]:
 
 
 def of(*names: str) -> list:
-    """The stored cases of some trainers, as parameters (trainer, record) of a test."""
-    return [pytest.param(name, record, id=f"{name}: {record['case']}: {record['batch']}") for name in names for record in load(name)]
+    """The stored cases of some trainers, as parameters (trainer, record) of a test: every case on one batch each day, on all when slow."""
+    made = []
+    for name in names:
+        for number, record in enumerate(load(name)):
+            marks = [] if number % 3 == number // 3 % 3 else [pytest.mark.slow]
+            made.append(pytest.param(name, record, id=f"{name}: {record['case']}: {record['batch']}", marks=marks))
+    return made
 
 
 def as_rows(x: np.ndarray, answers: int) -> np.ndarray:
