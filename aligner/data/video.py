@@ -19,7 +19,7 @@ def load_frames(reference: Any, folder: str | Path, count: int | None = None, fp
     Args:
         reference: a path (relative to `folder`), encoded bytes, or {"bytes", "path"}.
         folder: where paths are looked up; paths that leave it are refused.
-        count: so many frames, evenly from the first to the last; a shorter clip gives all it has.
+        count: so many frames, evenly from the first on; a shorter clip gives all it has.
         fps: or so many a second. Without either all frames.
 
     Returns:
@@ -65,12 +65,12 @@ def _times(av: Any, data: bytes) -> np.ndarray:
 
 
 def sample(times: np.ndarray, count: int | None = None, fps: float | None = None) -> np.ndarray:
-    """Numbers of the frames to take of those shown at `times` [n]: [F] int64, ascending."""
+    """Numbers of the frames to take of those shown at `times` [n]: [F] int64, ascending; as Hugging Face's video processors take them."""
     if count is not None and fps is not None:
         raise ValueError("a number of frames and frames a second are both given")
-    if count is not None:
-        return np.linspace(0, len(times) - 1, min(count, len(times))).round().astype(np.int64)
+    total = len(times)
     if fps is not None:
-        moments = np.arange(0, times[-1] + 1e-6, 1 / fps)
-        return np.unique(np.abs(times[None] - moments[:, None]).argmin(axis=1))
-    return np.arange(len(times))
+        seconds = times[-1] * total / max(1, total - 1)  # the last frame is shown as long as the others
+        count = max(1, int(seconds * fps + 1e-6))
+    count = total if count is None else min(count, total)
+    return np.arange(count) * total // count

@@ -95,13 +95,25 @@ def test_frames_are_taken_evenly(tmp_path):
     assert frames.shape == (20, 32, 32, 3) and np.allclose(times, np.arange(20) / 10)
     assert np.abs(frames.mean(axis=(1, 2, 3)) - np.arange(20) * 12).max() < 6
     few, times = video.load_frames(data, tmp_path, count=4)
-    assert np.allclose(times, [0, 0.6, 1.3, 1.9]) and np.array_equal(few, frames[[0, 6, 13, 19]])
+    assert np.allclose(times, [0, 0.5, 1.0, 1.5]) and np.array_equal(few, frames[[0, 5, 10, 15]])
     assert np.allclose(video.load_frames(data, tmp_path, fps=2)[1], [0, 0.5, 1.0, 1.5])
     assert len(video.load_frames(data, tmp_path, count=100)[0]) == 20
     for reference, reason in [(b"no clip", "unreadable video"), ("../a.mp4", "video outside of the folder"), (data[:200], "unreadable video")]:
         with pytest.raises(Bad) as caught:
             video.load_frames(reference, tmp_path)
         assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("total", [1, 7, 20, 301])
+def test_frames_are_those_that_video_processors_take(total):
+    from transformers.video_utils import VideoMetadata, default_sample_indices_fn
+
+    for rate in (10, 24, 30000 / 1001):
+        metadata = VideoMetadata(total_num_frames=total, fps=rate)
+        for wanted in ({"count": 1}, {"count": 5}, {"count": 7}, {"fps": 1}, {"fps": 2.5}, {}):
+            if wanted.get("count", 0) <= total:
+                theirs = default_sample_indices_fn(metadata, wanted.get("count"), wanted.get("fps"))
+                assert video.sample(np.arange(total) / rate, **wanted).tolist() == theirs.tolist()
 
 
 @shared
