@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from aligner import algorithms, checkpoint, convert, lora, metrics, optim, sharding, state, workdir
 from aligner.algorithms import ppo
 from aligner.algorithms.grpo import PENALISED, reference_params
-from aligner.console import Stopped, catch_signals, progress, say, short, tracing
+from aligner.console import progress, say, short, tracing
 from aligner.convert import peft
 from aligner.data import loader
 from aligner.generation.engine import make_engine
@@ -45,6 +45,7 @@ from aligner.run import (
     load_frozen,
     put,
 )  # fmt: skip
+from aligner.stopping import Stopped, catch_signals, watchdog
 from aligner.train_step import jit, make_train_step
 from aligner.types import UserError
 
@@ -217,6 +218,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             metrics.open_log(directory, step, config.log.tensorboard, config.log.wandb, config.to_dict()) as write,
             progress(step, steps) as bar,
             tracing(config.profile, directory) as trace,
+            watchdog(config.train.watchdog) as watch,
         ):
             batch: dict[str, np.ndarray] = {}
             found: dict[str, float] = {}
@@ -263,8 +265,10 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                     if step % config.checkpoint.every == 0 or step == steps:
                         save()
                     if due(step):
+                        watch(False)
                         hold_out()
                     check_stop()
+                    watch(True)
             except (Stopped, UserError):  # a reward server that is gone is no reason to lose what was learned
                 if step != saved and step:
                     save()

@@ -9,12 +9,12 @@ import pytest
 
 from aligner import online, sharding
 from aligner.algorithms import make
-from aligner.console import Stopped
 from aligner.data.templates import Encoded
 from aligner.generation.engine import Completion, Prompt
 from aligner.rl import rollouts
 from aligner.rl.prompts import Item
 from aligner.rl.rollouts import Group
+from aligner.stopping import Stopped
 from configs import common, grpo_llama3, ppo_llama3
 from scripts.make_tiny_checkpoint import make_llama
 from scripts.online_demo import make_sums, make_words
