@@ -131,11 +131,9 @@ class Server:
             "max_new_tokens": s.max_new_tokens, "temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k or -1, "min_p": s.min_p,
             "repetition_penalty": s.repetition_penalty, "stop_token_ids": list(s.stop_tokens), "stop": list(s.stop_strings) or None,
         }  # fmt: skip
-        body = {"input_ids": self._short(prompt.tokens), "sampling_params": manner, "return_logprob": True}
+        body = {"input_ids": self._once(prompt), "sampling_params": manner, "return_logprob": True}
         if len(prompt.pictures):
             body["image_data"] = [as_url(image) for image in self._source(prompt)[1]]
-            if body["input_ids"].count(self.placeholder) != len(body["image_data"]):
-                raise UserError(f"{self.url}: pictures that follow each other without a word between cannot be told apart by the server")
         found = []
         for _ in range(n):  # they share the prompt in the server's cache
             answer = self._post("generate", body)
@@ -155,8 +153,14 @@ class Server:
             raise UserError(f"{self.url}: later turns of an episode with pictures cannot be sent; leave config.generation.server empty")
         return prompt.source
 
+    def _once(self, prompt: Prompt) -> list[int]:
+        """Its tokens with one placeholder for each picture, as the server wants them before it makes room."""
+        places = np.flatnonzero(prompt.tokens == self.placeholder)
+        firsts = np.cumsum([0, *(len(picture.index) for picture in prompt.pictures)])[:-1]
+        return np.delete(prompt.tokens, np.delete(places, firsts)).tolist()
+
     def _short(self, tokens: Sequence[int]) -> list[int]:
-        """Tokens with one placeholder for each picture."""
+        """Tokens with one placeholder for pictures that stand side by side, however many they take."""
         tokens = np.asarray(tokens)
         again = (tokens[1:] == tokens[:-1]) & (tokens[1:] == self.placeholder)
         return tokens[np.append(True, ~again)].tolist()
