@@ -7,6 +7,8 @@ metadata. A save is written beside and renamed when complete, so a kill leaves t
 import contextlib
 import dataclasses
 import logging
+import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from aligner import seal
@@ -47,12 +51,13 @@ def open_checkpoints(workdir: str | Path, keep: int) -> Iterator[Checkpoints]:
 
 
 def save(checkpoints: Checkpoints, state: TrainState, metadata: dict[str, Any]) -> None:
-    """Save in the background. Waits for the save before it, and raises what went wrong there. `metadata` is JSON."""
+    """Save in the background. Waits for the save before it, and raises UserError if that went wrong. `metadata` is JSON."""
     if jax.default_backend() == "cpu":  # host arrays are written from where they lie, and the next step would overwrite them
         state = _copy(state)
     step = int(state.step)
-    seal.remove(checkpoints.folder(step))
-    saving = checkpoints.orbax.save_checkpointables_async(step, _parts(state), custom_metadata=metadata, force=True)
+    with _told(checkpoints):
+        seal.remove(checkpoints.folder(step))
+        saving = checkpoints.orbax.save_checkpointables_async(step, _parts(state), custom_metadata=metadata, force=True)
     if jax.process_index() == 0:
         checkpoints.sealer.submit(lambda: saving.result() and seal.write(checkpoints.folder(step)))
 
@@ -63,8 +68,24 @@ def _copy(state: TrainState) -> TrainState:
 
 
 def wait(checkpoints: Checkpoints) -> None:
-    """Until the save under way is complete; raises what went wrong there."""
-    checkpoints.orbax.wait()
+    """Until the save under way is complete; raises UserError if it went wrong."""
+    with _told(checkpoints):
+        checkpoints.orbax.wait()
+
+
+@contextlib.contextmanager
+def _told(checkpoints: Checkpoints) -> Iterator[None]:
+    """What goes wrong in a save, such as a full disk, as one sentence."""
+    try:
+        yield
+    except Exception as error:  # Orbax raises what the file system or tensorstore raise
+        folder = checkpoints.folder(0).parent
+        whole = steps(folder.parent)
+        left = f"The newest whole one is that of step {whole[-1]}" if whole else "There is no earlier one"
+        number = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's; its first line is mostly the file's name
+        reason = os.strerror(int(number[1])) if number else first_line(error)
+        mend = "make room or mend what is wrong there, then give the same command to go on"
+        raise UserError(f"a checkpoint could not be written to {folder}: {reason}. {left}; {mend}") from error
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
@@ -75,26 +96,47 @@ def _parts(state: TrainState) -> dict[str, Any]:
 def restore(checkpoints: Checkpoints, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
     """(state, metadata) of the newest checkpoint that can be read, laid out as `abstract` says; None without any.
 
-    A torn checkpoint is reported, set aside, and the one before is used.
+    A torn checkpoint is reported, set aside, and the one before is used. Of several processes the first compares the checksums and
+    moves the folder, and a checkpoint that one of them cannot read is torn for all.
     """
-    found = sorted((c.step for c in checkpoints.orbax.checkpoints), reverse=True)
+    found, first = sorted((c.step for c in checkpoints.orbax.checkpoints), reverse=True), jax.process_index() == 0
     for step in found:
-        folder = checkpoints.folder(step)
+        folder, harm, read = checkpoints.folder(step), None, None
         try:
-            seal.check(folder)
-            metadata = checkpoints.orbax.metadata(step).custom_metadata
-            if not metadata:
-                raise ValueError("its metadata is missing")
-            parts = checkpoints.orbax.load_checkpointables(step, _parts(abstract))
-            state = abstract.replace(**parts["rest"] | {"trainable": parts["trainable"]})
-            # Orbax lays a typed key out by the rank of its data, which jit refuses on another mesh than it was saved on.
-            return state.replace(rng=jax.device_put(state.rng, abstract.rng.sharding)), dict(metadata)
-        except Exception as error:  # Orbax raises what the file system, tensorstore or JSON raise
-            log.warning("checkpoint %s cannot be read (%s); it is set aside as %s", folder, first_line(error), seal.set_aside(folder))
-            checkpoints.orbax.reload()
+            if first:
+                seal.check(folder)
+        except Exception as error:
+            harm = error
+        if not _anywhere(harm):
+            try:
+                read = _read(checkpoints, step, abstract)
+            except Exception as error:  # Orbax raises what the file system, tensorstore or JSON raise
+                harm = error
+            if not _anywhere(harm):
+                return read
+        if first:
+            what = first_line(harm) if harm else "by another process"
+            log.warning("checkpoint %s cannot be read (%s); it is set aside as %s", folder, what, seal.set_aside(folder))
+        _anywhere(None)  # wait for that
+        checkpoints.orbax.reload()
     if found:
         raise UserError(f"none of the checkpoints {found} in {checkpoints.orbax.directory} can be read; remove the folder to start anew")
     return None
+
+
+def _read(checkpoints: Checkpoints, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    metadata = checkpoints.orbax.metadata(step).custom_metadata
+    if not metadata:
+        raise ValueError("its metadata is missing")
+    parts = checkpoints.orbax.load_checkpointables(step, _parts(abstract))
+    state = abstract.replace(**parts["rest"] | {"trainable": parts["trainable"]})
+    # Orbax lays a typed key out by the rank of its data, which jit refuses on another mesh than it was saved on.
+    return state.replace(rng=jax.device_put(state.rng, abstract.rng.sharding)), dict(metadata)
+
+
+def _anywhere(harm: Exception | None) -> bool:
+    """Whether any process has come to harm; all must ask."""
+    return bool(multihost_utils.process_allgather(np.bool_(harm is not None)).any())
 
 
 def first_line(error: BaseException) -> str:

@@ -25,14 +25,14 @@ def parse(argv: list[str]) -> list[str]:
         UserError: an unknown key (the nearest is named), a value of another type, a config file that is missing or broken.
     """
     app.define_help_flags()
-    path, preset = config_file(argv)
+    path, _ = config_file(argv)
     if path and not Path(path).is_file():
         others = sorted(str(file) for file in Path("configs").glob("*.py") if file.stem not in ("__init__", "common", "online"))
         raise UserError(f"--config {path} does not exist; there is {', '.join(others) or 'no folder configs here'}")
     try:
         return flags.FLAGS(argv)
     except Exception as error:
-        raise UserError(_explain(argv, path, preset, error)) from None
+        raise UserError(_explain(argv, path, error)) from None
 
 
 def config_file(argv: list[str]) -> tuple[str, str]:
@@ -40,6 +40,12 @@ def config_file(argv: list[str]) -> tuple[str, str]:
     value = next((value for name, value in _settings(argv) if name == "config"), "")
     path, _, preset = (value or "").partition(":")
     return path, preset
+
+
+def defaults(argv: list[str]) -> Any:
+    """The config as its file has it, without what the command line changes."""
+    path, preset = config_file(argv)
+    return runpy.run_path(path)["get_config"](*[preset] * bool(preset))
 
 
 def _settings(argv: list[str]) -> list[tuple[str, str | None]]:
@@ -51,10 +57,10 @@ def _settings(argv: list[str]) -> list[tuple[str, str | None]]:
     return found
 
 
-def _explain(argv: list[str], path: str, preset: str, error: Exception) -> str:
+def _explain(argv: list[str], path: str, error: Exception) -> str:
     """What was refused and what would be taken; the config file is read again to know that."""
     try:
-        config = runpy.run_path(path)["get_config"](preset) if path else None
+        config = defaults(argv) if path else None
     except Exception as broken:
         return f"--config {path}: {_last_line(broken)}"
     for name, value in _settings(argv):
@@ -84,6 +90,19 @@ def _problem(config: Any, name: str, value: str | None) -> str | None:
         taken = False
     example = "" if section is None or kind is bool else f", such as {section!r}"
     return None if taken else f"{where} must be {_KINDS[kind]}{example}, not {value!r}"
+
+
+def check_out(path: str | Path) -> Path:
+    """The path, if a file can be written there; raises UserError. Asked before the work whose result it is to hold."""
+    path = Path(path)
+    try:
+        new = not path.exists()
+        path.open("ab").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"--out: {path} cannot be written: {error.strerror}") from None
+    return path
 
 
 _BOOLEANS = ("true", "t", "1", "false", "f", "0")

@@ -1,10 +1,8 @@
-"""What the user sees and how the user stops: lines, bars, signals, traces."""
+"""What the user sees: lines, bars, traces."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import sys
 import time
 from collections import deque
@@ -13,10 +11,6 @@ from pathlib import Path
 
 import jax
 from tqdm import tqdm
-
-
-class Stopped(Exception):
-    """The run was asked to stop (SIGTERM, Ctrl-C) and has saved what it must."""
 
 
 def say(*lines: str) -> None:
@@ -65,43 +59,6 @@ def progress(start: int, total: int) -> Iterator[Callable]:
                 say(f"step {step}/{total}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
 
         yield update
-
-
-@contextlib.contextmanager
-def catch_signals() -> Iterator[Callable[[], None]]:
-    """`check_stop()`, which raises Stopped once SIGTERM or Ctrl-C has come (to any process); a second Ctrl-C ends at once.
-
-    Several processes must stop after the same step. JAX's preemption service, which has taken SIGTERM for itself, agrees on one
-    without holding up the devices; Ctrl-C is handed on to it.
-    """
-    from jax.experimental import multihost_utils
-
-    several = jax.process_count() > 1
-    asked: list[int] = []
-    checks = 0
-
-    def note(number, frame):
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-        again = " (Ctrl-C again to stop at once)" if number == signal.SIGINT else ""
-        if several:
-            os.kill(os.getpid(), signal.SIGTERM)
-        os.write(2, f"\nstopping: the state is being saved{again}\n".encode())  # print() may be what the signal interrupted
-
-    def check_stop() -> None:
-        nonlocal checks
-        checks += 1
-        if multihost_utils.reached_preemption_sync_point(checks) if several else asked:
-            raise Stopped(asked[0] if asked else signal.SIGTERM)
-
-    numbers = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield check_stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

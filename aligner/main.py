@@ -8,17 +8,24 @@ Every setting of the config can be overridden, --config.section.key=value; confi
 goes on where the run stopped.
 """
 
+import errno
 import os
 import signal
 import sys
 from pathlib import Path
 
+from aligner.hugepages import restart_with_huge_pages
+from aligner.stopping import Stopped, end_quietly, nothing_to_save
+
+if __name__ == "__main__":  # first of all: what is imported below takes its time
+    end_quietly()
+    restart_with_huge_pages()
+
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from aligner.commandline import parse
-from aligner.hugepages import restart_with_huge_pages
+from aligner.commandline import defaults, parse
 from aligner.processes import EXAMPLE, world
 from aligner.types import UserError
 
@@ -52,19 +59,28 @@ def main(argv: list[str]) -> int:
         missing = "--config" if CONFIG.value is None else "--workdir"
         example = "python -m aligner.main --config configs/dpo_llava.py:tiny --workdir runs/quickstart"
         raise UserError(f"{missing} is missing; for example: {example}")
-    start_jax()
-    from aligner import algorithms, online  # after the flags, so that a typo is told at once
-    from aligner.console import Stopped
-    from aligner.run import run as train
+    with nothing_to_save(CONFIG.value.checkpoint.requeue_code):
+        start_jax()
+        from aligner import remote
+
+        try:
+            with remote.local(WORKDIR.value) as folder:
+                train(CONFIG.value, folder)
+        except Stopped as stopped:
+            print(f"stopped; the same command goes on from here: {WORKDIR.value}", file=sys.stderr)
+            return 130 if stopped.args[0] == signal.SIGINT else CONFIG.value.checkpoint.requeue_code
+    return 0
+
+
+def train(config: ConfigDict, directory: str) -> None:
+    """Run as the config says, in a folder of this machine."""
+    from aligner import algorithms, online, run, workdir  # after the flags, so that a typo is told at once
+    from aligner.console import say
 
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells a dozen lines for every save
-    try:
-        run = online.run if CONFIG.value.algorithm.name in algorithms.ONLINE else train
-        run(CONFIG.value, WORKDIR.value)
-    except Stopped as stopped:
-        print(f"stopped; the same command goes on from here: {WORKDIR.value}", file=sys.stderr)
-        return 130 if stopped.args[0] == signal.SIGINT else 0
-    return 0
+    if new := workdir.bring_up_to_date(directory, defaults(sys.argv)):
+        say(f"the run in {directory} is of an earlier aligner; these count as their defaults: config.{', config.'.join(new)}")
+    (online if config.algorithm.name in algorithms.ONLINE else run).run(config, directory)
 
 
 def cli() -> None:
@@ -73,11 +89,16 @@ def cli() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        where = f" to {error.filename}" if error.filename else ""
+        print(f"error: nothing more can be written{where}: {error.strerror}; make room and give the same command to go on", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:  # before there is a state to save, or the second one
         print("stopped at once; the same command goes on from the newest checkpoint", file=sys.stderr)
         sys.exit(130)
 
 
 if __name__ == "__main__":
-    restart_with_huge_pages()
     cli()

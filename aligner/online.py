@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from aligner import algorithms, checkpoint, convert, lora, metrics, optim, sharding, state, workdir
 from aligner.algorithms import ppo
 from aligner.algorithms.grpo import PENALISED, reference_params
-from aligner.console import Stopped, catch_signals, progress, say, short, tracing
+from aligner.console import progress, say, short, tracing
 from aligner.convert import peft
 from aligner.data import loader
 from aligner.generation.engine import make_engine
@@ -45,6 +45,7 @@ from aligner.run import (
     load_frozen,
     put,
 )  # fmt: skip
+from aligner.stopping import Stopped, catch_signals, watchdog
 from aligner.train_step import jit, make_train_step
 from aligner.types import UserError
 
@@ -154,7 +155,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         key = jax.random.key(config.seed)
         local = lambda manner, key=key, of=model: Local(make_engine(of, manner, rows=rows, dtype=config.model.dtype, detokenize=text), key)
         export = lambda params, folder: convert.save(model, lora.merge(params) if adapters else params, folder)
-        served = config.generation.server and server_of(config, manner, directory / "served", export)
+        served = config.generation.server and server_of(config, manner, model, directory / "served", export)
         writer = rollouts.Writer(served or local(manner), text, rewards, weights, c.reward_timeout, **episodes)
         share = rollouts.rivalry(c)
         rival = mixture.geometric(model, share) if 0 < share < 1 else model
@@ -217,6 +218,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             metrics.open_log(directory, step, config.log.tensorboard, config.log.wandb, config.to_dict()) as write,
             progress(step, steps) as bar,
             tracing(config.profile, directory) as trace,
+            watchdog(config.train.watchdog) as watch,
         ):
             batch: dict[str, np.ndarray] = {}
             found: dict[str, float] = {}
@@ -263,8 +265,10 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                     if step % config.checkpoint.every == 0 or step == steps:
                         save()
                     if due(step):
+                        watch(False)
                         hold_out()
                     check_stop()
+                    watch(True)
             except (Stopped, UserError):  # a reward server that is gone is no reason to lose what was learned
                 if step != saved and step:
                     save()
@@ -288,12 +292,13 @@ def sampling_of(config: ConfigDict, model: Any) -> Sampling:
     return manner
 
 
-def server_of(config: ConfigDict, manner: Sampling, folder: Path, export: Any) -> Server:
+def server_of(config: ConfigDict, manner: Sampling, model: Any, folder: Path, export: Any) -> Server:
     """The server that `config.generation.server` names, "vllm:http://HOST:8000" or "sglang:http://HOST:30000"."""
     kind, _, url = config.generation.server.partition(":")
     if kind not in ("vllm", "sglang") or not url.startswith("http"):
         raise UserError(f"config.generation.server is {config.generation.server!r}; it must be like vllm:http://HOST:8000 or sglang:http://..")
-    return Server(url, kind, manner, folder, export, every=config.generation.server_every, seed=config.seed)
+    placeholder = model.media and model.media.placeholder
+    return Server(url, kind, manner, folder, export, placeholder=placeholder, every=config.generation.server_every, seed=config.seed)
 
 
 def whole(trainable: Mapping[str, Any], fixed: Mapping[str, Any], config: ConfigDict) -> tuple[dict, dict]:

@@ -16,13 +16,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from aligner import algorithms, checkpoint, convert, lora, metrics, optim, quant, sharding, state, workdir
-from aligner.console import Stopped, catch_signals, progress, say, short, tracing
+from aligner.console import progress, say, short, tracing
 from aligner.convert import peft
 from aligner.data import loader
 from aligner.data.catalogue import with_template
 from aligner.data.mixture import is_set
 from aligner.likelihood import cast
 from aligner.prepare import compute_columns, fingerprint
+from aligner.stopping import Stopped, catch_signals, watchdog
 from aligner.train_step import jit, make_eval_step, make_train_step
 from aligner.types import Algorithm, Model, Params, UserError
 
@@ -146,6 +147,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             metrics.open_log(directory, step, config.log.tensorboard, config.log.wandb, config.to_dict()) as write,
             progress(step, steps) as bar,
             tracing(config.profile, directory) as trace,
+            watchdog(config.train.watchdog) as watch,
         ):
             pending: tuple[int, dict] | None = None
             last: dict[str, float] = {}
@@ -180,7 +182,10 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                 while step < steps:
                     batch = put(next(batches), columns[train.name], mesh)
                     data_state = batches.get_state()
-                    shapes.add(tuple(array.shape for array in batch.values()))
+                    shape = tuple(array.shape for array in batch.values())
+                    if shape not in shapes:
+                        watch(False)  # the step is compiled
+                        shapes.add(shape)
                     trace(step)
                     train_state, found = train_step(train_state, fixed, batch)
                     if pending:
@@ -197,8 +202,10 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                     if saves:
                         save()
                     if due(step):
+                        watch(False)
                         hold_out()
                     check_stop()
+                    watch(True)
             except Stopped:
                 if pending:
                     report()
@@ -223,7 +230,7 @@ AT_LEAST = {
     1: ("data.batch_size", "data.max_length", "data.pad_to_multiple", "train.steps", "train.accumulate", "train.max_nonfinite",
         "checkpoint.every", "checkpoint.keep", "log.every"),
     0: ("data.max_bad_fraction", "data.workers", "optim.learning_rate", "optim.warmup", "optim.weight_decay", "optim.max_grad_norm",
-        "train.eval_every", "profile", "seed"),
+        "train.eval_every", "train.watchdog", "checkpoint.requeue_code", "profile", "seed"),
 }  # fmt: skip
 
 
@@ -253,6 +260,8 @@ def check_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
                 raise UserError(f"config.{key} is {values[key]}; it must be at least {least}" + " and finite" * (values[key] == math.inf))
     if config.train.steps is None and config.train.epochs <= 0:
         raise UserError(f"config.train.epochs is {config.train.epochs}; it must be above 0 where config.train.steps is not set")
+    if config.checkpoint.requeue_code > 255:
+        raise UserError(f"config.checkpoint.requeue_code is {config.checkpoint.requeue_code}; an exit status is from 0 to 255")
     if config.data.max_bad_fraction > 1:
         raise UserError(f"config.data.max_bad_fraction is {config.data.max_bad_fraction}; it is a fraction, from 0 to 1")
     for group in config.optim.groups:

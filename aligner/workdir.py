@@ -20,7 +20,7 @@ ASSETS = "assets"
 SOURCE = "source.json"  # which weights the run started from
 
 # On a restart these may differ from what the workdir was started with; they are reported. Anything else is another run.
-MAY_DIFFER = ("mesh", "train.steps", "train.eval_every", "checkpoint", "log", "profile", "data.workers")
+MAY_DIFFER = ("mesh", "train.steps", "train.eval_every", "train.watchdog", "checkpoint", "log", "profile", "data.workers")
 
 
 def resolve(config: ConfigDict, workdir: str | Path) -> ConfigDict:
@@ -73,6 +73,36 @@ def check(config: ConfigDict, workdir: str | Path) -> list[str]:
     return [f"config.{key} was {changed[key][0]!r} and is now {changed[key][1]!r}" for key in sorted(changed)]
 
 
+def bring_up_to_date(workdir: str | Path, defaults: ConfigDict) -> list[str]:
+    """Settings that the aligner of an earlier run in the workdir did not have are recorded for it as what they are by default.
+
+    Args:
+        workdir: with or without a run in it.
+        defaults: the config as its file has it; what the command line changes is not the earlier run's.
+
+    Returns:
+        The keys that were added.
+    """
+    if not (Path(workdir) / CONFIG).exists():
+        return []
+    before = read_config(workdir)
+    after = _with_missing(before, json.loads(json.dumps(resolve(defaults, workdir).to_dict())))
+    if after != before:
+        write_json(Path(workdir) / CONFIG, after)
+    return sorted(flat(after).keys() - flat(before).keys())
+
+
+def _with_missing(before: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`before` with what `defaults` has more; not where it is empty: such a section holds names of the user's own (`data.evals`)."""
+    filled = dict(before)
+    for key, default in defaults.items():
+        if key not in before:
+            filled[key] = default
+        elif isinstance(default, Mapping) and isinstance(before[key], Mapping) and before[key]:
+            filled[key] = _with_missing(before[key], default)
+    return filled
+
+
 def _same(before: Any, now: Any) -> bool:
     """Equal, or two ways to write the path of one file or folder, such as with and without a slash at its end."""
     paths = isinstance(before, str) and isinstance(now, str) and os.path.exists(before) and os.path.exists(now)
@@ -88,6 +118,8 @@ def record(config: ConfigDict, workdir: str | Path) -> None:
 def read_config(workdir: str | Path) -> dict[str, Any]:
     """The resolved config that a workdir was started with."""
     path = Path(workdir) / CONFIG
+    if "://" in str(workdir):
+        raise UserError(f"{workdir} is remote, and only training works with that; copy it to a folder here, or mount it, and name that")
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError:
@@ -170,6 +202,6 @@ def check_source(workdir: str | Path, model: Model, fingerprint: str, adapters: 
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all, also when the process is killed meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")  # several processes may write the same
     temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
     os.replace(temporary, path)

@@ -3,24 +3,26 @@
     python -m benchmarks.grpo_step --rounds 3
 
 Llama as in benchmarks/dpo_step.py, float32, drawn at temperature 1, no KL term, a reward that costs nothing (the share of even token
-ids), clip at 1.0 and AdamW on both sides. TRL's own training loop runs; the seconds of a step are those between two `on_step_end`.
+ids), clip at 1.0 and AdamW on both sides, each a process of its own that waits while the other works. TRL's own training loop runs; its
+step is what lies between `on_step_begin` and `on_step_end`: writing the answers, the reward, the update. Ratios are paired by round.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks import machine, torch_sides
+from aligner.hugepages import restart_with_huge_pages
+from benchmarks import machine, sides, torch_sides
 from benchmarks.dpo_step import SHAPE
 
 PROMPTS, ANSWERS, PROMPT, NEW = 2, 8, 64, 64
+SIDES = ("TRL", "aligner")
 
 
 def prompts() -> np.ndarray:
@@ -36,22 +38,23 @@ def even(prompts, completions, **columns) -> list[float]:
     return [float(np.mean([int(word[1:]) % 2 == 0 for word in text.split() if word[1:].isdigit()] or [0.0])) for text in completions]
 
 
-def trl_seconds(folder: Path, steps: int) -> list[tuple[float, float]]:
-    """(seconds, CPU seconds) of TRL's steps, the first one left out."""
+def run_trl(folder: Path, answer: Callable[[float, float], None]) -> None:
+    """TRL's loop; `answer` is called with the seconds and CPU seconds of each step, and ends the process when no more are wanted."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    marks: list[tuple[float, float]] = []
-
     class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            self.start = time.perf_counter(), time.process_time()
+
         def on_step_end(self, *args, **kwargs):
-            marks.append((time.perf_counter(), time.process_time()))
+            answer(time.perf_counter() - self.start[0], time.process_time() - self.start[1])
 
     with tempfile.TemporaryDirectory() as out:
         args = GRPOConfig(
             out, use_cpu=True, bf16=False, gradient_checkpointing=False, per_device_train_batch_size=PROMPTS * ANSWERS,
-            num_generations=ANSWERS, max_completion_length=NEW, temperature=1.0, beta=0.0, max_steps=steps + 1, learning_rate=1e-6,
+            num_generations=ANSWERS, max_completion_length=NEW, temperature=1.0, beta=0.0, max_steps=10**6, learning_rate=1e-6,
             lr_scheduler_type="constant", max_grad_norm=1.0, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
             generation_kwargs={"min_new_tokens": NEW}, shuffle_dataset=False,
         )  # fmt: skip
@@ -60,11 +63,10 @@ def trl_seconds(folder: Path, steps: int) -> list[tuple[float, float]]:
             model=AutoModelForCausalLM.from_pretrained(folder), reward_funcs=even, args=args, train_dataset=rows,
             processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"), callbacks=[Clock()],
         ).train()  # fmt: skip
-    return [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(marks)]
 
 
-def aligner_seconds(folder: Path, steps: int) -> list[tuple[float, float]]:
-    """The same of `aligner.online`, by its own parts: rollout, reward, advantages, update."""
+def aligner_step(folder: Path) -> Callable[[], float]:
+    """A function that takes a step of `aligner.online`, by its own parts: rollout, reward, advantages, update. It returns the loss."""
     import jax
 
     import aligner
@@ -86,41 +88,58 @@ def aligner_seconds(folder: Path, steps: int) -> list[tuple[float, float]]:
     config.generation.max_new_tokens = NEW
     config.optim.schedule = "constant"
     mesh = sharding.make_mesh({"data": -1})
-    with jax.set_mesh(mesh):
-        model, params = aligner.load(folder, mesh=mesh)
-        algorithm, schedule = algorithms.make(config, model), optim.make_schedule(config.optim, steps)
-        optimizer = optim.make_optimizer(config.optim, schedule)
-        train_state = state.create(params, optimizer, algorithm.carry, 0, mesh)
-        step = jit(make_train_step(algorithm, optimizer, dtype="float32", schedule=schedule), donate_argnums=0)
-        engine = make_engine(model, Sampling(max_new_tokens=NEW), rows=PROMPTS * ANSWERS, detokenize=model.assets.tokenizer.decode)
-        writer = rollouts.Writer(Local(engine, jax.random.key(0)), engine.detokenize, [Reward("even", even)], np.ones(1), 60.0)
-        item = lambda i, ids: Item(i, as_text(ids), Encoded(ids, ()), Prompt(ids), {})
-        items = [item(i, ids.astype(np.int32)) for i, ids in enumerate(prompts())]
-        seconds = []
-        for number in range(steps + 1):
-            start = time.perf_counter(), time.process_time()
-            writer.engine.update(train_state.trainable, number)
-            groups = rollouts.write(writer, items, range(number * PROMPTS, (number + 1) * PROMPTS), ANSWERS)
-            batch = rollouts.lay_out(groups, model, True, 64)
-            batch, _, _ = rollouts.learnable(config, groups, None, batch, np.ones(1), {})
-            train_state, found = step(train_state, {"base": {}}, batch)
-            jax.block_until_ready(found)
-            seconds.append((time.perf_counter() - start[0], time.process_time() - start[1]))
-    return seconds[1:]
+    jax.set_mesh(mesh)
+    model, params = aligner.load(folder, mesh=mesh)
+    algorithm, schedule = algorithms.make(config, model), optim.make_schedule(config.optim, 10**6)
+    optimizer = optim.make_optimizer(config.optim, schedule)
+    train_state = state.create(params, optimizer, algorithm.carry, 0, mesh)
+    del params
+    step = jit(make_train_step(algorithm, optimizer, dtype="float32", schedule=schedule), donate_argnums=0)
+    engine = make_engine(model, Sampling(max_new_tokens=NEW), rows=PROMPTS * ANSWERS)
+    writer = rollouts.Writer(Local(engine, jax.random.key(0)), model.assets.tokenizer.decode, [Reward("even", even)], np.ones(1), 60.0)
+    item = lambda i, ids: Item(i, as_text(ids), Encoded(ids, ()), Prompt(ids), {})
+    items = [item(i, ids.astype(np.int32)) for i, ids in enumerate(prompts())]
+    number = 0
+
+    def one() -> float:
+        nonlocal train_state, number
+        writer.engine.update(train_state.trainable, number)
+        groups = rollouts.write(writer, items, range(number * PROMPTS, (number + 1) * PROMPTS), ANSWERS)
+        batch = rollouts.lay_out(groups, model, config.data.shared_prompt, config.data.pad_to_multiple)
+        batch, _, _ = rollouts.learnable(config, groups, None, batch, np.ones(1), {})
+        train_state, found = step(train_state, {"base": {}}, batch)
+        number += 1
+        return float(found["loss"].value)
+
+    return one
+
+
+def serve(name: str, folder: Path) -> None:
+    """The process of one side."""
+    if name == "aligner":
+        restart_with_huge_pages()
+        one = aligner_step(folder)
+        sides.serve(one, sides.answering(machine.resident_mib()))
+    run_trl(folder, sides.answering(machine.resident_mib()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)  # the process of one side
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        return serve(options.serve, options.folder)
     print(machine.cpu_name())
     with tempfile.TemporaryDirectory() as folder:
         torch_sides.make_checkpoint(Path(folder), **SHAPE)
-        found = {"TRL": trl_seconds(Path(folder), rounds), "aligner": aligner_seconds(Path(folder), rounds)}
-    for name, seconds in found.items():
-        print(f"{name}: " + ", ".join(f"{wall:.2f} s ({cpu:.2f} CPU s)" for wall, cpu in seconds))
-    wall, cpu = (statistics.median(s[i] for s in found["TRL"]) / statistics.median(s[i] for s in found["aligner"]) for i in (0, 1))
-    print(f"time(TRL) / time(aligner), medians: {wall:.2f}; of CPU time {cpu:.2f}")
+        commands = {name: ["benchmarks.grpo_step", "--serve", name, "--folder", folder] for name in SIDES}
+        found = sides.take_turns(commands, options.rounds)
+    for name, rounds in found.items():
+        print(f"{name}: " + ", ".join(f"{one['seconds']:.2f} s ({one['cpu_seconds']:.2f} CPU s)" for one in rounds))
+    wall, cpu = (sides.ratio(found, "TRL", "aligner", key) for key in ("seconds", "cpu_seconds"))
+    print(f"time(TRL) / time(aligner), median of rounds: {wall:.2f}; of CPU time {cpu:.2f}")
 
 
 if __name__ == "__main__":

@@ -296,6 +296,9 @@ def base() -> ConfigDict:
     config.train.eval_every = 0  # steps between evaluations; 0 evaluates only at the end
     config.train.remat = "none"  # none, full, dots: what the backward pass recomputes
     config.train.max_nonfinite = 3  # stop after so many steps in a row whose loss or gradient is not finite
+    # after so many seconds without a step, evaluations and compilation aside, write the stacks of all threads and end with status 124;
+    # 0 is off. Online, a rollout counts as part of a step
+    config.train.watchdog = 0.0
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # -1: all devices that the other axes leave
@@ -305,6 +308,7 @@ def base() -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 500  # steps between saves; the last step is always saved
     config.checkpoint.keep = 2  # newest ones that are kept
+    config.checkpoint.requeue_code = 0  # exit status after SIGTERM or SIGUSR1, state saved: what the launcher starts again on, such as 75
     config.checkpoint.export = False  # write WORKDIR/export in Hugging Face layout at the end
 
     config.log = ConfigDict()
@@ -395,5 +399,6 @@ def qlora(config: ConfigDict, *, rank: int, alpha: float, learning_rate: float, 
     config.optim.learning_rate = 2e-3 if tiny else learning_rate
     if not tiny:
         config.data.batch_size, config.train.accumulate = batch_size, batch_size // 4
+    config.checkpoint.requeue_code = 0  # exit status after SIGTERM or SIGUSR1, state saved: what the launcher starts again on, such as 75
     config.checkpoint.export = False  # merging needs the whole base in memory; `aligner.convert to-hf` does it where there is enough
     return config

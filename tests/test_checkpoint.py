@@ -1,5 +1,12 @@
 """Checkpoints: what is saved comes back, and what was harmed since is known and not used."""
 
+import os
+import resource
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +17,13 @@ from aligner.state import TrainState, abstract
 from aligner.types import UserError
 
 
-def state(step: int) -> TrainState:
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+def tree(step: int) -> TrainState:
     leaf = jnp.arange(4096.0) + step
-    tree = TrainState(jnp.int32(step), {"kernel": leaf}, {"mu": -leaf}, jax.random.key(7), {}, jnp.int32(0))
-    return jax.device_put(tree, place)
+    return TrainState(jnp.int32(step), {"kernel": leaf}, {"mu": -leaf}, jax.random.key(7), {}, jnp.int32(0))
+
+
+def state(step: int) -> TrainState:
+    return jax.device_put(tree(step), jax.sharding.SingleDeviceSharding(jax.devices()[0]))
 
 
 @pytest.fixture
@@ -71,8 +80,78 @@ def test_written_again_after_it_was_torn(saved):
     assert restored(saved) == (2, 2.0, 22)
 
 
+def test_a_full_disk(saved):
+    """A save that cannot be written is one sentence, leaves the checkpoints before it good, and the next one goes on."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    said = pytest.raises(UserError, match=r"could not be written to .*: File too large\. The newest whole one .* step 2; make room")
+    with said, checkpoint.open_checkpoints(saved, keep=2) as checkpoints:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))  # no file can grow beyond this: to a writer, as a full disk
+        try:
+            checkpoint.save(checkpoints, state(3), {"seen": 3})
+            checkpoint.wait(checkpoints)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoint.steps(saved) == [1, 2]
+    assert restored(saved) == (2, 2.0, 2)
+    assert not list((saved / "checkpoints").glob("3*")), "half a checkpoint keeps the room that is missing"
+    with checkpoint.open_checkpoints(saved, keep=2) as checkpoints:
+        checkpoint.save(checkpoints, state(3), {"seen": 3})
+    assert restored(saved) == (3, 3.0, 3)
+
+
 def test_without_checksums(saved):
     """A kill between a save and its checksums leaves a good checkpoint."""
     (saved / seal.FOLDER / "2.json").unlink()
     assert restored(saved) == (2, 2.0, 2)
     np.testing.assert_equal(checkpoint.steps(saved), [1, 2])
+
+
+READER = """
+import pathlib, sys
+import jax
+address, rank, workdir, harm = sys.argv[1:]
+jax.distributed.initialize(address, 2, int(rank))
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+from aligner import checkpoint, seal
+from aligner.state import abstract
+from tests.test_checkpoint import largest, tree
+
+mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+lay = lambda leaf: NamedSharding(mesh, PartitionSpec(*["data"] * (leaf.shape == (4096,))))
+place = lambda step: jax.jit(lambda: tree(step), out_shardings=jax.tree.map(lay, jax.eval_shape(tree, step)))()
+with checkpoint.open_checkpoints(workdir, keep=3) as checkpoints:
+    for step in (0, 1, 2):
+        checkpoint.save(checkpoints, place(step), {"seen": step})
+if rank == "0":
+    torn = pathlib.Path(workdir) / "checkpoints" / "2"
+    file = largest(torn)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    if harm == "unsealed":
+        seal.remove(torn)
+multihost_utils.sync_global_devices("torn")
+with checkpoint.open_checkpoints(workdir, keep=3) as checkpoints:
+    found, metadata = checkpoint.restore(checkpoints, abstract(place(0)))
+print(int(found.step), float(found.trainable["kernel"].addressable_shards[0].data[0]), metadata["seen"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", ["sealed", "unsealed"])
+def test_two_processes_set_a_torn_checkpoint_aside_once(tmp_path, harm):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    said = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1], env=environment)
+    arguments = lambda rank: [sys.executable, "-c", READER, address, str(rank), str(tmp_path / "run"), harm]
+    processes = [subprocess.Popen(arguments(rank), **said) for rank in (0, 1)]
+    try:
+        told = [process.communicate(timeout=600) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [out.strip().splitlines()[-1] for out, _ in told] == ["1 1.0 1", "1 2049.0 1"], told
+    assert [error.count("cannot be read") for _, error in told] == [1, 0], told
+    assert (tmp_path / "run" / "torn-checkpoint-2").exists()

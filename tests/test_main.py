@@ -235,6 +235,37 @@ def test_workdir_of_another_run(tmp_path, monkeypatch):
     refused(tmp_path, "file/below cannot be made (Not a directory)", argv=arguments(tmp_path / "file" / "below"))
 
 
+def test_workdir_of_an_earlier_aligner(tmp_path, monkeypatch):
+    """Settings that the earlier one did not have count as their defaults: leaving them is no change, setting them is one."""
+    from aligner import workdir
+
+    forget_flags()
+    monkeypatch.setattr(sys, "argv", ["main", *arguments(tmp_path / "run")])
+    main.parse(sys.argv)
+    before = workdir.resolve(main.CONFIG.value, tmp_path / "run").to_dict()
+    del before["data"]["chat_template"], before["data"]["train"]["mixture"], before["quant"], before["data"]["loss_on"]
+    workdir.write_json(tmp_path / "run" / "config.json", before)
+    said = refused(tmp_path, "another config: config.data.loss_on was 'assistant' and is 'all'. Use", data__loss_on="all")
+    assert "chat_template" not in said
+    assert workdir.read_config(tmp_path / "run")["quant"] == {"base": ""}
+
+    workdir.write_json(tmp_path / "run" / "config.json", before)
+    with pytest.raises(AssertionError, match="parameters were loaded"):  # nothing is wrong with it
+        call(*arguments(tmp_path / "run"))
+    refused(tmp_path, "config.data.train.template.enable_thinking was None and is False", argv=[
+        f"--config={with_template(tmp_path)}", *arguments(tmp_path / "run")[1:]])  # fmt: skip
+
+
+def with_template(tmp_path):
+    """A config file that sets an argument of the chat template: a name of one's own, not one that an earlier aligner lacked."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from configs import dpo_llava\n\ndef get_config():\n    config = dpo_llava.get_config('tiny').unlock()\n"
+        "    config.data.train.template.enable_thinking = False\n    return config.lock()\n"
+    )
+    return file
+
+
 def test_a_path_may_be_written_another_way(tmp_path, monkeypatch):
     """As the shell completes it, with a slash at its end, or from the root: the run is the same."""
     from aligner import workdir

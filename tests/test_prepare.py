@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from aligner import prepare
-from aligner.console import Stopped
+from aligner.stopping import Stopped
 
 ROWS = 23
 KEPT = np.array([0, 2, 3, 5, 7, 8, 9, 11, 13, 17, 20, 22])  # the others were dropped

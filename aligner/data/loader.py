@@ -208,7 +208,7 @@ def make_plan(sizes: np.ndarray, data: Any, needs: str, seed: int) -> tuple[pack
 
 def _columns(sizes: np.ndarray, data: Any) -> np.ndarray:
     """[N]: how many columns each example takes."""
-    return sizes[:, 0] * (1 if data.shared_prompt else sizes[:, 3]) + sizes[:, 1]
+    return sizes[:, 0] * (1 if data.shared_prompt else np.maximum(1, sizes[:, 3])) + sizes[:, 1]
 
 
 def _values(examples: list[Encoded], kind: Kind, G: int, answers: int) -> layout.Row:

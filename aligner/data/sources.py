@@ -83,10 +83,11 @@ def open_rows(source: Any, name: str = "data.train") -> Rows:
     path = Path(source.path).expanduser()
     if source.path.startswith("tfds:"):
         rows = _tfds(source.path.removeprefix("tfds:"), source.split, name)
-    elif path.is_dir():
-        rows = _folder(path, source.split, name, sample_by)
     elif path.exists():
-        rows = _file(path, name, sample_by)
+        try:
+            rows = _folder(path, source.split, name, sample_by) if path.is_dir() else _file(path, name, sample_by)
+        except OSError as error:
+            raise UserError(f"config.{name}.path: {error.filename or path} cannot be read: {error.strerror or error}.") from None
     elif _looks_local(source.path):
         raise UserError(f"config.{name}.path: {source.path} does not exist{_nearest(path)}.")
     else:
@@ -213,7 +214,7 @@ def _jsonl(path: Path) -> Rows:
         where = f"{path}, line {lines[index]}"
         try:
             row = json.loads(text)
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError; brackets without end
             raise UserError(f"{where}: not valid JSON ({error}); repair or remove the line.") from None
         if not isinstance(row, dict):
             raise UserError(f"{where}: a row must be an object {{column: value}}, this is a {type(row).__name__}.")
@@ -238,7 +239,7 @@ def _json(path: Path) -> Rows:
     """A list of rows, or an object that holds exactly one list of rows."""
     try:
         data = json.loads(_bytes(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if "Extra data" in str(error):  # JSON lines under the name .json, as the Hub has many
             return _jsonl(path)
         raise UserError(f"{path}: not valid JSON ({error}).") from None
@@ -263,6 +264,8 @@ def _csv(path: Path, separator: str) -> Rows:
     try:
         table = csv.reader(io.StringIO(_bytes(path).decode("utf-8-sig"), newline=""), delimiter=separator, strict=True)
         header, rows = next(table, []), []
+        if twice := [column for column in header if header.count(column) > 1]:
+            raise UserError(f"{path}: the header names {twice[0]!r} twice; rename one of the two columns.")
         for cells in table:
             if cells and len(cells) != len(header):
                 raise UserError(f"{path}, line {table.line_num}: {len(cells)} cells, the header has {len(header)} ({', '.join(header)}).")

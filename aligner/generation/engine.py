@@ -29,10 +29,12 @@ class Prompt(NamedTuple):
     Attributes:
         tokens: int32 [n], images' placeholders in full number.
         pictures: as `aligner.data.media.read_pictures` gives them, or a function that does.
+        source: the conversation and its images (PIL) that it was made of, for a server that reads them itself; None where there is none.
     """
 
     tokens: np.ndarray
     pictures: Sequence[Picture] | Callable[[], Sequence[Picture]] = ()
+    source: tuple[Any, Sequence[Any]] | None = None
 
 
 class Completion(NamedTuple):

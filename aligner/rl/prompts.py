@@ -84,7 +84,8 @@ def load_prompts(config: Any, split: str, model: Model, cache_dir: str | Path | 
         images = [media.open_image(image, rows.folder(index)) for image in encoded.images]
         pictures = media.read_pictures(images, model.media, model.assets.processor.image_processor) if images else ()
         columns = {name: value for name, value in row.items() if name not in ("prompt", "completion", "completions")}
-        return Item(index, sample.prompt, encoded, Prompt(encoded.prompt, pictures), {"ground_truth": sample.ground_truth, **columns})
+        prompt = Prompt(encoded.prompt, pictures, (sample.prompt, images) if config.generation.server else None)
+        return Item(index, sample.prompt, encoded, prompt, {"ground_truth": sample.ground_truth, **columns})
 
     report = describe(census, rows, name, rows.formatter, model)
     return Prompts(len(census.row_ids), item, Path(rows.folder(0)), tuple(report))

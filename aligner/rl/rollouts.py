@@ -173,7 +173,7 @@ def learnable(
         drift = of_answers(np.asarray(kl(batch["old_logps"].astype(np.float64), batch["reference_logps"], estimator)), groups)
         found["objective/kl"] = float(np.mean([np.sum(one) for answers in drift for one in answers]))
     if c.get("cost_funcs"):
-        total, found, host = _bounded(c, total, each, found, host)
+        total, found, host = bounded(c, total, each, found, host)
     if c.name == "on_policy_distillation":
         columns = {}
     elif c.name in ("online_dpo", "nash_md"):
@@ -236,7 +236,7 @@ def rivalry(c: ConfigDict) -> float:
     return 1.0 if c.get("xpo_alpha") else c.get("mixture_coef", 0.0)
 
 
-def _bounded(c: ConfigDict, total: np.ndarray, each: np.ndarray, found: dict, host: dict) -> tuple[np.ndarray, dict, dict]:
+def bounded(c: ConfigDict, total: np.ndarray, each: np.ndarray, found: dict, host: dict) -> tuple[np.ndarray, dict, dict]:
     """PPO-Lagrangian (Safe RLHF, section 3.3): rewards less the multiplier times the costs, and the multiplier moved on.
 
     The costs stand after the rewards; one critic learns the sum, where Safe RLHF has two.

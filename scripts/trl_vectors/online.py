@@ -1,4 +1,7 @@
-"""TRL's trainers that learn from the policy's own answers: GRPO, RLOO, GMPO, A*-PO, asynchronous GRPO, online DPO. As in offline.py."""
+"""TRL's trainers that learn from the policy's own answers: GRPO, RLOO, GMPO, A*-PO, asynchronous GRPO, online DPO. As in offline.py.
+
+Those with a KL term have `sampled` as their reference: of one e^40 times as likely as the policy, TRL's own gradient is rounding.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +86,7 @@ def grpo(arrays: dict[str, np.ndarray], changes: dict[str, Any]) -> tuple[Any, A
         max_completion_length=LONGEST, use_adaptive_entropy=False, entropy_coef=c["entropy_coef"],
         _entropy_bonus_enabled=c["entropy_coef"] > 0,
     )  # fmt: skip
-    inputs = inputs_of(tensors) | {"old_per_token_logps": tensors["old"], "ref_per_token_logps": tensors["reference"]}
+    inputs = inputs_of(tensors) | {"old_per_token_logps": tensors["old"], "ref_per_token_logps": tensors["sampled"]}
     if cap is not None:
         inputs["importance_sampling_ratio"] = torch.exp(tensors["old"] - tensors["sampled"]).clamp(max=cap)
     loss = trainer._compute_loss(None, inputs)
@@ -98,7 +101,7 @@ def gmpo(arrays: dict[str, np.ndarray], changes: dict[str, Any]) -> tuple[Any, A
     logps = tensors["logps"].requires_grad_()
     trainer = own_answers(GMPOTrainer, tensors, logps, {"epsilon": 0.4, "epsilon_high": None} | changes)
     loss = trainer._compute_loss(
-        None, inputs_of(tensors) | {"old_per_token_logps": tensors["old"], "ref_per_token_logps": tensors["reference"]}
+        None, inputs_of(tensors) | {"old_per_token_logps": tensors["old"], "ref_per_token_logps": tensors["sampled"]}
     )
     return loss, logps, {}
 

@@ -104,6 +104,7 @@ def test_two_steps(name, demo, tmp_path, monkeypatch):
     records = metrics.read(tmp_path)
     assert [record["step"] for record in records if record["split"] == "train"] == [1, 2]
     assert {record["step"] for record in records if record["split"] == "eval"} == {2}
+    assert {record.get("dataset", "") for record in records if record["split"] == "eval"} == {"", *config.data.evals}
     losses = [record["loss"] for record in [*records, last] if "loss" in record]  # held-out answers of online training have a reward alone
     assert all(math.isfinite(loss) and abs(loss) < 100 for loss in losses) and len(losses) >= 2
     assert all(record["grad_norm"] > 0 for record in records if record["split"] == "train")

@@ -84,3 +84,10 @@ def test_the_command_makes_pairs(tmp_path, capsys):
 def test_many_rows_are_no_quadratic_matter(count):
     texts = [f"the row number {i} holds the words {i * 7} and {i * 13} and nothing else at all" for i in range(count)]
     assert filters.first_of_similar(texts, 0.95).sum() > 0.9 * count
+
+
+@pytest.mark.parametrize(("option", "value"), [("--near", "0"), ("--near", "1.5"), ("--ascii", "-1"), ("--ngram", "0"), ("--out", "nowhere/x.jsonl")])
+def test_what_the_command_cannot_do(tmp_path, capsys, option, value):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    assert main([str(tmp_path / "rows.jsonl"), "--stats", option, value]) == 2
+    assert f"error: {option}" in (told := capsys.readouterr().err) and told.count("\n") == 1

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from aligner.data.__main__ import parser
+from aligner.data.__main__ import run as rows_command
 from tests.resume.runs import ROOT, TIMEOUT, WITHOUT_TORCH, demo
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -113,6 +115,7 @@ def test_sounds_and_clips_wait_for_models_that_take_them(name, tmp_path):
     """They load as samples; no model here takes them yet, and the command says so before anything is trained."""
     (tmp_path / "config.py").write_text(CONFIG.format(algorithm="sft"))
     done = run(tmp_path / "config.py", tmp_path / "run", {"data.train.path": SHARED / name})
+    assert 'samples: {"Supervised": 3}' in "\n".join(rows_command(parser().parse_args([str(SHARED / name), "--stats"])))
     assert done.returncode == 2 and "holds audio or video, but the llava model takes neither" in done.stderr
 
 

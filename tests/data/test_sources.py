@@ -200,3 +200,29 @@ def test_the_first_rows_of_a_stream(tmp_path, monkeypatch):
         rows = open_rows(source("owner/set", streaming=True, size=5))
         assert [rows[i]["prompt"] for i in range(len(rows))] == [f"q{i}" for i in range(5)]
     assert len(read) < 20, "read once, and no more than asked for"
+
+
+def test_what_is_odd_in_a_file_is_told(tmp_path):
+    write = lambda name, text: (tmp_path / name).write_text(text) and tmp_path / name
+    deep = "[" * 100_000
+    for path, message in [
+        (write("deep.json", deep), r"deep.json: not valid JSON \(maximum recursion"),
+        (write("twice.csv", "a,b,a\n1,2,3\n"), "twice.csv: the header names 'a' twice"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            open_rows(source(path))
+    rows = open_rows(source(write("deep.jsonl", f'{{"a": 1}}\n{{"a": {deep}\n')))
+    with pytest.raises(UserError, match=r"deep.jsonl, line 2: not valid JSON \(maximum recursion"):
+        rows[1]
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{}")
+
+    def refuse(self, *args):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    with pytest.raises(UserError, match=r"config.data.train.path: .*rows.jsonl cannot be read: Permission denied\."):
+        open_rows(source(path))

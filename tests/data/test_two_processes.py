@@ -23,8 +23,6 @@ SETTINGS = {
     "train.eval_every": 0,
     "checkpoint.every": 1,
     "log.every": 1,
-    "mesh.fsdp": 2,
-    "mesh.tensor": 2,
 }
 
 
@@ -38,38 +36,45 @@ def order():
     return [batch["example_id"] for batch in stream]
 
 
-def ended(processes):
-    try:
-        return [process.wait(TIMEOUT) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+def run_both(workdir, until=None):
+    """Run both processes to their end, or kill both when `until(workdir)` has come, as when the machines go down.
 
-
-def kill_when(moment, workdir):
-    """Start both, and kill both at the moment, as when the machines go down."""
-    processes = start_two(workdir, SETTINGS)
-    try:
-        until = time.monotonic() + TIMEOUT
-        while not moment(workdir):
-            assert all(process.poll() is None for process in processes) and time.monotonic() < until, log_of(workdir).read_text()
-            time.sleep(0.001)
-    finally:
-        for process in processes:
-            process.kill()
-    assert ended(processes) == [-9, -9]
+    Gloo gives up where two processes come to their first collective more than 30 s apart, as on a busy machine they may; then both are
+    started again, as a launcher would. That interrupts the run once more, which must not matter.
+    """
+    for _ in range(5):
+        written = log_of(workdir).stat().st_size if log_of(workdir).exists() else 0
+        processes = start_two(workdir, SETTINGS)
+        try:
+            end = time.monotonic() + TIMEOUT
+            while any(process.poll() is None for process in processes) and time.monotonic() < end:
+                if until is not None and until(workdir):
+                    return
+                if any(process.poll() for process in processes):
+                    break
+                time.sleep(0.001)
+            codes = [process.poll() for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        told = log_of(workdir).read_text()[written:]
+        if codes == [0, 0] and until is None:
+            return
+        assert "Gloo context initialization failed: DEADLINE_EXCEEDED" in told, (codes, told)
+    raise AssertionError("the processes never found each other:\n" + told)
 
 
 def test_each_row_once_an_epoch_and_killed_anywhere_the_order_goes_on(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert ended(start_two(whole, SETTINGS)) == [0, 0], log_of(whole).read_text()
+    run_both(whole)
     expected = order()
     ids = np.concatenate(expected).ravel()
     assert len(expected) == STEPS and sorted(ids[:ROWS]) == sorted(ids[ROWS:]) == list(range(ROWS)) and (ids[:ROWS] != ids[ROWS:]).any()
     # the logged names are made of the rows that were on the devices, all eight
     assert [record["example_ids_hash"] for record in records(whole, "train")] == [ids_hash(batch) for batch in expected]
     for moment in (preparing, step(1), saving(3)):
-        kill_when(moment, killed)
-    assert ended(start_two(killed, SETTINGS)) == [0, 0], log_of(killed).read_text()
+        run_both(killed, until=moment)
+    run_both(killed)
     assert "goes on from step" in log_of(killed).read_text()
     assert (killed / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()

@@ -69,10 +69,7 @@ def test_iw_opd(name, record):
 
     def loss(student):
         logps = [jnp.where(mask > 0, at(log_softmax(x, config.algorithm.temperature), arrays["token"]), 0) for x in (student, arrays["teacher"])]
-        loss, _ = reduced(objective, Scores(None, None, {"logp": logps[0], "teacher_logp": logps[1]}, {}), batch)
-        if config.algorithm.iw_opd_gamma == 0:
-            assert loss == pytest.approx(np.sum(partial.sampled_reverse_kl(*logps)) / mask.sum())
-        return loss, {}
+        return reduced(objective, Scores(None, None, {"logp": logps[0], "teacher_logp": logps[1]}, {}), batch)
 
     check(record, loss, arrays["student"])
 
@@ -84,8 +81,8 @@ def test_self_distillation(name, record):
     c = {"trainer": "sdft", "distillation_mode": "topk_logits", "distillation_alpha": 0.5, "distillation_add_tail": True, "loss_type": "dapo",
          "distillation_is_clip": None, "distillation_weight": 1.0} | record["settings"]  # fmt: skip
     config = tiny.config()
-    config.algorithm = common.grpo()
-    config.algorithm.update(reward_funcs=("math",), num_generations=1, loss_type=c["loss_type"])
+    config.algorithm = common.reinforce()  # GRPO's objective, an answer a prompt
+    config.algorithm.update(reward_funcs=("math",), beta=0.0, loss_type=c["loss_type"])
     config.generation.max_new_tokens = LONGEST
     there = mask.astype(np.int32)
     batch = {"score_segment": there, "score_role": there, "example_id": np.arange(len(mask))[:, None], "learn": mask}

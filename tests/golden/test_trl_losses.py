@@ -64,7 +64,7 @@ def test_equals_trl(name, record):
         return reduced(algorithm.objective, make_scores(arrays, batch, logps, answers, config.algorithm.get("ld_alpha")), batch)
 
     # TRL's gradient also stands at padding, where no parameter feels it; of one answer alone, at the second none does
-    arrange = lambda x: np.concatenate([as_answers(x, answers), np.zeros_like(x)])[: len(arrays["mask"])]
+    arrange = lambda x: np.concatenate([as_answers(x, answers), np.zeros_like(arrays["mask"])])[: len(arrays["mask"])]
     check(record, loss, as_rows(arrays["logps"], answers), arrange, arrays["mask"])
 
 

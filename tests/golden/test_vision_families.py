@@ -85,10 +85,10 @@ def pack(model, texts: list[dict], length: int, slots: int, left: bool) -> dict[
     return row
 
 
-def check_packed(folder, family: str, hf, bar: float = 1e-5):
+def check_packed(folder, family: str, hf, gradients: bool, bar: float = 1e-5):
     """Each text alone in PyTorch; here each in a row, filled up on either side, and all packed into a fourth, in float64.
 
-    Also the gradients of a random linear function of all logits.
+    Where asked for, also the gradients of a random linear function of all logits.
     """
     texts = [batch(family, hf, [row]) for row in ROWS]
     theirs = load_torch(folder, torch.float64)
@@ -108,10 +108,13 @@ def check_packed(folder, family: str, hf, bar: float = 1e-5):
             found = logits_of(model, params, made)[real]
             return jnp.sum(found * weight), found
 
-        (_, found), grads = compile_quickly(jax.value_and_grad(scalar, has_aux=True), params, made)
+        run = jax.value_and_grad(scalar, has_aux=True) if gradients else lambda params, made: (scalar(params, made), None)
+        (_, found), grads = compile_quickly(run, params, made)
         found = np.asarray(found)
     assert found.dtype == np.float64
     assert np.abs(found - expected.detach().numpy()).max() <= bar * max(1, expected.detach().abs().max())
+    if not gradients:
+        return
     (expected * torch.tensor(weight)).sum().backward()
     ours = by_name(model, grads)
     parameters = {canonical_name(model.conversion, name): p for name, p in theirs.named_parameters() if p.grad is not None}
@@ -138,10 +141,11 @@ def test_every_family_has_its_configs():
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "n"), ALL)
 def test_logits_gradients_and_round_trip(family, n, tmp_path):
+    """Gradients of the first config."""
     hf = hf_config(family, CASES[family][n])
     folder, copy = save_checkpoint(tmp_path / "hf", family, n), tmp_path / "copy"
     check_padded(folder, family, hf, "right")
-    check_packed(folder, family, hf)
+    check_packed(folder, family, hf, gradients=n == 0)
     aligner.save(*aligner.load(folder, dtype=None), copy)
     before, after = (load_torch(where, torch.float32).state_dict() for where in (folder, copy))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)

@@ -25,6 +25,8 @@ REFUSED = {
     "layers": ("internvl", lambda hf: setattr(hf, "vision_feature_layer", [1, 2]), r"vision_feature_layer=\[1, 2\]"),
     "mask": ("internvl", lambda hf: setattr(hf.vision_config, "use_mask_token", True), "with a mask token, is not implemented"),
     "rope": ("qwen2_5_vl", lambda hf: hf.text_config.rope_parameters.update(rope_type="dynamic", factor=2.0), "rope_type 'dynamic'"),
+    "pool": ("llava_next_video", lambda hf: setattr(hf, "spatial_pool_mode", "conv"), "spatial_pool_mode 'conv' of the llava_next_video config"),
+    "prompt": ("paligemma", lambda hf: setattr(hf.text_config, "model_type", "llama"), "paligemma checkpoint with a 'llama' part"),
     "text": ("llava", lambda hf: setattr(hf.text_config, "model_type", "lama"), "llava checkpoint with a 'lama' part is not supported"),
     "unknown": ("gemma3", lambda hf: setattr(hf.vision_config, "num_channels", 4) or setattr(hf.text_config, "use_bidirectional_attention", True),
                 "use_bidirectional_attention"),

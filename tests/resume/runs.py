@@ -147,6 +147,19 @@ def stop(
     recipe: Callable = dpo,
 ) -> int:
     """Start a run and send it a signal `delay` seconds after `moment(workdir)` has come; its exit status, negative for a signal."""
+    return meddle(workdir, moment, lambda process: process.send_signal(number), delay, settings, devices, recipe)
+
+
+def meddle(
+    workdir: Path,
+    moment: Callable[[Path], bool],
+    act: Callable[[subprocess.Popen], None],
+    delay: float = 0.0,
+    settings: Mapping[str, object] | None = None,
+    devices: int = 1,
+    recipe: Callable = dpo,
+) -> int:
+    """Start a run and do something to it `delay` seconds after `moment(workdir)` has come; its exit status, negative for a signal."""
     process = start(workdir, settings, devices, recipe)
     try:
         until = time.monotonic() + TIMEOUT
@@ -155,7 +168,7 @@ def stop(
             assert time.monotonic() < until, "the moment never came:\n" + log_of(workdir).read_text()
             time.sleep(0.001)
         time.sleep(delay)
-        process.send_signal(number)
+        act(process)
         return process.wait(TIMEOUT)
     finally:
         if process.poll() is None:

@@ -45,23 +45,22 @@ def test_the_run_itself(uninterrupted):
     shown = Counter(row for path in (uninterrupted / "completions").iterdir() for row in parquet.read_table(path)["row"].to_pylist())
     assert len(shown) == 48 and set(shown.values()) == {2}
     assert train[0]["val/ratio"] == 1 and train[2]["val/ratio"] != 1
-    assert len({record["reward"] for record in train}) == 6
+    assert len({record["objective/kl"] for record in train}) == 6
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_killed_many_times(uninterrupted, tmp_path, seed):
     """SIGKILL while a rollout is written, between its updates and while saving, at moments drawn by the seed."""
     draw = random.Random(seed)
     workdir = tmp_path / "run"
     moments = [
-        (lambda workdir: True, draw.uniform(1, 4)),  # at the start, wherever that is
         (wrote(0), draw.uniform(0, 0.05)),
-        (step(draw.randint(2, 4)), draw.uniform(0, 0.01)),
-        (saving(6), draw.uniform(0, 0.005)),
-        (wrote(2), draw.uniform(0, 0.02)),
-        (step(draw.randint(13, 15)), draw.uniform(0, 0.01)),
-        (saving(18), 0.0),
+        (step(draw.randint(4, 6)), draw.uniform(0, 0.01)),
+        (saving(9), draw.uniform(0, 0.005)),
+        (wrote(3), draw.uniform(0, 0.02)),
+        (step(draw.randint(15, 17)), draw.uniform(0, 0.01)),
     ]
     for moment, delay in moments:
         assert stop(workdir, moment, KILL, delay, recipe=ppo) == -KILL

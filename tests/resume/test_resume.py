@@ -147,14 +147,14 @@ def test_torn_checkpoints(uninterrupted, tmp_path, harm):
 @pytest.mark.timeout(1800)
 def test_two_processes(uninterrupted, tmp_path):
     """Two processes of four devices each: the numbers of one device, a common stop after a signal to one of them, an export."""
-    workdir, settings = tmp_path / "run", {"mesh.fsdp": 2, "mesh.tensor": 2, "checkpoint.export": True}
+    workdir, settings = tmp_path / "run", {"mesh.fsdp": 2, "mesh.tensor": 2, "checkpoint.export": True, "checkpoint.requeue_code": 75}
     processes = start_two(workdir, settings)
     try:
         while not step(7)(workdir):
             assert all(process.poll() is None for process in processes), log_of(workdir).read_text()
             time.sleep(0.01)
-        processes[1].send_signal(TERM)
-        assert [process.wait(TIMEOUT) for process in processes] == [0, 0], log_of(workdir).read_text()
+        processes[1].send_signal(signal.SIGUSR1)  # SLURM's notice, handed on as SIGTERM to JAX's preemption service
+        assert [process.wait(TIMEOUT) for process in processes] == [75, 75], log_of(workdir).read_text()
         processes = start_two(workdir, settings)
         assert [process.wait(TIMEOUT) for process in processes] == [0, 0], log_of(workdir).read_text()
     finally:

@@ -9,12 +9,12 @@ import pytest
 
 from aligner import online, sharding
 from aligner.algorithms import make
-from aligner.console import Stopped
 from aligner.data.templates import Encoded
 from aligner.generation.engine import Completion, Prompt
 from aligner.rl import rollouts
 from aligner.rl.prompts import Item
 from aligner.rl.rollouts import Group
+from aligner.stopping import Stopped
 from configs import common, grpo_llama3, ppo_llama3
 from scripts.make_tiny_checkpoint import make_llama
 from scripts.online_demo import make_sums, make_words
@@ -225,6 +225,22 @@ def test_every_other_algorithm_takes_two_steps(demo, tmp_path, name):
         assert found[0]["sampling/sampling_logp_difference/max"] < 1e-4, "only the policy's own answers are compared"
     if name == "on_policy_distillation":
         assert found[0]["loss"] == pytest.approx(0, abs=1e-6), "the teacher is the student itself"
+
+
+@pytest.mark.slow
+def test_an_episode_of_several_turns(demo, tmp_path):
+    """The demo's environment: what it says is in the text, not in what is learnt; its rewards are the run's."""
+    from pyarrow import parquet
+
+    config = settings(demo, "grpo", algorithm__reward_funcs=(), algorithm__environment="scripts.online_demo:AskAgain", train__steps=2,
+                      algorithm__max_turns=3, algorithm__num_generations=8, generation__max_new_tokens=3)  # fmt: skip
+    online.run(config, tmp_path / "run")
+    found = records(tmp_path / "run")
+    answers = [row for path in sorted((tmp_path / "run" / "completions").iterdir()) for row in parquet.read_table(path).to_pylist()]
+    again = [row for row in answers if "? =" in row["completion"]]
+    assert again and set(row["rewards/environment"] for row in answers) <= {0.0, 0.25, 0.5, 1.0}
+    assert found[0]["completions/max_length"] <= 9 and found[0]["sampling/sampling_logp_difference/max"] < 1e-4
+    assert found[0]["reward"] == pytest.approx(np.mean([row["rewards/environment"] for row in answers if row["step"] == 0]))
 
 
 @pytest.mark.slow

@@ -1,0 +1,107 @@
+"""Ends before the time: what a signal does to a program that has nothing to save, and to a step that hangs. No JAX, so it is quick."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def begin(code):
+    """A program of its own, once it has said that it is there."""
+    said = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen([sys.executable, "-c", f"import sys, time\nfrom aligner import stopping\n{code}"], **said)
+    assert process.stdout.readline() == "here\n", process.communicate()[1]
+    return process
+
+
+WORK = """
+try:
+    print("here", flush=True)
+    time.sleep(300)
+except BaseException:  # as some import might
+    time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
+def test_nothing_to_save(number, code):
+    """It ends with the code that the launcher knows, with one sentence, whatever catches exceptions just then."""
+    process = begin(f"with stopping.nothing_to_save(75):{WORK.replace(chr(10), chr(10) + '    ')}")
+    process.send_signal(getattr(signal, number))
+    _, told = process.communicate(timeout=60)
+    assert (process.returncode, told.strip()) == (code, "stopped at once; the same command goes on from the newest checkpoint")
+
+
+def test_handlers_come_back():
+    done = "with stopping.nothing_to_save(75): pass\nprint('here', flush=True)\ntime.sleep(300)"
+    process = begin(done)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == -signal.SIGTERM
+
+
+def test_a_step_that_hangs():
+    """Another thread holds what the main one waits for: the stacks of both are told, and the process ends."""
+    process = begin("""
+import threading
+def stuck_reader():
+    time.sleep(300)
+reader = threading.Thread(target=stuck_reader, daemon=True)
+reader.start()
+with stopping.watchdog(0.4) as watch:
+    for _ in range(4):  # steps
+        watch(True)
+        time.sleep(0.1)
+    print("here", flush=True)
+    reader.join()
+""")
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 124
+    assert "no step for 0.4 s: the stacks of all threads" in told
+    assert "in stuck_reader" in told and "in join" in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize("pause", ["watch(False)", "with_nothing_started"])
+def test_it_does_not_bark_at_what_is_no_step(pause):
+    """Compilation before the first step, and an evaluation, may take their time; so may what comes after."""
+    first = "watch(True); watch(False)" if pause == "watch(False)" else "pass"
+    process = begin(f"""
+print("here", flush=True)
+with stopping.watchdog(0.2) as watch:
+    {first}
+    time.sleep(0.8)
+    watch(True)
+time.sleep(0.8)
+with stopping.watchdog(0) as watch:
+    watch(True)
+    time.sleep(0.3)
+""")
+    assert (process.wait(60), process.stderr.read()) == (0, "")
+
+
+def test_a_process_that_was_suspended_does_not_hang():
+    process = begin("""
+with stopping.watchdog(0.8) as watch:
+    watch(True)
+    print("here", flush=True)
+    time.sleep(0.3)
+    watch(True)
+    watch(False)
+""")
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGCONT)
+    assert (process.wait(60), process.stderr.read()) == (0, "")
+
+
+def test_ctrl_c_while_importing(tmp_path):
+    """As by a user who saw a typo: no traceback. What Python does before the first line of the program is its own."""
+    (tmp_path / "absl.py").write_text(f"import time{WORK}")  # stands for all that takes its time to import
+    process = begin(f"import runpy\nsys.path.insert(0, {str(tmp_path)!r})\nrunpy.run_module('aligner.main', run_name='__main__')")
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert (process.returncode, told.strip()) == (130, "stopped at once; the same command goes on from the newest checkpoint")
