@@ -83,15 +83,19 @@ def test_bytes_are_the_compilers(llama):
     assert found["trainable"] == found["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(llama.params))
 
 
-def test_every_kind_of_algorithm_has_a_step(llama):
-    for name in ("sft", "kto", "orpo", "simpo", "dpo_ranked", "sso", "tpo", "grpo"):
-        config = tiny.config()
-        config.algorithm = getattr(common, name)()
-        if name == "grpo":
-            config.algorithm.reward_funcs = ("math",)
-        row = ahead.row_of(config, llama.model, 24, None, 0, None)
-        step = ahead.make_step(config, llama.model, jax.devices()[:1], row)
-        assert ahead.flops(step) > 0, name
+KINDS = [pytest.param(name, marks=() if name in ("kto", "grpo") else pytest.mark.slow)
+         for name in ("sft", "kto", "orpo", "simpo", "dpo_ranked", "sso", "tpo", "grpo")]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_algorithm_has_a_step(llama, name):
+    config = tiny.config()
+    config.algorithm = getattr(common, name)()
+    if name == "grpo":
+        config.algorithm.reward_funcs = ("math",)
+    row = ahead.row_of(config, llama.model, 24, None, 0, None)
+    step = ahead.make_step(config, llama.model, jax.devices()[:1], row)
+    assert ahead.flops(step) > 0
 
 
 def test_flops(llama):
@@ -206,6 +210,24 @@ def call(monkeypatch, tmp_path, *argv):
     return status, json.loads((tmp_path / "plan.json").read_text())
 
 
+def test_the_first_that_fits_is_taken(monkeypatch, capsys):
+    """Settings are tried in their order, and none after the first that fits."""
+    tried = []
+
+    def figures(config, devices, **row):
+        tried.append((config.train.remat, config.train.accumulate))
+        return {"too_large": False, "total_bytes": 10 if config.train.accumulate < 4 else 5}
+
+    monkeypatch.setattr(plan, "plan", figures)
+    config = tiny.config(data__batch_size=32)
+    settings, found = plan.find_remedy(config, {"resident_bytes": 4}, 6, jax.devices())
+    assert tried == [("dots", 1), ("context", 1), ("full", 1), ("full", 2), ("full", 4)]
+    assert settings == "--config.train.remat=full --config.train.accumulate=4" and found["total_bytes"] == 5
+    assert plan.find_remedy(config, {"resident_bytes": 4}, 4, jax.devices()) is None
+    assert capsys.readouterr().out.count("trying --config.") >= 10
+
+
+@pytest.mark.slow
 def test_what_fits_after_a_change_is_found_by_compiling(checkpoint, monkeypatch, tmp_path, capsys):
     arguments = ["--config=configs/dpo_llama3.py", f"--config.model.path={checkpoint}", "--config.train.remat=none", "--tokens=64", "--config.data.batch_size=16"]
     status, whole = call(monkeypatch, tmp_path, *arguments)

@@ -42,7 +42,7 @@ def elements(shape):
     return total
 
 
-MESHES = [dict(data=8), dict(data=1, fsdp=8), dict(data=2, fsdp=2, tensor=2)]
+MESHES = [dict(data=2, fsdp=2, tensor=2), *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in (dict(data=8), dict(data=1, fsdp=8)))]
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "x".join(map(str, mesh.values())))

@@ -23,6 +23,8 @@ JOBSETS = ("jobset_gpu", "jobset_tpu", "xpk")
 RECIPES = ("local", "slurm", "mpi", "tpu_pod", *JOBSETS, "skypilot")
 CHIPS = ("a100", "h100", "h200", "b200", "v4", "v5e", "v5p", "v6e", "cpu")
 
+REQUEUE = ["--config.checkpoint.requeue_code=75"]
+
 # What an imitation of a launcher does: two processes, each with the variables of its rank, and all must end well.
 TWO = """#!/bin/bash
 {shift}
@@ -107,7 +109,7 @@ def start(name, tmp_path, arguments, python):
         return [run(["bash", "launch/tpu_pod.sh", *arguments], TPU="pod", ZONE="zone", DIRECTORY=str(ROOT))]
     text, variables = program(name)
     variables = {key: str(value) for key, value in variables.items()} | {"CHIP": "cpu"}
-    text, count = re.subn(r"(python -m aligner\.main).*", lambda match: f"{match[1]} {shlex.join(arguments)}", text)
+    text, count = re.subn(r"(python -m aligner\.main)(?:.*\\\n)*.*", lambda match: f"{match[1]} {shlex.join(arguments)}", text)
     assert count == 1
     ranks = []
     for rank in ("0", "1"):
@@ -140,7 +142,7 @@ def test_both_processes_are_called_and_find_each_other(name, tmp_path):
     calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
     assert len(calls) == 2
     for argv, environment in calls:
-        assert argv == ["-m", "aligner.main", "--config", "configs/a b.py", "--workdir=w"]
+        assert argv == ["-m", "aligner.main", "--config", "configs/a b.py", "--workdir=w", *(REQUEUE if name == "slurm" else ())]
         assert environment["JAX_PLATFORMS"] == "cpu"  # settings.sh was read
     worlds = [world(environment) for _, environment in calls]
     if name == "slurm":
@@ -179,6 +181,7 @@ def test_jobsets_agree_with_themselves(name):
     jobset, replicated, job, pod, one = container(name)
     assert job["completionMode"] == "Indexed" and job["parallelism"] == job["completions"] and pod["restartPolicy"] == "Never"
     environment = program(name)[1]
+    assert REQUEUE[0] in one["args"][0] and jobset["spec"]["failurePolicy"]["maxRestarts"] > 0  # stopped is not done
     first = f"{jobset['metadata']['name']}-{replicated['name']}-0-0.{jobset['metadata']['name']}"
     slices, hosts = replicated["replicas"], job["parallelism"]
     if name == "jobset_gpu":
@@ -194,6 +197,17 @@ def test_jobsets_agree_with_themselves(name):
         assert slices == 1 or environment["MEGASCALE_COORDINATOR_ADDRESS"] == first
     mesh = dict(re.findall(r"--config\.mesh\.(\w+)=(\d+)", one["args"][0]))
     assert int(mesh.get("data", 1)) * int(mesh["fsdp"]) == slices * hosts * per_host
+
+
+@pytest.mark.parametrize("code,queued", [(75, True), (0, False), (1, False)])
+def test_slurm_queues_what_was_stopped_again(tmp_path, code, queued):
+    tools = {"srun": f"#!/bin/bash\nexit {code}\n", "scontrol": f'#!/bin/bash\necho "$@" > {tmp_path}/told\n'}
+    for tool, text in tools.items():
+        (tmp_path / tool).write_text(text)
+        (tmp_path / tool).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "CHIP": "cpu", "SLURM_SUBMIT_DIR": str(ROOT)}
+    assert subprocess.run(["bash", "launch/slurm.sbatch"], cwd=ROOT, env=environment).returncode == code
+    assert (tmp_path / "told").exists() == queued and (not queued or (tmp_path / "told").read_text() == "requeue 7\n")
 
 
 def test_slurm_header():
