@@ -27,7 +27,7 @@ def parse(argv: list[str]) -> list[str]:
     app.define_help_flags()
     path, _ = config_file(argv)
     if path and not Path(path).is_file():
-        others = sorted(str(file) for file in Path("configs").glob("*.py") if file.stem not in ("__init__", "common"))
+        others = sorted(str(file) for file in Path("configs").glob("*.py") if file.stem not in ("__init__", "common", "online"))
         raise UserError(f"--config {path} does not exist; there is {', '.join(others) or 'no folder configs here'}")
     try:
         return flags.FLAGS(argv)
@@ -90,6 +90,19 @@ def _problem(config: Any, name: str, value: str | None) -> str | None:
         taken = False
     example = "" if section is None or kind is bool else f", such as {section!r}"
     return None if taken else f"{where} must be {_KINDS[kind]}{example}, not {value!r}"
+
+
+def check_out(path: str | Path) -> Path:
+    """The path, if a file can be written there; raises UserError. Asked before the work whose result it is to hold."""
+    path = Path(path)
+    try:
+        new = not path.exists()
+        path.open("ab").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"--out: {path} cannot be written: {error.strerror}") from None
+    return path
 
 
 _BOOLEANS = ("true", "t", "1", "false", "f", "0")

@@ -17,6 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from aligner.losses.distillation import generalized_jsd, generalized_jsd_gradient
+from aligner.losses.partial_distillation import few_tokens_jsd, likeliest
 from aligner.matmul import dot, dot_turned, weight_gradient
 from aligner.types import Head
 
@@ -79,11 +80,20 @@ def token_stats(
 DIVERGENCE = ("divergence", "agreement")  # what `divergence` returns; only the first carries a gradient
 
 
+class TopK(NamedTuple):
+    """Which tokens a divergence is taken over; see `aligner.losses.partial_distillation`."""
+
+    k: int
+    of: str  # student, teacher or both
+    add_tail: bool
+
+
 class _Divergence(NamedTuple):
     student: _Static
     teacher: _Static
     beta: float
     temperature: float
+    top_k: TopK | None
 
 
 def divergence(
@@ -94,6 +104,7 @@ def divergence(
     beta: float = 0.5,
     temperature: float = 1.0,
     chunk: int | None = None,
+    top_k: TopK | None = None,
 ) -> dict[str, Float[Array, "B S"]]:
     """The generalised Jensen-Shannon divergence of next-token distributions at every position; see `aligner.losses.distillation`.
 
@@ -105,6 +116,7 @@ def divergence(
         beta: in [0, 1]; 0 is the forward, 1 the reverse Kullback-Leibler divergence.
         temperature: > 0; all logits are divided by it. The divergence is not multiplied by its square.
         chunk: positions per chunk along S, as in `token_stats`.
+        top_k: only the likeliest tokens are compared; None compares all.
 
     Returns:
         `divergence` [B, S], and `agreement` [B, S]: 1.0 where both think the same token the likeliest; float32 or wider.
@@ -117,7 +129,7 @@ def divergence(
     sides = [_Static((), size, h.transposed, h.scale, h.softcap) for h in (head, teacher_head)]
     with jax.named_scope("divergence"):
         teacher = jax.lax.stop_gradient((teacher_hidden, teacher_head.weight.astype(teacher_hidden.dtype), teacher_head.bias))
-        static = _Divergence(*sides, float(beta), float(temperature))
+        static = _Divergence(*sides, float(beta), float(temperature), top_k)
         return _divergence(static, hidden, head.weight.astype(hidden.dtype), head.bias, *teacher)
 
 
@@ -282,13 +294,27 @@ def _log_probs(static: _Divergence, student: tuple, teacher: tuple):
     return logits, jax.nn.log_softmax(logits / static.temperature), log_q.astype(logits.dtype)
 
 
+def _chunk_divergence(static: _Divergence, log_p, log_q):
+    if static.top_k is None:
+        return generalized_jsd(log_p, log_q, static.beta)
+    k, of, add_tail = static.top_k
+    return few_tokens_jsd(log_p, log_q, likeliest(log_p, log_q, k, of), static.beta, add_tail)
+
+
+def _chunk_divergence_gradient(static: _Divergence, log_p, log_q):
+    """By the logits of which `log_p` is the log-softmax."""
+    if static.top_k is None:
+        return generalized_jsd_gradient(log_p, log_q, static.beta)
+    return jax.grad(lambda logits: jnp.sum(_chunk_divergence(static, jax.nn.log_softmax(logits), log_q)))(log_p)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _divergence(static: _Divergence, hidden, weight, bias, teacher_hidden, *teacher_head):
     def body(_, chunk):
         states, teacher_states = chunk
         _, log_p, log_q = _log_probs(static, (states, weight, bias), (teacher_states, *teacher_head))
         same = jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)
-        return None, (generalized_jsd(log_p, log_q, static.beta), same.astype(log_p.dtype))
+        return None, (_chunk_divergence(static, log_p, log_q), same.astype(log_p.dtype))
 
     size = static.student.chunk
     _, stats = _scan(body, None, (_chunks(hidden, size), _chunks(teacher_hidden, size)))
@@ -309,7 +335,7 @@ def _divergence_backward(static: _Divergence, residuals, gradients):
     def body(carry, chunk):
         states, teacher_states, g = chunk
         logits, log_p, log_q = _log_probs(static, (states, weight, bias), (teacher_states, *teacher_head))
-        d = generalized_jsd_gradient(log_p, log_q, static.beta) * (g / static.temperature)[..., None]
+        d = _chunk_divergence_gradient(static, log_p, log_q) * (g / static.temperature)[..., None]
         d_states, d_head = _through_head(static.student, d, logits, states, weight, bias, trains)
         return jax.tree.map(jnp.add, carry, d_head), d_states
 

@@ -26,6 +26,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from aligner.commandline import defaults, parse
+from aligner.processes import EXAMPLE, world
 from aligner.types import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :ARGUMENT if it takes one.", lock_config=True)
@@ -43,13 +44,12 @@ def start_jax() -> None:
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "aligner" / "jax"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    if "JAX_COORDINATOR_ADDRESS" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1 or "TPU_WORKER_HOSTNAMES" in os.environ:
-        told = {key: os.environ.get("JAX_" + key.upper()) for key in ("num_processes", "process_id")}  # these two JAX does not read itself
+    arguments = world(os.environ)
+    if arguments is not None:
         try:
-            jax.distributed.initialize(**{key: int(value) for key, value in told.items() if value})
+            jax.distributed.initialize(**arguments)
         except ValueError as error:
-            variables = "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
-            raise UserError(f"the processes of this run cannot find each other ({error}); set {variables} for each") from None
+            raise UserError(f"the processes of this run cannot find each other ({error}); {EXAMPLE}") from None
 
 
 def main(argv: list[str]) -> int:

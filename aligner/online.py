@@ -21,11 +21,12 @@ from aligner.algorithms import ppo
 from aligner.algorithms.grpo import PENALISED, reference_params
 from aligner.console import progress, say, short, tracing
 from aligner.convert import peft
+from aligner.data import loader
 from aligner.generation.engine import make_engine
 from aligner.generation.sampling import Sampling, stop_tokens
 from aligner.generation.sampling import check as check_sampling
 from aligner.likelihood import cast
-from aligner.rl import advantages, rollouts, table
+from aligner.rl import advantages, mixture, rollouts, table
 from aligner.rl.engines import Local, Server
 from aligner.rl.environments import find_environment
 from aligner.rl.prompts import load_prompts
@@ -92,7 +93,8 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     optim.check_groups(config.optim.groups, trained)
     prompts = load_prompts(config, "train", model, directory / "data")
     held_out = load_prompts(config, "eval", model, directory / "data") if config.data.eval.path else None
-    for dataset in filter(None, (prompts, held_out)):
+    supervised = loader.load_dataset(config, "ptx", model, "supervised", cache_dir=directory / "data") if c.get("ptx_coef") else None
+    for dataset in filter(None, (prompts, held_out, supervised)):
         say(*dataset.report)
     updates = c.num_mini_batches * c.num_iterations
     size = config.data.batch_size * c.num_mini_batches  # prompts of a rollout
@@ -131,7 +133,9 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         if restored:
             train_state, kept = restored
             host = kept["host"]
-            say(f"goes on from step {int(train_state.step)}")
+            if (done := int(train_state.step)) > steps:
+                raise UserError(f"the run in {directory} has done {done} steps, and config.train.steps is {steps}; give {done} or more")
+            say(f"goes on from step {done}")
 
         step_function = make_train_step(
             algorithm, optimizer, dtype=config.model.dtype, schedule=schedule, accumulate=config.train.accumulate,
@@ -149,11 +153,13 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         tokenize = lambda words: np.array(model.assets.tokenizer(words, add_special_tokens=False)["input_ids"], np.int32)
         episodes = dict(environment=environment, turns=c.max_turns, tokenize=tokenize)
         key = jax.random.key(config.seed)
-        local = lambda manner, key=key: Local(make_engine(model, manner, rows=rows, dtype=config.model.dtype, detokenize=text), key)
+        local = lambda manner, key=key, of=model: Local(make_engine(of, manner, rows=rows, dtype=config.model.dtype, detokenize=text), key)
         export = lambda params, folder: convert.save(model, lora.merge(params) if adapters else params, folder)
         served = config.generation.server and server_of(config, manner, directory / "served", export)
         writer = rollouts.Writer(served or local(manner), text, rewards, weights, c.reward_timeout, **episodes)
-        other = writer._replace(engine=local(manner, jax.random.fold_in(key, 1)))
+        share = rollouts.rivalry(c)
+        rival = mixture.geometric(model, share) if 0 < share < 1 else model
+        other = writer._replace(engine=local(manner, jax.random.fold_in(key, 1), rival))
         greedy = writer._replace(engine=local(Sampling(manner.max_new_tokens, 0.0, stop_tokens=manner.stop_tokens)))
         # the policy that wrote is asked again where it will have moved on, or where its own word is part of the reward
         wants = bool(served) or updates > 1 or c.beta > 0 or c.get("top_entropy_quantile", 1.0) < 1 or c.name in (*PENALISED, "ppo")
@@ -166,8 +172,9 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             """(batch, host state after it, metrics) of a rollout by the policy as it is now."""
             begun = time.monotonic()
             writer.engine.update(policy(), iteration)
-            if c.get("xpo_alpha"):  # one answer by the policy, one by the reference
-                other.engine.update(reference_params(config, whole(train_state.trainable, fixed, config)[1]), iteration)
+            if share:  # one answer by the policy, one by the reference or its mixture with the policy
+                reference = reference_params(config, whole(train_state.trainable, fixed, config)[1])
+                other.engine.update(reference if rival is model else {"policy": policy(), "reference": reference}, iteration)
                 groups, position = rollouts.collect(writer, prompts, host["position"], size, 1)
                 places = range(host["position"], position)
                 groups = rollouts.joined(groups, rollouts.write(other, [group.item for group in groups], places, 1))
@@ -203,6 +210,8 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             return {"reward": float(np.nanmean(worth)), "completions/mean_length": float(length)}
 
         step = int(train_state.step)
+        order = dict(seed=config.seed, shuffle=config.data.shuffle, start=step)
+        beside = loader.batches(supervised, config.data.batch_size, **order) if supervised else None
         last: dict[str, float] = {}
         due = lambda step: held_out is not None and (step == steps or (config.train.eval_every and step % config.train.eval_every == 0))
         with (
@@ -220,7 +229,15 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                 checkpoint.save(checkpoints, train_state, {"host": dict(host)})
                 saved = step
 
+            def hold_out() -> None:
+                nonlocal last
+                last = evaluate()
+                write(step, "eval", last)
+                say(f"step {step}: held-out {short(last)}")
+
             try:
+                if restored and due(step) and not metrics.has(directory, step, "eval"):
+                    hold_out()  # the run was killed while it evaluated
                 while step < steps:
                     iteration, update = divmod(step, updates)
                     if update and not batch:
@@ -231,6 +248,8 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                             rollouts.save(directory / ROLLOUTS, iteration, batch, host, found)
                             forget(directory, iteration, updates)
                     part = rollouts.minibatch(batch, config.seed, iteration, update, c.num_mini_batches)
+                    if beside:
+                        part |= {ppo.PTX + name: x for name, x in next(beside).items()}
                     trace(step)
                     train_state, seen = train_step(train_state, fixed, put(part, {}, mesh))
                     step += 1
@@ -247,9 +266,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                         save()
                     if due(step):
                         watch(False)
-                        last = evaluate()
-                        write(step, "eval", last)
-                        say(f"step {step}: held-out {short(last)}")
+                        hold_out()
                     check_stop()
                     watch(True)
             except (Stopped, UserError):  # a reward server that is gone is no reason to lose what was learned

@@ -10,19 +10,21 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import sys
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from absl import app, flags
 
+from aligner.commandline import check_out
 from aligner.types import Model, UserError
 
 OUT = flags.DEFINE_string("out", "preview.html", "The page to write.")
 ROWS = flags.DEFINE_integer("rows", 8, "How many rows of each dataset to show.", lower_bound=1)
 
+TORN = "\ufffd"  # what bytes that are no whole character become
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #1c1c1c; background: #fff }
 h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid #ddd } h3 { font-size: 1rem }
@@ -55,7 +57,7 @@ def page(config: Any, model: Model, datasets: Iterable[Any], rows: int) -> str:
     """
     from aligner.data.templates import chat_template
 
-    parts = [f"<h1>What {html.escape(Path(config.model.path).name)} will see</h1>", LEGEND]
+    parts = [f"<h1>What the model in {html.escape(config.model.path)} will see</h1>", LEGEND]
     for dataset in datasets:
         parts.append(f"<h2>{html.escape(dataset.name)}</h2>")
         parts.append("<pre>" + html.escape("\n".join(dataset.report)) + "</pre>")
@@ -109,7 +111,9 @@ def show_row(row: Mapping[str, np.ndarray], model: Model) -> str:
     # the columns whose token is trained: the one after a scored position in the same answer, or the first of an answer
     trained = trained_columns(row)
     blocks = []
-    for segment in range(1, int(row["segment_ids"].max()) + 1):
+    segments = int(row["segment_ids"].max())
+    of = lambda segment: f" of segment {segment}" if segments > 1 else ""
+    for segment in range(1, segments + 1):
         here = row["segment_ids"] == segment
         roles = [int(role) for role in np.unique(row["role"][here]) if role > 0]
         prompt = tokens_html(row, here & (row["role"] == 0), trained, model)
@@ -117,7 +121,7 @@ def show_row(row: Mapping[str, np.ndarray], model: Model) -> str:
         shared = common_start([row["tokens"][columns] for columns in answers])
         texts = [tokens_html(row, columns, trained, model, shared) for columns in answers]
         cells = [f"<div><h3>answer {role}</h3>{text}</div>" for role, text in zip(roles, texts)]
-        blocks.append(f'<h3>prompt</h3>{prompt}<div class="answers">{"".join(cells)}</div>')
+        blocks.append(f'<h3>prompt{of(segment)}</h3>{prompt}<div class="answers">{"".join(cells)}</div>')
     used, scored = int((row["segment_ids"] > 0).sum()), int((row["score_segment"] > 0).sum())
     ids = ", ".join(str(i) for i in row["example_id"] if i >= 0)
     note = f'<p class="note">row {ids}: {used} of {len(row["tokens"])} columns, {scored} tokens trained</p>'
@@ -139,27 +143,38 @@ def trained_columns(row: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def tokens_html(row: Mapping[str, np.ndarray], columns: np.ndarray, trained: np.ndarray, model: Model, shared: int = 0) -> str:
-    """The tokens of some columns, each a coloured span; a run of image features is one."""
-    tokenizer, spans, place = model.assets.tokenizer, [], 0
+    """The tokens of some columns, each a coloured span; a run of image features is one, and so are the tokens of one character."""
     media = row.get("media_index", np.full(len(row["tokens"]), -1))
-    where = np.flatnonzero(columns)
-    while place < len(where):
+
+    def kind(place: int) -> str:
         column = where[place]
         if media[column] >= 0:
-            run = place
-            while run < len(where) and media[where[run]] >= 0:
-                run += 1
-            spans.append(f'<span class="media">image, {run - place} features</span>')
-            place = run
-            continue
+            return "media"
         role = int(row["role"][column])
-        kind = f"trained{min(role, 3) or 1}" if trained[column] else "untrained" if role else "prompt"
-        kind += " common" if place < shared else ""
-        token = int(row["tokens"][column])
-        text = html.escape(tokenizer.convert_tokens_to_string([tokenizer.convert_ids_to_tokens(token)])).replace("\n", "⏎\n")
-        spans.append(f'<span class="{kind}" title="{token}">{text}</span>')
-        place += 1
+        shade = f"trained{min(role, 3) or 1}" if trained[column] else "untrained" if role else "prompt"
+        return shade + (" common" if place < shared else "")
+
+    where, spans, show = np.flatnonzero(columns), [], shower(model.assets.tokenizer)
+    for name, places in itertools.groupby(range(len(where)), kind):
+        ids = [int(row["tokens"][where[place]]) for place in places]
+        if name == "media":
+            spans.append(f'<span class="media">image, {len(ids)} features</span>')
+            continue
+        while ids:
+            # a character may be several tokens: the fewest that are no torn one
+            texts = {count: show(ids[:count]) for count in range(1, min(len(ids), 4) + 1)}
+            count = next((count for count, text in texts.items() if TORN not in text), 1)
+            title = ", ".join(map(str, ids[:count]))
+            spans.append(f'<span class="{name}" title="{title}">{html.escape(texts[count])}</span>'.replace("\n", "⏎\n"))
+            ids = ids[count:]
     return f'<div class="text">{"".join(spans)}</div>'
+
+
+def shower(tokenizer: Any) -> Callable[[list[int]], str]:
+    """Token ids -> their text as it stands within a longer one: alone, some tokenizers leave the space before a word out."""
+    before = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])
+    known = len(tokenizer.convert_tokens_to_string(before))
+    return lambda ids: tokenizer.convert_tokens_to_string(before + tokenizer.convert_ids_to_tokens(ids))[known:]
 
 
 def common_start(answers: list[np.ndarray]) -> int:
@@ -187,23 +202,26 @@ def main(argv: list[str]) -> None:
     from aligner.console import say
     from aligner.data import loader
     from aligner.data.catalogue import with_template
-    from aligner.data.mixture import is_set
     from aligner.main import CONFIG, WORKDIR
-    from aligner.run import call_setup
+    from aligner.run import call_setup, eval_splits
 
     if CONFIG.value is None:
         raise UserError("--config is missing; for example: python -m aligner.preview --config configs/dpo_llava.py:tiny --out page.html")
+    out = check_out(OUT.value)
     config = workdir.resolve(CONFIG.value, WORKDIR.value or "runs/preview")
     if config.setup:
         call_setup(config)
     model, _ = convert.open_model(config.model.path, config.model.revision, config.algorithm.name in algorithms.SCORING)
     model = with_template(model, config.data)
     needs = algorithms.make(config, model).needs
-    datasets = [loader.load_dataset(config, split, model, needs) for split in ("train", "eval") if is_set(config.data[split])]
+    if needs == "prompt":  # as `aligner.rl.prompts` takes them: with room for an answer
+        with config.unlocked():
+            config.data.max_length = max(0, config.data.max_length - config.generation.max_new_tokens)
+    datasets = [loader.load_dataset(config, split, model, needs) for split in ("train", *eval_splits(config).values())]
     for dataset in datasets:
         say(*dataset.report)
-    Path(OUT.value).write_text(page(config, model, datasets, ROWS.value), encoding="utf-8")
-    print(f"{OUT.value}: {len(datasets)} datasets, {ROWS.value} rows each; open it in a browser")
+    out.write_text(page(config, model, datasets, ROWS.value), encoding="utf-8")
+    print(f"{out}: {len(datasets)} datasets, {ROWS.value} rows each; open it in a browser")
 
 
 if __name__ == "__main__":

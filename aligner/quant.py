@@ -60,17 +60,23 @@ def quantise(kernel: Float[Array, "... K N"], kind: str) -> Any:
     return qwix.quantize(kernel, kind, channelwise_axes=(1,), tiled_axes={0: math.gcd(kernel.shape[0], TILE)})
 
 
-def quantise_leaf(kernel: Array, kind: str) -> Any:
-    """`quantise` for an array on devices: the result is laid out as the kernel was. The kernel should be dropped right after."""
+def abstract(kernel: Any, kind: str) -> Any:
+    """What `quantise` makes of a kernel of which shape, dtype and sharding are known: abstract leaves, laid out as the kernel is."""
 
     def like(part):
         if not isinstance(kernel.sharding, NamedSharding):
-            return kernel.sharding
+            return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=kernel.sharding)
         mesh, spec = kernel.sharding.mesh, kernel.sharding.spec
         parts = lambda axis: math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
-        return NamedSharding(mesh, PartitionSpec(*(axis if size % parts(axis) == 0 else None for axis, size in zip(spec, part.shape))))
+        place = PartitionSpec(*(axis if size % parts(axis) == 0 else None for axis, size in zip(spec, part.shape)))
+        return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=NamedSharding(mesh, place))
 
-    layout = jax.tree.map(like, jax.eval_shape(lambda k: quantise(k, kind), kernel))
+    return jax.tree.map(like, jax.eval_shape(lambda k: quantise(k, kind), kernel))
+
+
+def quantise_leaf(kernel: Array, kind: str) -> Any:
+    """`quantise` for an array on devices: the result is laid out as the kernel was. The kernel should be dropped right after."""
+    layout = jax.tree.map(lambda part: part.sharding, abstract(kernel, kind))
     return jax.jit(lambda k: quantise(k, kind), out_shardings=layout)(kernel)
 
 

@@ -144,6 +144,7 @@ class Media:
         arrange: (row, its Pictures) -> arrays of the row by name; None where there are none.
         together: the image processor is told which pictures are of one row, since it treats several otherwise than one.
         folder: where paths of pictures are looked up; the data side sets it to ask for their sizes.
+        video: token id that stands for one feature of a video, which fills a slot a frame; None where a model takes none.
     """
 
     placeholder: int
@@ -158,6 +159,7 @@ class Media:
     arrange: Callable[..., Any] | None = dataclasses.field(default=None, compare=False)
     together: bool = False
     folder: Any = dataclasses.field(default=None, compare=False)
+    video: int | None = None
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -1,9 +1,10 @@
-"""aligner's side of the DPO comparison: the jitted training step as `aligner.run` builds it."""
+"""aligner's side of comparisons: the jitted training step as `aligner.run` builds it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,7 +39,7 @@ def make_batch(rows: list[dict[str, list[int]]], shared_prompt: bool) -> dict[st
 
 
 def aligner_step(folder: Path, rows: list[dict[str, list[int]]], dtype: str, shared_prompt: bool) -> Callable[[], float]:
-    """One optimizer step per call; returns the loss.
+    """One optimizer step of DPO per call; returns the loss.
 
     Args:
         folder: Hugging Face checkpoint, of policy and reference.
@@ -47,15 +48,33 @@ def aligner_step(folder: Path, rows: list[dict[str, list[int]]], dtype: str, sha
         shared_prompt: lay a pair out as [prompt | chosen | rejected] instead of [prompt chosen] [prompt rejected].
     """
     config = make_config(dtype)
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    model, params = convert.load(folder, dtype="float32", mesh=one_device(config))
+    return make_steps(config, model, params, [make_batch(rows, shared_prompt)], folder)
+
+
+def one_device(config) -> jax.sharding.Mesh:
+    return sharding.make_mesh(config.mesh, jax.devices()[:1])
+
+
+def make_steps(config, model, params, batches: list[dict[str, Any]], reference: Path | None = None) -> Callable[[], float]:
+    """A step on each of some batches of one shape per call; returns the last one's loss.
+
+    Args:
+        config: of the algorithm and its optimizer; 
+        model, params: what trains, float32; given up to the training state.
+        batches: as the loader gives them, or `make_batch`.
+        reference: checkpoint of the reference, where the algorithm has one.
+    """
+    mesh, dtype = one_device(config), config.model.dtype
     with jax.set_mesh(mesh):
-        model, params = convert.load(folder, dtype="float32", mesh=mesh)
         algorithm = algorithms.make(config, model)
         optimizer = optim.make_optimizer(config.optim, optim.make_schedule(config.optim, 1000), model.trained_layers)
         trainable, base = lora.split(params, config.optim.freeze)
         del params
-        fixed = {"base": base, "reference": convert.load(folder, dtype=dtype, mesh=mesh)[1]}
-        batch = jax.device_put(make_batch(rows, shared_prompt), sharding.batch_sharding(mesh))
+        fixed = {"base": base}
+        if reference:
+            fixed["reference"] = convert.load(reference, dtype=dtype, mesh=mesh)[1]
+        batches = [jax.device_put(batch, sharding.batch_sharding(mesh)) for batch in batches]
         box = [state.create(trainable, optimizer, algorithm.carry, config.seed, mesh)]
         del trainable
         layout = jax.tree.map(lambda leaf: leaf.sharding, box[0])
@@ -64,12 +83,13 @@ def aligner_step(folder: Path, rows: list[dict[str, list[int]]], dtype: str, sha
             donate_argnums=0,
             out_shardings=(layout, sharding.replicated(mesh)),
         )
-        compiled = step.lower(box[0], fixed, batch).compile()
+        compiled = step.lower(box[0], fixed, batches[0]).compile()
 
     def call() -> float:
-        box[0], metrics = compiled(box[0], fixed, batch)
+        for batch in batches:
+            box[0], metrics = compiled(box[0], fixed, batch)
         jax.block_until_ready(box[0])
         return float(metrics["loss"].value)
 
-    call.compiled, call.box, call.fixed, call.batch = compiled, box, fixed, batch  # for whoever profiles it
+    call.compiled, call.box, call.fixed, call.batches = compiled, box, fixed, batches  # for whoever profiles it
     return call

@@ -164,8 +164,13 @@ def memory(gigabytes: float, workers: int, take: int) -> dict[str, float]:
         opened = time.perf_counter() - start
         example = kind.encode(rows.read(0), model, config.data)
         example = example._replace(answers=(example.answers[0][:8],), scored=(example.scored[0][:8],))
-        look = lambda index: (rows.read(index), example)[1]
-        found = census.take_census(look, rows, model, None, "data.train", cache_dir=Path(name) / "cache", workers=workers, progress=False)
+
+        def steps(index: int):
+            rows.read(index)
+            return example
+            yield
+
+        found = census.take_census(steps, rows, model, None, "data.train", cache_dir=Path(name) / "cache", workers=workers, progress=False)
         seconds = time.perf_counter() - start - opened
         for index in random.Random(0).sample(range(len(rows)), take):
             kind.encode(rows.read(index), model, config.data)

@@ -1,9 +1,24 @@
 """Every key of a config, with its default and what it means. Experiments start from `base()` and change what they need."""
 
-from collections.abc import Callable, Mapping
-
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
+
+# every algorithm is a function of this module
+from configs.online import (  # noqa: F401
+    grpo,
+    nash_md,
+    on_policy_distillation,
+    online_dpo,
+    ppo,
+    ppo_lagrangian,
+    reinforce,
+    reinforce_plus_plus,
+    reinforce_plus_plus_baseline,
+    remax,
+    rloo,
+    teacher_keys,
+    xpo,
+)
 
 
 def data_source() -> ConfigDict:
@@ -193,149 +208,9 @@ def distillation() -> ConfigDict:
             name="distillation",
             teacher="",  # checkpoint folder or Hub id, of the same vocabulary; "{workdir}" stands for the working directory
             beta=0.5,  # 0: forward KL(teacher || student); 1: reverse KL(student || teacher); between: generalised Jensen-Shannon
-            temperature=1.0,  # all logits are divided by it
+            **teacher_keys(),
         )
     )
-
-
-def _online(name: str) -> dict:
-    """What all online algorithms have in common."""
-    return dict(
-        name=name,
-        # what answers are worth: a checkpoint folder or Hub id of a reward model, "package.module:function" with
-        # (prompts, completions, **columns) -> list of float or None, "math" or "format" (aligner/rl/verifiers.py), or an http:// address
-        reward_funcs=(),
-        reward_weights=(),  # one number for each; () weighs all 1
-        environment="",  # "package.module:Name" makes an episode of several turns (aligner/rl/environments.py); its rewards are added
-        max_turns=4,  # of the policy in an episode, each of at most generation.max_new_tokens
-        reward_timeout=60.0,  # seconds that a reward function may take for a rollout
-        num_generations=8,  # answers to each prompt: a group
-        num_iterations=1,  # passes over a rollout
-        num_mini_batches=1,  # updates of a pass, each on config.data.batch_size prompts with all their answers
-        epsilon=0.2,  # the ratio to the policy that wrote is held in [1 - epsilon, 1 + epsilon_high]
-        epsilon_high=placeholder(float),  # None: epsilon
-        delta=placeholder(float),  # two-sided clipping: the most that the unclipped ratio counts; None is off
-        dual_clip=placeholder(float),  # > 1: the most that a bad answer's ratio counts; None is off
-        beta=0.0,  # weight of the KL divergence from the reference; 0 needs no reference
-        entropy_coef=0.0,  # weight of the entropy of the next-token distributions, which is pushed up
-        mask_truncated_completions=False,  # learn nothing from answers that were cut at generation.max_new_tokens
-        overlong_buffer=0,  # tokens before that limit over which an answer loses up to overlong_penalty of its reward
-        overlong_penalty=1.0,
-    )
-
-
-def grpo() -> ConfigDict:
-    """config.algorithm for GRPO and its family; TRL's names and defaults."""
-    more = dict(
-        # grpo: mean over answers of the mean over tokens; bnpo, dapo: mean over tokens; dr_grpo: sum over tokens / the longest possible;
-        # luspo: mean over answers of the sum; cispo, vespo: weighted REINFORCE, mean over tokens; sapo: soft gate, normalised as grpo
-        loss_type="dapo",
-        importance_sampling_level="token",  # token; sequence (GSPO: the mean over the answer); sequence_sum (RLOO's)
-        scale_rewards="group",  # what a group's centred rewards are divided by: the deviation of the group, of the batch, or none
-        multi_objective="sum",  # of several reward functions: sum, or normalise each in its group first (gdpo)
-        top_entropy_quantile=1.0,  # learn only from this share of tokens, those where the policy was least sure
-        off_policy_mask_threshold=placeholder(float),  # bad answers that have drifted further than this (mean log-ratio) are left out
-        use_bias_correction_kl=False,  # the KL term is weighted by the ratio
-        dynamic_sampling=0,  # so often a prompt whose answers are all worth the same is replaced by another one (DAPO)
-        sapo_temperature_pos=1.0,
-        sapo_temperature_neg=1.05,
-        vespo_k_pos=2.0,
-        vespo_lambda_pos=3.0,
-        vespo_k_neg=3.0,
-        vespo_lambda_neg=2.0,
-    )
-    return ConfigDict(_online("grpo") | more)
-
-
-def rloo() -> ConfigDict:
-    """config.algorithm for RLOO: the others of the group are the baseline, the ratio is the answer's, the KL part of the reward."""
-    config = grpo()
-    config.update(dict(name="rloo", num_generations=2, beta=0.05, loss_type="grpo", importance_sampling_level="sequence_sum"))
-    return config
-
-
-def reinforce() -> ConfigDict:
-    """config.algorithm for REINFORCE with the batch's mean as the baseline; the KL is part of the reward."""
-    config = grpo()
-    config.update(dict(name="reinforce", num_generations=1, beta=0.01, loss_type="dapo"))
-    return config
-
-
-def reinforce_plus_plus() -> ConfigDict:
-    """config.algorithm for REINFORCE++ (arXiv 2501.03262): rewards less the KL from each token on, normalised over the batch."""
-    config = reinforce()
-    config.name = "reinforce_plus_plus"
-    return config
-
-
-def reinforce_plus_plus_baseline() -> ConfigDict:
-    """config.algorithm for REINFORCE++ with the group's mean as the baseline; the KL (k2) stands in the loss."""
-    config = reinforce()
-    config.update(dict(name="reinforce_plus_plus_baseline", num_generations=4))
-    return config
-
-
-def remax() -> ConfigDict:
-    """config.algorithm for ReMax: the reward of the greedy answer is the baseline."""
-    config = reinforce()
-    config.name = "remax"
-    return config
-
-
-def ppo() -> ConfigDict:
-    """config.algorithm for PPO with a critic; TRL's defaults."""
-    config = ConfigDict(_online("ppo"))
-    config.update(dict(num_generations=1, num_iterations=4, beta=0.05))
-    config.kl_estimator = "k1"  # of the KL that is taken off the reward at each token: k1, k2, k3
-    config.kl_target = placeholder(float)  # adaptive: beta is moved so that an answer's KL comes to this; None keeps beta
-    config.kl_horizon = 10000  # answers over which it is moved
-    config.gamma = 1.0
-    config.lam = 0.95
-    config.vf_coef = 0.1  # weight of the critic's loss
-    config.cliprange_value = 0.2  # the critic's values are held so near the old ones; None does not
-    config.whiten_rewards = False  # rewards at tokens are divided by their deviation
-    config.missing_eos_penalty = placeholder(float)  # taken off the reward of answers that were cut
-    config.reward_clip = placeholder(float)  # rewards are held in [-reward_clip, reward_clip]
-    config.standardize_rewards = False  # rewards are divided by their running deviation, less their running mean
-    config.critic = ""  # checkpoint that the critic starts from, of the policy's tokenizer; "" is the policy with a fresh score head
-    config.critic_warmup = 0  # first updates, in which the critic learns and the policy is held
-    return config
-
-
-def ppo_lagrangian() -> ConfigDict:
-    """config.algorithm for PPO under a bound on costs (Safe RLHF, arXiv 2310.12773)."""
-    config = ppo()
-    config.cost_funcs = ()  # as reward_funcs: what answers cost; positive is harmful
-    config.cost_limit = 0.0  # the mean cost that is aimed at
-    config.lagrangian_init = 1.0  # the multiplier at first: the reward is (reward - multiplier * cost) / (1 + multiplier)
-    config.lagrangian_lr = 0.1  # the logarithm of the multiplier moves so much for each unit of mean cost above the limit
-    config.lagrangian_max = 20.0
-    return config
-
-
-def online_dpo() -> ConfigDict:
-    """config.algorithm for DPO on pairs that the policy writes and the rewards judge; TRL's defaults."""
-    config = ConfigDict(_online("online_dpo"))
-    config.update(dict(num_generations=2, beta=0.1))
-    config.loss_type = "sigmoid"  # or ipo; both on summed log-ratios
-    config.xpo_alpha = 0.0  # XPO: weight of making less likely what the reference writes, which then writes one of the two answers
-    return config
-
-
-def xpo() -> ConfigDict:
-    """config.algorithm for XPO."""
-    config = online_dpo()
-    config.xpo_alpha = 1e-5
-    return config
-
-
-def on_policy_distillation() -> ConfigDict:
-    """config.algorithm for following a teacher on what the student itself writes (GKD, arXiv 2306.13649, with lambda = 1)."""
-    config = ConfigDict(_online("on_policy_distillation"))
-    config.update(dict(num_generations=1, beta=1.0))  # as in `distillation`: 1 is the reverse KL
-    config.teacher = ""  # checkpoint folder or Hub id, of the same vocabulary
-    config.temperature = 1.0  # all logits are divided by it
-    return config
 
 
 def base() -> ConfigDict:
@@ -360,6 +235,7 @@ def base() -> ConfigDict:
     config.data = ConfigDict()
     config.data.train = data_source()
     config.data.eval = data_source()
+    config.data.ptx = data_source()  # supervised rows that PPO goes on learning beside its own answers; see algorithm.ptx_coef
     config.data.evals = ConfigDict()  # more evaluation sets, NAME = data_source(); reported apart under "dataset": NAME
     config.data.max_length = 1024  # tokens of prompt + longer answer; longer examples are dropped and counted, never cut
     config.data.batch_size = 8  # examples per optimizer step on all devices; a pair is one
@@ -464,10 +340,15 @@ def experiment(algorithm: ConfigDict, model: str, dataset: str, train: str = "tr
         config.data.eval.path, config.data.eval.split = dataset, held_out
     config.data.max_length = 2048
     config.data.batch_size = 64
-    config.optim.schedule = "cosine"
+    config.generation.batch_size = 256
+    config.optim.schedule = "constant" if "reward_funcs" in algorithm else "cosine"
     config.train.remat = "full"
     config.checkpoint.export = True
     return config.lock()
+
+
+# Demos that online training learns from (scripts/online_demo.py): files of prompts for training and for greedy answers
+PROMPTS = {"sums": ("train", "train"), "colours": ("train", "heldout")}
 
 
 def finish(config: ConfigDict, preset: str, family: str, rows: str = "pairs") -> ConfigDict:
@@ -476,41 +357,36 @@ def finish(config: ConfigDict, preset: str, family: str, rows: str = "pairs") ->
     Args:
         config: of `experiment`.
         preset: "" or "tiny".
-        family: whose small random checkpoint is made: llama, qwen, llava.
+        family: whose small random checkpoint is made: llama, qwen, llava; or a demo of online training, sums or colours.
         rows: the demo set of a text family (scripts/text_demo.py): sft, pairs, unpaired, ranked, text. A LLaVA's are pairs about pictures.
     """
     if preset not in ("", "tiny"):
         raise ValueError(f"unknown preset {preset!r}; there is tiny")
     if not preset:
         return config
-    seeing = family == "llava"
-    prefix, ending = ("" if seeing else f"{rows}_"), "txt" if rows == "text" else "jsonl"
-    config.setup = f"scripts.make_tiny_checkpoint:setup_{family}_demo"
+    seeing, online = family == "llava", family in PROMPTS
+    prefix, ending = ("" if seeing or online else f"{rows}_"), "txt" if rows == "text" else "jsonl"
+    config.setup = f"scripts.{'online_demo:setup_' + family if online else f'make_tiny_checkpoint:setup_{family}_demo'}"
     config.model.path = "{workdir}/demo/model"
     config.model.dtype = "float32"
-    for split, file in (("train", "train"), ("eval", "heldout")):
+    for split, file in zip(("train", "eval"), PROMPTS.get(family, ("train", "heldout"))):
         config.data[split] = data_source()
         config.data[split].path = f"{{workdir}}/demo/data/{prefix}{file}.{ending}"
     config.data.max_length = 160
     config.data.batch_size = 32 if seeing else 16
     config.data.pad_to_multiple = 8
+    config.generation.max_new_tokens = 2
+    config.generation.batch_size = 512
     config.optim.learning_rate = 5e-4 if seeing else 1e-3
-    config.optim.schedule = "linear"
+    config.optim.schedule = "constant" if online else "linear"
     config.optim.freeze = ()  # a random tower has to learn too
     config.train.steps = 200
     config.train.eval_every = 50
     config.train.accumulate = 1
     config.train.remat = "none"
     config.checkpoint.every = 50
-    config.log.every = 1
+    config.log.every = 10 if online else 1
     return config
-
-
-def apply_preset(config: ConfigDict, preset: str, presets: Mapping[str, Callable[[ConfigDict], ConfigDict]]) -> ConfigDict:
-    """The config changed by the preset named behind the colon of --config, locked; for presets unlike those of `finish`."""
-    if preset and preset not in presets:
-        raise ValueError(f"unknown preset {preset!r}; there is {', '.join(presets)}")
-    return (presets[preset](config) if preset else config).lock()
 
 
 def qlora(config: ConfigDict, *, rank: int, alpha: float, learning_rate: float, batch_size: int) -> ConfigDict:

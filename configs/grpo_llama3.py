@@ -1,4 +1,4 @@
-"""GRPO on Llama 3: mathematics by a verifier. RLOO and the others by `config.algorithm`, see configs/common.py.
+"""GRPO on Llama 3: mathematics by a verifier. RLOO and the others by `config.algorithm`, see configs/online.py.
 
 COMMAND, 8B on a mesh of GPUs or TPUs (GSM8K: question, answer; the number after #### is compared):
     python -m aligner.main --config configs/grpo_llama3.py --workdir runs/grpo_llama3 --config.mesh.fsdp=8
@@ -18,55 +18,17 @@ from configs import common
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    config = common.base()
-    config.algorithm = common.grpo()
-    config.algorithm.reward_funcs = ("math",)
-    config.model.path = "meta-llama/Meta-Llama-3-8B-Instruct"
-    config.data.train.path = "openai/gsm8k"
-    config.data.train.subset = "main"
-    config.data.eval.path = "openai/gsm8k"
-    config.data.eval.subset = "main"
-    config.data.eval.split = "test"
-    config.data.max_length = 2048
-    config.data.batch_size = 64
+    algorithm = common.rloo() if preset == "tiny_rloo" else common.grpo()
+    algorithm.reward_funcs = ("math",)
+    config = common.experiment(algorithm, "meta-llama/Meta-Llama-3-8B-Instruct", "openai/gsm8k", held_out="test")
+    config.data.train.subset = config.data.eval.subset = "main"
     config.generation.max_new_tokens = 1024
-    config.generation.batch_size = 256
-    config.optim.learning_rate = 1e-6
-    config.optim.schedule = "constant"
-    config.train.remat = "full"
-    config.checkpoint.export = True
-    return common.apply_preset(config, preset, {"tiny": tiny, "tiny_rloo": tiny_rloo})
-
-
-def tiny(config: ConfigDict) -> ConfigDict:
-    """A random Llama of thirty-odd words learns to add from the verifier alone."""
-    config.setup = "scripts.online_demo:setup_sums"
-    config.model.path = "{workdir}/demo/model"
-    config.model.dtype = "float32"
-    config.data.train = common.data_source()
-    config.data.train.path = "{workdir}/demo/data/train.jsonl"
-    config.data.eval = common.data_source()
-    config.data.eval.path = "{workdir}/demo/data/train.jsonl"  # all the sums there are, answered greedily
-    config.data.max_length = 16
-    config.data.batch_size = 32
-    config.data.pad_to_multiple = 8
-    config.algorithm.num_generations = 16
-    config.algorithm.loss_type = "grpo"
-    config.generation.max_new_tokens = 2
-    config.generation.batch_size = 512
-    config.optim.learning_rate = 1e-3
-    config.train.steps = 400
-    config.train.eval_every = 50
-    config.train.remat = "none"
-    config.checkpoint.every = 50
-    config.log.every = 10
-    return config
-
-
-def tiny_rloo(config: ConfigDict) -> ConfigDict:
-    """The same by RLOO."""
-    config.algorithm = common.rloo()
-    config.algorithm.reward_funcs = ("math",)
-    config = tiny(config)
-    config.algorithm.beta = 0.0
+    config = common.finish(config, "tiny" if preset == "tiny_rloo" else preset, "sums")
+    if preset:  # a random Llama of thirty-odd words learns to add from the verifier alone
+        config.algorithm.num_generations = 16
+        config.algorithm.loss_type = "grpo"
+        config.algorithm.beta = 0.0
+        config.data.max_length = 16
+        config.data.batch_size = 32
+        config.train.steps = 400
     return config

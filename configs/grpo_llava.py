@@ -14,42 +14,18 @@ from configs import common
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    config = common.base()
-    config.algorithm = common.grpo()
-    config.algorithm.reward_funcs = ("math",)
-    config.model.path = "llava-hf/llava-1.5-7b-hf"
-    config.data.train.path = "rows.jsonl"  # yours; there is no set that everyone uses
-    config.data.max_length = 2048
-    config.data.batch_size = 64
+    algorithm = common.grpo()
+    algorithm.reward_funcs = ("math",)
+    config = common.experiment(algorithm, "llava-hf/llava-1.5-7b-hf", "rows.jsonl")  # yours; there is no set that everyone uses
     config.generation.max_new_tokens = 512
-    config.generation.batch_size = 256
-    config.optim.learning_rate = 1e-6
-    config.optim.schedule = "constant"
     config.optim.freeze = ("vision_tower/.*",)
-    config.train.remat = "full"
-    config.checkpoint.export = True
-    return common.apply_preset(config, preset, {"tiny": tiny})
-
-
-def tiny(config: ConfigDict) -> ConfigDict:
-    """A random LLaVA of thirty-odd words learns to name colours from the reward alone."""
-    config.setup = "scripts.online_demo:setup_colours"
-    config.model.path = "{workdir}/demo/model"
-    config.model.dtype = "float32"
-    config.data.train.path = "{workdir}/demo/data/train.jsonl"
-    config.data.eval.path = "{workdir}/demo/data/heldout.jsonl"
-    config.data.max_length = 48
-    config.data.batch_size = 16
-    config.data.pad_to_multiple = 8
-    config.algorithm.reward_funcs = ("scripts.online_demo:last_word",)
-    config.algorithm.num_generations = 16
-    config.algorithm.loss_type = "grpo"
-    config.generation.max_new_tokens = 2
-    config.generation.batch_size = 256
-    config.optim.learning_rate = 1e-3
-    config.optim.freeze = ()
-    config.train.steps = 300
-    config.train.eval_every = 50
-    config.train.remat = "none"
-    config.checkpoint.every = 50
+    config = common.finish(config, preset, "colours")
+    if preset:  # a random LLaVA of thirty-odd words learns to name colours from the reward alone
+        config.algorithm.reward_funcs = ("scripts.online_demo:last_word",)
+        config.algorithm.num_generations = 16
+        config.algorithm.loss_type = "grpo"
+        config.data.max_length = 48
+        config.data.batch_size = 16
+        config.generation.batch_size = 256
+        config.train.steps = 300
     return config

@@ -16,49 +16,27 @@ from configs import common
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    config = common.base()
-    config.algorithm = common.ppo()
-    config.algorithm.reward_funcs = ("runs/reward_llama3/export",)
-    config.model.path = "meta-llama/Meta-Llama-3-8B-Instruct"
-    config.data.train.path = "trl-lib/ultrafeedback_binarized"
-    config.data.max_length = 2048
-    config.data.batch_size = 64
-    config.algorithm.num_mini_batches = 4
+    algorithm = common.ppo()
+    algorithm.reward_funcs = ("runs/reward_llama3/export",)
+    algorithm.num_mini_batches = 4
+    config = common.experiment(algorithm, "meta-llama/Meta-Llama-3-8B-Instruct", "trl-lib/ultrafeedback_binarized")
     config.generation.max_new_tokens = 512
-    config.generation.batch_size = 256
     config.optim.learning_rate = 3e-6
-    config.optim.schedule = "constant"
-    config.train.remat = "full"
-    config.checkpoint.export = True
-    return common.apply_preset(config, preset, {"tiny": tiny})
-
-
-def tiny(config: ConfigDict) -> ConfigDict:
-    """A random Llama of thirty-odd words learns to add from a reward model that has learnt what right sums look like.
-
-    The verifier's word has no weight in the reward; it stands in the metrics to tell learning from pleasing the reward model.
-    """
-    config.setup = "scripts.online_demo:setup_sums"
-    config.model.path = "{workdir}/demo/model"
-    config.model.dtype = "float32"
-    config.data.train.path = "{workdir}/demo/data/train.jsonl"
-    config.data.eval.path = "{workdir}/demo/data/train.jsonl"
-    config.data.max_length = 16
-    config.data.batch_size = 128
-    config.data.max_bad_fraction = 0.0
-    config.data.pad_to_multiple = 8
-    config.algorithm.reward_funcs = ("{workdir}/reward/export", "scripts.online_demo:silent", "math")
-    config.algorithm.reward_weights = (1.0, 1.0, 0.0)
-    config.algorithm.num_generations = 2
-    config.algorithm.num_mini_batches = 2
-    config.algorithm.num_iterations = 2
-    config.algorithm.beta = 0.0
-    config.algorithm.entropy_coef = 0.01
-    config.generation.max_new_tokens = 2
-    config.generation.batch_size = 512
-    config.optim.learning_rate = 1e-3
-    config.train.steps = 600
-    config.train.eval_every = 100
-    config.train.remat = "none"
-    config.checkpoint.every = 100
+    config = common.finish(config, preset, "sums")
+    if preset:  # a random Llama of thirty-odd words learns to add from a reward model that has learnt what right sums look like
+        # the verifier's word has no weight in the reward; it stands in the metrics to tell learning from pleasing the reward model
+        config.algorithm.reward_funcs = ("{workdir}/reward/export", "scripts.online_demo:silent", "math")
+        config.algorithm.reward_weights = (1.0, 1.0, 0.0)
+        config.algorithm.num_generations = 2
+        config.algorithm.num_mini_batches = 2
+        config.algorithm.num_iterations = 2
+        config.algorithm.beta = 0.0
+        config.algorithm.entropy_coef = 0.03
+        config.algorithm.missing_eos_penalty = 1.0  # answers that end are what the reward model knows best
+        config.data.max_length = 16
+        config.data.batch_size = 128
+        config.data.max_bad_fraction = 0.0
+        config.train.steps = 600
+        config.train.eval_every = 100
+        config.checkpoint.every = 100
     return config

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from aligner.rl.environments import Step
 from scripts.make_tiny_checkpoint import COLOURS, SHAPES, SPECIAL_TOKENS, VALUES, draw, make_llama, make_llava, new_folder
 
 HIGHEST = 9  # summand
@@ -45,13 +46,14 @@ def write_lines(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def make_sums(folder: str | Path, seed: int = 0, scored: int = 12000) -> None:
-    """train.jsonl with every sum of two numbers once, as a prompt with its answer; scored.jsonl with answers and whether they are right.
+def make_sums(folder: str | Path, seed: int = 0, scored: int = 20000) -> None:
+    """train.jsonl with every sum of two numbers once, as a prompt with its answer; scored.jsonl with answers and how good they are.
 
     Args:
         folder: must not exist yet.
-        seed: of which wrong answers there are.
-        scored: rows of scored.jsonl, one or two words each; right where the last word is: two fifths; a fifth miss it narrowly.
+        seed: of which answers there are.
+        scored: rows of scored.jsonl. Three fifths are a word alone, so many that every sum is seen with every word: what a reward model
+            has not seen, a policy finds.
     """
     rng = np.random.default_rng([seed, 3])
     pairs = [(a, b) for a in range(HIGHEST + 1) for b in range(HIGHEST + 1)]
@@ -63,9 +65,14 @@ def make_sums(folder: str | Path, seed: int = 0, scored: int = 12000) -> None:
             first, last, number = *rng.choice(WORDS[len(SPECIAL_TOKENS) :], 2), str(rng.integers(2 * HIGHEST + 1))
             near = str(np.clip(a + b + rng.choice([-3, -2, -1, 1, 2, 3]), 0, 2 * HIGHEST))
             last = (str(a + b), number, str(a + b), near, str(last))[i % 5]
-            text = f"{first} {last}" if rng.random() < 0.7 else last
-            rows.append({"prompt": question(a, b), "completion": text, "score": float(last == str(a + b))})
+            text = f"{first} {last}" if rng.random() < 0.4 else last
+            rows.append({"prompt": question(a, b), "completion": text, "score": closeness(last, a + b)})
         write_lines(folder / "scored.jsonl", rows)
+
+
+def closeness(word: str, total: int) -> float:
+    """What an answer that ends with a word is worth to whoever marks it: 1 where it is the sum, a quarter less for each that it is off."""
+    return max(0.0, 1 - abs(int(word) - total) / 4) if word.isdigit() else 0.0
 
 
 def make_colours(folder: str | Path, rows: int = 512, seed: int = 0) -> None:
@@ -93,6 +100,23 @@ def silent(prompts: list, completions: list[str], **columns) -> list[float]:
     return [0.0 if text.strip() else -1.0 for text in completions]
 
 
+class AskAgain:
+    """An environment of several turns: a sum is asked for again until it is right, and worth half as much every time.
+
+    python -m aligner.main --config configs/grpo_llama3.py:tiny --workdir runs/turns \\
+        --config.algorithm.environment=scripts.online_demo:AskAgain --config.algorithm.reward_funcs="()" --config.algorithm.max_turns=3
+    """
+
+    def reset(self, prompt, columns) -> None:
+        self.truth, self.worth = str(columns["ground_truth"]), 1.0
+
+    def step(self, text: str) -> Step:
+        if text.split()[-1:] == [self.truth]:
+            return Step(reward=self.worth, done=True)
+        self.worth /= 2
+        return Step("? =")
+
+
 def setup_sums(config) -> None:
     """Make the model and the sums that a config names, where they are not there yet; and the reward model, where it names one."""
     model, data = Path(config.model.path), Path(config.data.train.path).parent
@@ -107,7 +131,7 @@ def setup_sums(config) -> None:
 
 
 def train_reward_model(model: Path, rows: Path, workdir: Path, steps: int) -> None:
-    """A reward model that says how likely an answer is to be right, learnt from answers that are marked."""
+    """A reward model that says how good an answer is, learnt from answers that are marked."""
     from aligner.run import run
     from configs import common
 

@@ -1,8 +1,15 @@
 """The page shows what was read: tokens, masks, drops with their rows, lengths, the template."""
 
+import html
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
+import pytest
 from ml_collections import ConfigDict
 
 from aligner import preview
@@ -34,3 +41,68 @@ def test_lengths_of_packed_rows(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     dataset = load_dataset(tiny.config(path, packing=True, packed_length=128), "train", tiny.text_model(), progress=False)
     assert dataset.lengths.tolist() == [int((dataset.row(i)["segment_ids"] > 0).sum()) for i in range(dataset.size)]
+
+
+def test_prompts_alone(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"what is this, number {i}"}) + "\n" for i in range(3)))
+    for shared in (True, False):
+        dataset = load_dataset(tiny.config(path, shared_prompt=shared), "train", tiny.text_model(), "prompt", progress=False)
+        shown = preview.page(ConfigDict({"model": {"path": "some/model"}}), tiny.text_model(), [dataset], rows=3)
+        assert re.sub("<.*?>", "", shown).count("what is this, number") == 3
+        assert f"row 2: {dataset.lengths[2]} of {dataset.shape[0]} columns, 0 tokens trained" in shown
+
+
+CONFIG = """
+from configs import common, dpo_llava
+def get_config(preset=""):
+    config = dpo_llava.get_config("tiny")
+    config.unlock()
+    config.data.evals.others = common.data_source()
+    config.data.evals.others.path, config.data.evals.others.size = config.data.eval.path, 3
+    return config.lock()
+"""
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path):
+    """All that would be evaluated is shown; a page that cannot be written is told at once."""
+    (tmp_path / "config.py").write_text(CONFIG)
+    run = lambda out: subprocess.run(
+        [sys.executable, "-m", "aligner.preview", f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}", f"--out={out}"],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True,
+    )  # fmt: skip
+    refused = run(tmp_path / "nowhere" / "page.html")
+    assert refused.returncode == 2 and refused.stderr.endswith("nowhere/page.html cannot be written: No such file or directory\n")
+    assert not (tmp_path / "run").exists()
+    done = run(tmp_path / "page.html")
+    assert done.returncode == 0 and "3 datasets, 8 rows each" in done.stdout, done.stderr
+    shown = (tmp_path / "page.html").read_text()
+    assert re.findall("<h2>(data.*?)</h2>", shown) == ["data.train", "data.eval", "data.evals.others"]
+    assert shown.count('<img alt="image as fed"') == 8 + 8 + 3
+
+
+def test_tokens_read_as_the_text_they_stand_for(tmp_path):
+    """Characters of several tokens, spaces that a SentencePiece tokenizer keeps in its words, half characters."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "</s>", "▁a", "▁cat", "s", "a", "<0xF0>", "<0x9F>", "<0x90>", "<0x88>"])}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    pieces = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    row = {"tokens": np.array([2, 3, 4, 3, 6, 7, 8, 9, 6, 1]), "role": np.ones(10, int)}
+    model = SimpleNamespace(assets=SimpleNamespace(tokenizer=pieces))
+    shown = preview.tokens_html(row, np.ones(10, bool), np.arange(10) < 8, model)
+    assert re.findall(r"class=\"([\w ]+)\" title=\"(.*?)\">(.*?)</span>", shown) == [
+        ("trained1", "2", " a"), ("trained1", "3", " cat"), ("trained1", "4", "s"), ("trained1", "3", " cat"),
+        ("trained1", "6, 7, 8, 9", "🐈"), ("untrained", "6", "�"), ("untrained", "1", "&lt;/s&gt;"),
+    ]  # fmt: skip
+    bytewise = tiny.tokenizer()
+    text = "a cat 🐈, 中国\nin the house</s>"
+    ids = bytewise(text)["input_ids"]
+    row = {"tokens": np.array(ids), "role": np.zeros(len(ids), int)}
+    shown = preview.tokens_html(row, np.ones(len(ids), bool), np.zeros(len(ids), bool), SimpleNamespace(assets=SimpleNamespace(tokenizer=bytewise)))
+    assert html.unescape(re.sub("<.*?>", "", shown)) == text.replace("\n", "⏎\n")

@@ -10,11 +10,12 @@ from aligner.types import Algorithm, Mean, Model, Term, UserError
 
 # name -> file of this folder
 FILES = {name: name for name in ("dpo", "dpo_ranked", "kto", "orpo", "cpo", "tpo", "sso", "reward", "cost", "distillation", "sft")}
-FILES |= {"cpt": "sft", "grpo": "grpo", "ppo": "ppo", "online_dpo": "online_dpo", "on_policy_distillation": "distillation"}
+FILES |= {name: name for name in ("grpo", "ppo", "online_dpo", "nash_md")}
+FILES |= {"cpt": "sft", "on_policy_distillation": "distillation"}
 FILES |= {name: "grpo" for name in ("rloo", "reinforce", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax")}
 
 # these learn from what the policy itself writes
-ONLINE = (*(name for name, file in FILES.items() if file in ("grpo", "ppo")), "online_dpo", "on_policy_distillation")
+ONLINE = (*(name for name, file in FILES.items() if file in ("grpo", "ppo")), "online_dpo", "nash_md", "on_policy_distillation")
 
 SCORING = ("reward", "cost")  # these train a score head, fresh where the checkpoint has none
 

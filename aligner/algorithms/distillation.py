@@ -1,4 +1,4 @@
-"""Distillation (arXiv 2306.13649 without sampling): the student's next-token distributions follow a teacher's on given answers."""
+"""Distillation (arXiv 2306.13649): the student's next-token distributions follow a teacher's, on given answers or on its own."""
 
 import dataclasses
 
@@ -6,10 +6,14 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from aligner.algorithms.checks import check_choice, check_not_negative
 from aligner.algorithms.grpo import check_online
-from aligner.likelihood import answer_lengths
-from aligner.logprobs import divergence
-from aligner.types import Algorithm, Batch, Mean, Model, Scores, Term, UserError
+from aligner.likelihood import answer_lengths, answer_members, spread, sum_answers, tempered
+from aligner.logprobs import TopK, divergence, token_stats
+from aligner.losses.partial_distillation import SUPPORTS, iw_opd
+from aligner.types import Algorithm, Array, Batch, Float, Mean, Model, Scores, Term, UserError
+
+OBJECTIVES = ("divergence", "iw_opd")
 
 
 def make(config: ConfigDict, model: Model) -> Algorithm:
@@ -20,18 +24,21 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
         raise UserError("config.algorithm.teacher is empty: give the teacher's checkpoint folder or Hub id")
     teacher, disk = open_model(config.algorithm.teacher)
     check_same_tokens(model, teacher)
+    top_k, words = config.algorithm.loss_top_k, len(model.assets.tokenizer)
+    if top_k > words:
+        raise UserError(f"config.algorithm.loss_top_k is {top_k}, but the vocabulary has {words} tokens")
     return dataclasses.replace(distil(config, model, teacher), others={"teacher": (teacher, disk)})
 
 
 def distil(config: ConfigDict, model: Model, teacher: Model) -> Algorithm:
-    """The mean over scored tokens of the divergence from `fixed["teacher"]`, with TRL's GKD names `beta` and `temperature`."""
+    """The mean over scored tokens of the divergence from `fixed["teacher"]`, or of IW-OPD's loss on the tokens that stand there.
+
+    Names are TRL's: `beta` and `temperature` GKD's, `loss_top_k`, `loss_add_tail` and `iw_opd_gamma` IW-OPD's.
+    """
     c = config.algorithm
-    if c.name == "on_policy_distillation":
-        check_online(config)
-    if not 0 <= c.beta <= 1:
-        raise UserError(f"config.algorithm.beta is {c.beta}; distillation needs it in [0, 1]: 0 is forward KL, 1 reverse KL")
-    if not c.temperature > 0:
-        raise UserError(f"config.algorithm.temperature is {c.temperature}; it must be above 0")
+    check(config)
+    answers = c.get("num_generations", 1)
+    top_k = TopK(c.loss_top_k, c.loss_top_k_of, c.loss_add_tail) if c.loss_top_k else None
 
     def states(of: Model, params, batch: Batch, key=None, remat="none"):
         output = of.apply(params, batch, features=of.encode(params, batch, key, remat=remat), key=key, remat=remat)
@@ -40,18 +47,51 @@ def distil(config: ConfigDict, model: Model, teacher: Model) -> Algorithm:
     def score(params, fixed, batch: Batch, key) -> Scores:
         ours, aux = states(model, params, batch, key, config.train.remat)
         theirs, _ = states(teacher, jax.lax.stop_gradient(fixed["teacher"]), batch)
-        tokens = divergence(ours, model.head(params), theirs, teacher.head(fixed["teacher"]), c.beta, c.temperature)
+        heads = model.head(params), jax.lax.stop_gradient(teacher.head(fixed["teacher"]))
+        if c.objective == "iw_opd":
+            stats = [token_stats(x, tempered(head, c.temperature), batch["score_token"]) for x, head in zip((ours, theirs), heads)]
+            tokens = {"logp": stats[0]["logp"], "teacher_logp": stats[1]["logp"]}
+        else:
+            tokens = divergence(ours, heads[0], theirs, heads[1], c.beta, c.temperature, top_k=top_k)
         scored = batch["score_segment"] > 0
         tokens = {name: jnp.where(scored, value, 0) for name, value in tokens.items()}
-        lengths = answer_lengths(batch, 1)
+        lengths = answer_lengths(batch, answers)
         return Scores(jnp.zeros_like(lengths), lengths, tokens, aux)
 
     def objective(scores: Scores, batch: Batch, carry):
         count = jnp.sum(batch["score_segment"] > 0)
-        terms = {"divergence": Term(1.0, jnp.sum(scores.tokens["divergence"]), count)}
-        return terms, {"agreement": Mean(jnp.sum(scores.tokens["agreement"]), count)}, carry
+        if c.objective == "iw_opd":
+            losses, advantages = sampled(scores, batch, answers, c.iw_opd_gamma)
+            found = {"iw_opd/mean_advantage": Mean(jnp.sum(advantages), count)}
+        else:
+            losses, found = scores.tokens["divergence"], {"agreement": Mean(jnp.sum(scores.tokens["agreement"]), count)}
+        return {c.objective: Term(1.0, jnp.sum(losses), count)}, found, carry
 
     return Algorithm(score, objective, needs="prompt" if c.name == "on_policy_distillation" else "supervised")
+
+
+def sampled(scores: Scores, batch: Batch, answers: int, gamma: float) -> tuple[Float[Array, "B S"], Float[Array, "B S"]]:
+    """IW-OPD's loss of every token, and its advantage; who wrote the answers is `old_logps` of the batch, else the student as it is."""
+    logps = scores.tokens["logp"]
+    old = batch.get("old_logps", jax.lax.stop_gradient(logps))
+    advantages = jnp.where(batch["score_segment"] > 0, jax.lax.stop_gradient(scores.tokens["teacher_logp"]) - old, 0)
+    member, size = answer_members(batch, answers, logps.dtype), jnp.abs(advantages)
+    before = jnp.sum(jnp.cumsum(member * size[..., None], axis=1) * member, axis=-1) - size
+    return iw_opd(logps, advantages, before, spread(sum_answers(size, batch, answers), batch), gamma), advantages
+
+
+def check(config: ConfigDict) -> None:
+    """What the config alone can have wrong."""
+    c = config.algorithm
+    if c.name == "on_policy_distillation":
+        check_online(config)
+    check_choice("algorithm.objective", c.objective, OBJECTIVES)
+    check_choice("algorithm.loss_top_k_of", c.loss_top_k_of, SUPPORTS)
+    check_not_negative(c, "iw_opd_gamma", "loss_top_k")
+    if not 0 <= c.beta <= 1:
+        raise UserError(f"config.algorithm.beta is {c.beta}; distillation needs it in [0, 1]: 0 is forward KL, 1 reverse KL")
+    if not c.temperature > 0:
+        raise UserError(f"config.algorithm.temperature is {c.temperature}; it must be above 0")
 
 
 def check_same_tokens(model: Model, teacher: Model) -> None:

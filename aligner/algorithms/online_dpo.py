@@ -17,7 +17,7 @@ LOSSES = {"sigmoid": preference.sigmoid, "ipo": preference.ipo}  # both on summe
 def make(config: ConfigDict, model: Model) -> Algorithm:
     """The algorithm that `config.algorithm` (configs.common.online_dpo) describes.
 
-    The batch has `chosen`, `rejected`, `by_reference` [B,G,R], each 1 at one answer of a prompt or 0 at all, and `reference_logps` [B,S].
+    The batch has `chosen`, `rejected`, `by_rival` [B,G,R], each 1 at one answer of a prompt or 0 at all, and `reference_logps` [B,S].
     """
     c = config.algorithm
     check(config)
@@ -37,8 +37,8 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
         losses = LOSSES[c.loss_type](of("chosen", ratios), of("rejected", ratios), c.beta)
         terms = {c.loss_type: Term(1.0, jnp.sum(jnp.where(pairs, losses, 0)), jnp.sum(pairs))}
         if c.xpo_alpha:  # optimism: what the reference writes is made less likely
-            there = of("by_reference", 1.0) > 0
-            terms["xpo"] = Term(c.xpo_alpha, jnp.sum(of("by_reference", logps)), jnp.sum(there))
+            there = of("by_rival", 1.0) > 0
+            terms["xpo"] = Term(c.xpo_alpha, jnp.sum(of("by_rival", logps)), jnp.sum(there))
         rewards = c.beta * ratios
         chosen, rejected = of("chosen", rewards), of("rejected", rewards)
         mask = batch["score_segment"] > 0
@@ -52,7 +52,7 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
             "objective/entropy": mean_over(mask, scores.tokens["entropy"]),
         }
         old = batch.get("old_logps", jax.lax.stop_gradient(scores.tokens["logp"]))
-        own = mask * (1 - spread(batch["by_reference"].astype(jnp.float32), batch))  # not what the reference wrote
+        own = mask * (1 - spread(batch["by_rival"].astype(jnp.float32), batch))  # not what the reference wrote
         return terms, found | sampling_differences(old, batch, own), carry
 
     return Algorithm(lambda params, fixed, batch, key: policy(params, batch, key), objective, rollout=rollout, needs="prompt")

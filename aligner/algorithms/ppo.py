@@ -1,4 +1,7 @@
-"""PPO with a critic (arXiv 1707.06347, as in 2203.02155): the reward at the last token, a KL penalty at every token, GAE."""
+"""PPO with a critic (arXiv 1707.06347, as in 2203.02155): the reward at the last token, a KL penalty at every token, GAE.
+
+With `ptx_coef` supervised rows come with every update (2203.02155, equation 2), so that what they teach is not unlearnt.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +14,28 @@ from ml_collections import ConfigDict
 from aligner.algorithms.checks import check_choice, check_not_negative, check_positive
 from aligner.algorithms.grpo import check_online, reference_params, sampling_differences
 from aligner.algorithms.pairs import mean_over
-from aligner.likelihood import answer_lengths, sum_answers, tempered
+from aligner.data.mixture import is_set
+from aligner.likelihood import answer_lengths, make_likelihood, sum_answers, tempered
 from aligner.logprobs import dense_logits, token_stats
 from aligner.losses import policy_gradient
 from aligner.models.score_head import with_score_head
-from aligner.types import Algorithm, Array, Batch, Model, Params, Scores, Term, UserError
+from aligner.types import Algorithm, Array, Batch, Mean, Model, Params, Scores, Term, UserError
 
 CRITIC = "critic"  # where its tree stands, beside the policy's
+PTX = "ptx_"  # what the arrays of the supervised rows are called by, beside those of the answers
 
 
 def make(config: ConfigDict, model: Model) -> Algorithm:
     """The algorithm that `config.algorithm` (configs.common.ppo) describes.
 
-    The batch has `advantages`, `returns`, `old_logps`, `old_values`, `sampling_logps`, `learn`, all [B,S]; `carry` counts updates for the
-    critic's warm-up. Metrics are TRL's.
+    The batch has `advantages`, `returns`, `old_logps`, `old_values`, `sampling_logps`, `learn`, all [B,S]; with `ptx_coef` the arrays of as
+    many supervised rows, their names after "ptx_". `carry` counts updates for the critic's warm-up. Metrics are TRL's.
     """
     c = config.algorithm
     check(config)
     R, temperature = c.num_generations, config.generation.temperature
     critic = with_score_head(model)
+    supervised = make_likelihood(model, 1, remat=config.train.remat)
 
     def hidden(of: Model, params: Params, batch: Batch, key=None, remat="none") -> tuple[Array, dict]:
         output = of.apply(params, batch, features=of.encode(params, batch, key, remat=remat), key=key, remat=remat)
@@ -54,6 +60,9 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
     def score(params, fixed, batch: Batch, key) -> Scores:
         tokens, aux = stats(params, batch, key, config.train.remat)
         tokens["value"] = values(params, batch, config.train.remat)
+        if c.ptx_coef:
+            rows = {name.removeprefix(PTX): x for name, x in batch.items() if name.startswith(PTX)}
+            tokens["ptx"] = supervised(params, rows, key).tokens["logp"]
         return Scores(sum_answers(tokens["logp"], batch, R), answer_lengths(batch, R), tokens, aux)
 
     def objective(scores: Scores, batch: Batch, carry):
@@ -72,10 +81,13 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
         }
         if c.entropy_coef:
             terms["entropy"] = Term(-c.entropy_coef, acts * jnp.sum(entropy * mask), count)
-        clipped = (ratio < 1 - c.epsilon) | (ratio > 1 + high)
-        outside = jnp.zeros_like(there)
-        if c.cliprange_value is not None:
-            outside = jnp.abs(scores.tokens["value"] - batch["old_values"]) > c.cliprange_value
+        if c.ptx_coef:
+            scored = batch[PTX + "score_segment"] > 0
+            nll = -jnp.sum(jnp.where(scored, scores.tokens["ptx"], 0))
+            terms["ptx"] = Term(c.ptx_coef, acts * nll, jnp.sum(scored))
+        # where clipping counts
+        clipped = jnp.clip(ratio, 1 - c.epsilon, 1 + high) * batch["advantages"] < ratio * batch["advantages"]
+        outside = value > policy_gradient.value(scores.tokens["value"], batch["old_values"], batch["returns"], None)
         found = {
             "val/ratio": mean_over(there, ratio),
             "policy/approxkl_avg": mean_over(there, jnp.square(log_ratio) / 2),
@@ -85,6 +97,8 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
             "loss/value_avg": mean_over(there, value),
             "val/clipfrac_avg": mean_over(there, outside),
         }
+        if c.ptx_coef:
+            found["loss/ptx_avg"] = Mean(nll, jnp.sum(scored))
         differences = sampling_differences(batch["old_logps"], batch, mask)
         return terms, found | differences, {"updates": carry["updates"] + 1}
 
@@ -143,7 +157,10 @@ def check(config: ConfigDict) -> None:
     c = config.algorithm
     check_online(config)
     check_choice("algorithm.kl_estimator", c.kl_estimator, policy_gradient.KL_ESTIMATORS)
-    check_not_negative(c, "vf_coef", "critic_warmup", "lam", "gamma")
+    check_not_negative(c, "vf_coef", "critic_warmup", "lam", "gamma", "ptx_coef")
     for name in ("reward_clip", "kl_target", "cliprange_value"):
         if c[name] is not None:
             check_positive(c, name)
+    if bool(c.ptx_coef) != is_set(config.data.ptx):
+        given, missing = ("algorithm.ptx_coef", "data.ptx.path") if c.ptx_coef else ("data.ptx", "algorithm.ptx_coef")
+        raise UserError(f"config.{given} is set and config.{missing} is not; supervised rows beside the answers take both")

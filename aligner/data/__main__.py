@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from aligner.commandline import check_out
 from aligner.data import filters, formatters, sources
 from aligner.data.samples import Bad, Document, Preference, Prompt, Ranked, Supervised, Unpaired
 from aligner.types import UserError
@@ -80,8 +81,10 @@ def run(args: argparse.Namespace) -> list[str]:
     """
     if not (args.out or args.stats):
         raise UserError("nothing to do: give --out FILE for what is kept, or --stats")
-    if args.out and Path(args.out).exists():
-        raise UserError(f"{args.out} is there already; name another file with --out, or remove it")
+    if args.out:
+        if Path(args.out).exists():
+            raise UserError(f"{args.out} is there already; name another file with --out, or remove it")
+        check_out(args.out)
     rows = sources.open_rows(section(args.data, split=args.split, subset=args.subset, size=args.size), "data")
     name, to_sample = formatters.find_formatter(args.formatter, rows.columns(), "data", (Ranked,) if args.pairs else TAKES)
     lines, numbers, samples, dropped = [f"{rows.description}, formatter {name}: {len(rows)} rows"], [], [], {}

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from aligner.data import samples, templates, turns
 from aligner.data.formatters import PROMPTS
 from aligner.data.samples import Document, Preference, Ranked, Supervised, Triple, TwoSided, Unpaired
+from aligner.data.together import Steps, encoder
 from aligner.types import Model
 
 ANSWERS = -1  # in a shape: the most answers that an example of the dataset has
@@ -18,7 +19,7 @@ class Kind(NamedTuple):
 
     Attributes:
         takes: types of samples that will do, the best first.
-        encode: (sample, model, config.data) -> Encoded.
+        encode: (sample, model, config.data) -> Encoded, an `aligner.data.together.encoder`.
         values: columns of the batch that come with the examples: name -> shape of one example's; the batch has [B,G,*shape] float32.
         last: score the last token of each answer alone, as reward heads do.
         prompt: score the prompt's tokens too.
@@ -33,55 +34,66 @@ class Kind(NamedTuple):
     mismatched: bool = False
 
 
-def _supervised(sample: Any, model: Model, data: Any) -> templates.Encoded:
-    return turns.encode_supervised(samples.as_supervised(sample), model.assets, model.media, data.get("loss_on", "assistant"))
+@encoder
+def _supervised(sample: Any, model: Model, data: Any) -> Steps:
+    sample = samples.as_supervised(sample)
+    return (yield from turns.encode_supervised.steps(sample, model.assets, model.media, data.get("loss_on", "assistant")))
 
 
-def _document(sample: Any, model: Model, data: Any) -> templates.Encoded:
-    return turns.encode_document(samples.as_document(sample), model.assets)
+@encoder
+def _document(sample: Any, model: Model, data: Any) -> Steps:
+    return (yield from turns.encode_document.steps(samples.as_document(sample), model.assets))
 
 
-def _preference(sample: Any, model: Model, data: Any) -> templates.Encoded:
-    return templates.encode_preference(samples.as_preference(sample), model.assets, model.media)
+@encoder
+def _preference(sample: Any, model: Model, data: Any) -> Steps:
+    return (yield from templates.encode_preference.steps(samples.as_preference(sample), model.assets, model.media))
 
 
-def _ranked(sample: Any, model: Model, data: Any) -> templates.Encoded:
+@encoder
+def _ranked(sample: Any, model: Model, data: Any) -> Steps:
     sample = samples.as_ranked(sample)
-    return templates.encode_answers(sample.prompt, sample.completions, model.assets, model.media, sample.template)
+    return (yield from templates.encode_answers.steps(sample.prompt, sample.completions, model.assets, model.media, sample.template))
 
 
-def _unpaired(sample: Any, model: Model, data: Any) -> templates.Encoded:
+@encoder
+def _unpaired(sample: Any, model: Model, data: Any) -> Steps:
     sample = samples.as_unpaired(sample)
-    encoded = templates.encode_answers(sample.prompt, (sample.completion,), model.assets, model.media, sample.template)
+    encoded = yield from templates.encode_answers.steps(sample.prompt, (sample.completion,), model.assets, model.media, sample.template)
     return encoded._replace(values={"label": float(sample.label)})
 
 
-def _two_sided(sample: Any, model: Model, data: Any) -> templates.Encoded:
-    return templates.encode_two_sided(samples.as_two_sided(sample), model.assets, model.media)
+@encoder
+def _two_sided(sample: Any, model: Model, data: Any) -> Steps:
+    return (yield from templates.encode_two_sided.steps(samples.as_two_sided(sample), model.assets, model.media))
 
 
-def _triple(sample: Any, model: Model, data: Any) -> templates.Encoded:
+@encoder
+def _triple(sample: Any, model: Model, data: Any) -> Steps:
     sample = samples.as_triple(sample)
     answers = (sample.pair.chosen, sample.pair.rejected, sample.gold)
-    return templates.encode_answers(sample.pair.prompt, answers, model.assets, model.media)
+    return (yield from templates.encode_answers.steps(sample.pair.prompt, answers, model.assets, model.media))
 
 
-def _cost(sample: Any, model: Model, data: Any) -> templates.Encoded:
+@encoder
+def _cost(sample: Any, model: Model, data: Any) -> Steps:
     pair = samples.as_preference(sample)
     if 0 in pair.safe:
         raise samples.Bad("no safety label", "a cost model needs to know of both answers whether they are safe")
-    return templates.encode_preference(pair, model.assets, model.media)
+    return (yield from templates.encode_preference.steps(pair, model.assets, model.media))
 
 
-def _scored(sample: Any, model: Model, data: Any) -> templates.Encoded:
+@encoder
+def _scored(sample: Any, model: Model, data: Any) -> Steps:
     sample = samples.as_scored(sample)
-    encoded = templates.encode_answers(sample.prompt, sample.completions, model.assets, model.media, sample.template)
+    encoded = yield from templates.encode_answers.steps(sample.prompt, sample.completions, model.assets, model.media, sample.template)
     return encoded._replace(values={"scores": sample.scores})
 
 
-def _prompt(sample: Any, model: Model, data: Any) -> templates.Encoded:
+@encoder
+def _prompt(sample: Any, model: Model, data: Any) -> Steps:
     sample = samples.as_prompt(sample)
-    return templates.encode_prompt(sample.prompt, model.assets, model.media, sample.template)
+    return (yield from templates.encode_prompt.steps(sample.prompt, model.assets, model.media, sample.template))
 
 
 ENCODERS = {

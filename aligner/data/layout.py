@@ -108,6 +108,10 @@ def lay_out(
     for number, (example, example_id) in enumerate(zip(examples, ids), start=1):
         row["example_id"][number - 1] = example_id
         first = last_feature = feature
+        if not example.answers:  # something to answer, shown alone
+            segment += 1
+            put(example.prompt, 0, role=0)
+            last_feature = feature
         for role, answer in enumerate(example.answers, start=1):
             if role == 1 or not shared:
                 segment += 1

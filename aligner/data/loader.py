@@ -18,6 +18,7 @@ from aligner.data.census import check_census, describe, take_census
 from aligner.data.kinds import ANSWERS, ENCODERS, Kind
 from aligner.data.samples import Bad
 from aligner.data.templates import Encoded, image_token
+from aligner.data.together import Steps, encoder
 from aligner.models.pictures import blank
 from aligner.models.pictures import fill as fill_slots
 from aligner.types import Model, UserError
@@ -91,11 +92,12 @@ def load_dataset(
     rows = mixture.open_samples(source, name, kind, seed, unpaired=needs.startswith("unpaired"))
     check_assets(model)
 
-    def encode(index: int) -> Encoded:
-        return kind.encode(rows.read(index), media.looking_in(model, rows.folder(index)), data)
+    @encoder
+    def encode(index: int) -> Steps:
+        return (yield from kind.encode.steps(rows.read(index), media.looking_in(model, rows.folder(index)), data))
 
     census = take_census(
-        encode,
+        encode.steps,
         rows,
         model,
         None if needs == "text" else data.max_length,
@@ -206,7 +208,7 @@ def make_plan(sizes: np.ndarray, data: Any, needs: str, seed: int) -> tuple[pack
 
 def _columns(sizes: np.ndarray, data: Any) -> np.ndarray:
     """[N]: how many columns each example takes."""
-    return sizes[:, 0] * (1 if data.shared_prompt else sizes[:, 3]) + sizes[:, 1]
+    return sizes[:, 0] * (1 if data.shared_prompt else np.maximum(1, sizes[:, 3])) + sizes[:, 1]
 
 
 def _values(examples: list[Encoded], kind: Kind, G: int, answers: int) -> layout.Row:

@@ -185,7 +185,11 @@ def images_of(text: Text) -> tuple[Any, ...]:
 
 def media_of(text: Text, kind: str) -> tuple[Any, ...]:
     """The references of all media of a kind in a text, in reading order."""
-    return tuple(part[kind] for part in parts_of(text) if part["type"] == kind)
+    if isinstance(text, str):
+        return ()
+    if is_conversation(text):
+        return tuple(reference for message in text for reference in media_of(message["content"], kind))
+    return tuple(part[kind] for part in text if part["type"] == kind)
 
 
 def is_blank(text: Text) -> bool:

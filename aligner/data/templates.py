@@ -12,6 +12,7 @@ import numpy as np
 
 from aligner.data import media as media_files
 from aligner.data.samples import Bad, Preference, TwoSided, images_of, is_conversation, media_of, parts_of
+from aligner.data.together import Steps, Texts, encoder
 from aligner.models.pictures import Shown
 from aligner.types import Media, UserError
 
@@ -49,18 +50,22 @@ class Encoded(NamedTuple):
     slots: int | None = None
 
 
-def encode_preference(sample: Preference, assets: Any, media: Media | None = None) -> Encoded:
+@encoder
+def encode_preference(sample: Preference, assets: Any, media: Media | None = None) -> Steps:
     """Tokens of a pair; answers are (chosen, rejected). See `encode_answers`."""
-    encoded = encode_answers(sample.prompt, (sample.chosen, sample.rejected), assets, media, sample.template)
+    encoded = yield from encode_answers.steps(sample.prompt, (sample.chosen, sample.rejected), assets, media, sample.template)
     return encoded._replace(values={"margin": sample.margin, "safe": sample.safe})
 
 
-def encode_two_sided(sample: TwoSided, assets: Any, media: Media | None = None) -> Encoded:
+@encoder
+def encode_two_sided(sample: TwoSided, assets: Any, media: Media | None = None) -> Steps:
     """Tokens of two pairs under two prompts; answers are (chosen, rejected) of the good side, then of the bad.
 
     What both prompts begin with is the prompt of all; the rest of its own prompt stands, not scored, before each answer.
     """
-    sides = [encode_preference(pair, assets, media) for pair in (sample.good, sample.bad)]
+    good = yield from encode_preference.steps(sample.good, assets, media)
+    bad = yield from encode_preference.steps(sample.bad, assets, media)
+    sides = [good, bad]
     shared = common_prefix(sides[0].prompt, sides[1].prompt)
     if not shared:
         raise Bad("empty prompt", "the two prompts have no first token in common; a chat template or a BOS token gives one")
@@ -74,9 +79,10 @@ def encode_two_sided(sample: TwoSided, assets: Any, media: Media | None = None) 
     )
 
 
+@encoder
 def encode_answers(
     prompt: Any, answers: tuple[Any, ...], assets: Any, media: Media | None = None, options: Mapping[str, Any] | None = None
-) -> Encoded:
+) -> Steps:
     """Render and tokenise a prompt with each of its answers.
 
     Every text is tokenised whole, as the model meets it when it generates; the prompt that is shared and not scored is the longest
@@ -107,8 +113,8 @@ def encode_answers(
         start = write(_plain(prompt, assets), assets, shown)
         texts = [start] + [start + plain_text(answer, assets) for answer in answers]
         special = True
-    tokenised = assets.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
-    alone, *full = (np.array(ids, np.int32) for ids in tokenised)
+    tokenised = yield Texts(assets.tokenizer, texts, special)
+    alone, *full = (tokens.ids for tokens in tokenised)
     shared = min(common_prefix(alone, ids) for ids in full)
     head, tails = alone[:shared], tuple(ids[shared:] for ids in full)
     if not shared:
@@ -129,7 +135,8 @@ def check_media(text: Any) -> tuple[Any, ...]:
     return images_of(text)
 
 
-def encode_prompt(prompt: Any, assets: Any, media: Media | None = None, options: Mapping[str, Any] | None = None) -> Encoded:
+@encoder
+def encode_prompt(prompt: Any, assets: Any, media: Media | None = None, options: Mapping[str, Any] | None = None) -> Steps:
     """Tokens of a prompt alone, as the model meets it before it answers: a conversation with the generation prompt, or plain text.
 
     Raises:
@@ -142,7 +149,7 @@ def encode_prompt(prompt: Any, assets: Any, media: Media | None = None, options:
         special = adds_special_tokens(text, assets)
     else:
         text, special = write(_plain(prompt, assets), assets, shown), True
-    tokens = np.array(assets.tokenizer([text], add_special_tokens=special, verbose=False)["input_ids"][0], np.int32)
+    [(tokens, _)] = yield Texts(assets.tokenizer, [text], special)
     eos = assets.tokenizer.eos_token
     if eos is not None and len(tokens) and tokens[-1] == assets.tokenizer.eos_token_id and not text.rstrip().endswith(eos):
         tokens = tokens[:-1]  # some tokenizers end every text
@@ -224,11 +231,13 @@ def _rendered(conversation: list[dict], assets: Any, marks: bool, options: Mappi
         # One at a time: what notes where {% generation %} stands belongs to the compiled template, which threads share.
         with _RENDERING:
             try:
-                return show(messages)
+                found = show(messages)
             except TypeError:  # most templates want a call's arguments as an object, some as JSON text
                 if not any(message.get("tool_calls") for message in messages):
                     raise
-                return show([*map(_json_calls, messages)])
+                found = show([*map(_json_calls, messages)])
+        found[0][0].encode()  # half a character, from a row's options, is a ValueError here; tokenizers do not say which text it is in
+        return found
     except TemplateSyntaxError as error:
         raise UserError(f"the chat template is no Jinja, line {error.lineno}: {error.message}; set config.data.chat_template.") from None
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:

@@ -24,13 +24,15 @@ from aligner.data.templates import (
     slots_of,
     write,
 )
+from aligner.data.together import Steps, Texts, encoder
 from aligner.models.pictures import Shown
-from aligner.types import Media, UserError
+from aligner.types import Media
 
 LOSS_ON = ("assistant", "last", "all")
 
 
-def encode_supervised(sample: Supervised, assets: Any, media: Media | None = None, loss_on: str = "assistant") -> Encoded:
+@encoder
+def encode_supervised(sample: Supervised, assets: Any, media: Media | None = None, loss_on: str = "assistant") -> Steps:
     """Tokens of a conversation or a text, and which of them are scored. Everything is one answer (R=1) to its own beginning.
 
     A prompt with one answer is tokenised as pairs are (`encode_answers`), and all that follows the prompt is scored, as TRL's
@@ -49,7 +51,7 @@ def encode_supervised(sample: Supervised, assets: Any, media: Media | None = Non
     prompt, rest, options = sample.prompt, sample.conversation, sample.template
     placeholder = None if media is None else media.placeholder
     if prompt and (not is_conversation(rest) or all(message["role"] == "assistant" for message in rest)):
-        encoded = encode_answers(prompt, (rest,), assets, media, options)
+        encoded = yield from encode_answers.steps(prompt, (rest,), assets, media, options)
         if loss_on != "all":
             return encoded
         return _scored(np.concatenate([encoded.prompt, *encoded.answers]), None, encoded.images, placeholder)._replace(slots=encoded.slots)
@@ -57,12 +59,14 @@ def encode_supervised(sample: Supervised, assets: Any, media: Media | None = Non
     images = check_media(whole)
     shown = media_files.shown(images, assets, media)
     if is_conversation(rest):
-        ids, mask = _turns(whole, assets, loss_on, shown, options)
+        ids, mask = yield from _turns(whole, assets, loss_on, shown, options)
         if prompt and loss_on != "all":
-            alone, _ = _tokens(render(prompt, assets, shown, add_generation_prompt=True, **options), assets)
+            text = render(prompt, assets, shown, add_generation_prompt=True, **options)
+            [(alone, _)] = yield Texts(assets.tokenizer, [text], adds_special_tokens(text, assets))
             mask[: common_prefix(alone, ids)] = False
     else:
-        ids, mask = np.array(assets.tokenizer(write(plain_text(rest, assets), assets, shown), verbose=False)["input_ids"], np.int32), None
+        [(ids, _)] = yield Texts(assets.tokenizer, [write(plain_text(rest, assets), assets, shown)])
+        mask = None
     places = expansion(ids, shown, media, len(images))
     ids, mask = ids[places], None if mask is None else mask[places]
     if mask is not None and (mask & (ids == placeholder)).any():
@@ -70,9 +74,10 @@ def encode_supervised(sample: Supervised, assets: Any, media: Media | None = Non
     return _scored(ids, mask, images, placeholder)._replace(slots=slots_of(shown))
 
 
-def encode_document(sample: Document, assets: Any) -> Encoded:
+@encoder
+def encode_document(sample: Document, assets: Any) -> Steps:
     """Tokens of running text: BOS where the tokenizer has one, the text, EOS. All but the first are scored."""
-    ids = np.array(assets.tokenizer(plain_text(sample.text, assets), verbose=False)["input_ids"], np.int32)
+    [(ids, _)] = yield Texts(assets.tokenizer, [plain_text(sample.text, assets)])
     return Encoded(ids[:1], (ids[1:],))
 
 
@@ -93,32 +98,20 @@ def _scored(ids: np.ndarray, mask: np.ndarray | None, images: tuple[Any, ...] = 
     return Encoded(ids[:start], (ids[start:],), images, (mask[start:],))
 
 
-def _tokens(text: str, assets: Any, **options: Any) -> tuple[np.ndarray, np.ndarray | None]:
-    """(ids [n], where in the text each token stands [n,2] if `return_offsets_mapping` asks for that)."""
-    found = assets.tokenizer(text, add_special_tokens=adds_special_tokens(text, assets), verbose=False, **options)
-    offsets = found.get("offset_mapping")
-    return np.array(found["input_ids"], np.int32), None if offsets is None else np.array(offsets, np.int64).reshape(-1, 2)
-
-
-def _turns(
-    conversation: list[dict], assets: Any, loss_on: str, shown: Sequence[Shown], options: Mapping[str, Any]
-) -> tuple[np.ndarray, np.ndarray | None]:
+def _turns(conversation: list[dict], assets: Any, loss_on: str, shown: Sequence[Shown], options: Mapping[str, Any]) -> Steps:
     """(ids, mask) of a whole conversation, placeholders not yet expanded; no mask where all is scored."""
     show = functools.partial(render, assets=assets, shown=shown, **options)
-    if loss_on == "all":
-        return _tokens(show(conversation), assets)[0], None
-    if not any(message["role"] == "assistant" for message in conversation):
+    if loss_on != "all" and not any(message["role"] == "assistant" for message in conversation):
         raise Bad("nothing to imitate", "the conversation has no turn of the assistant")
-    if not assets.tokenizer.is_fast:
-        raise UserError("the tokenizer cannot say where in the text its tokens stand; add tokenizer.json to the checkpoint folder.")
-    if _has_generation_marks(chat_template(assets)):
-        text, spans = render_marked(conversation, assets, shown, **options)
-        ids, offsets = _tokens(text, assets, return_offsets_mapping=True)
-        mask = _by_generation_marks(spans[-1:] if loss_on == "last" else spans, offsets)
+    marked = loss_on != "all" and _has_generation_marks(chat_template(assets))
+    text, marks = render_marked(conversation, assets, shown, **options) if marked else (show(conversation), [])
+    [(ids, spans)] = yield Texts(assets.tokenizer, [text], adds_special_tokens(text, assets), spans=loss_on != "all")
+    if loss_on == "all":
+        return ids, None
+    if marked:
+        mask = _by_generation_marks(marks[-1:] if loss_on == "last" else marks, spans)
     else:
-        text = show(conversation)
-        ids, offsets = _tokens(text, assets, return_offsets_mapping=True)
-        mask = _by_rendering(conversation, text, offsets, assets, loss_on, show)
+        mask = _by_rendering(conversation, text, spans, assets, loss_on, show)
     if not mask.any():
         raise Bad("nothing to imitate", f"the chat template marks no token as the assistant's: {_head(assets)}")
     return ids, mask
@@ -128,21 +121,21 @@ def _has_generation_marks(template: str) -> bool:
     return "endgeneration" in template
 
 
-def _by_generation_marks(spans: list[tuple[int, int]], offsets: np.ndarray) -> np.ndarray:
+def _by_generation_marks(marks: list[tuple[int, int]], spans: np.ndarray) -> np.ndarray:
     """The template says itself, between {% generation %} and {% endgeneration %}, what the assistant writes."""
-    starts, ends = offsets.T
-    mask = np.zeros(len(offsets), bool)
-    for start, end in spans:
+    starts, ends = spans.T
+    mask = np.zeros(len(spans), bool)
+    for start, end in marks:
         mask |= (ends > start) & (starts < end) & (ends > starts)
     return mask
 
 
 def _by_rendering(
-    conversation: list[dict], text: str, offsets: np.ndarray, assets: Any, loss_on: str, show: Callable[..., str]
+    conversation: list[dict], text: str, spans: np.ndarray, assets: Any, loss_on: str, show: Callable[..., str]
 ) -> np.ndarray:
     """The template does not say: rendering parts of the conversation shows where each turn of the assistant stands."""
-    starts, ends = offsets.T
-    mask = np.zeros(len(offsets), bool)
+    starts, ends = spans.T
+    mask = np.zeros(len(spans), bool)
     turns = [number for number, message in enumerate(conversation) if message["role"] == "assistant"]
     for number in turns[-1:] if loss_on == "last" else turns:
         start, end = _span(conversation, number, text, assets, show)

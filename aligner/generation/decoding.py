@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from aligner.generation.sampling import Sampling, sample
 from aligner.logprobs import dense_logits
 from aligner.models.decoder import Cache, DecoderConfig, empty_cache
+from aligner.models.pictures import blank
 from aligner.types import Batch, Model, Params
 
 
@@ -32,6 +33,7 @@ class State:
         done: [B] whether a row is finished, or empty.
         uniform: [B, N] what each row's draws go by: what a row becomes does not depend on its neighbours.
         seen: [B, V] tokens of prompt and answer; None without a repetition penalty.
+        ahead: [B] how far positions in time, rows and columns are ahead of `position`; None where there are none of them.
     """
 
     cache: Cache
@@ -43,6 +45,7 @@ class State:
     done: Bool[Array, "B"]
     uniform: Float[Array, "B N"]
     seen: Bool[Array, "B V"] | None
+    ahead: Int[Array, "B"] | None
 
 
 def text_config(model: Model) -> DecoderConfig:
@@ -50,15 +53,24 @@ def text_config(model: Model) -> DecoderConfig:
     return getattr(model.config, "text_config", model.config)
 
 
-def empty_state(model: Model, sampling: Sampling, params: Params, rows: int, columns: int) -> State:
-    """No row is being written."""
+def empty_state(model: Model, sampling: Sampling, params: Params, rows: int, columns: int, slots: int) -> State:
+    """No row is being written.
+
+    Args:
+        model, sampling, params: as in `fill`.
+        rows: texts at once.
+        columns: tokens of one, prompt and answer.
+        slots: those of a prompt's pictures.
+    """
     config = text_config(model)
+    looks = _features(model, params, rows, slots) if config.cross_layers and slots else 0
+    turns = model.media is not None and "rope_positions" in model.media.per_token
     head = model.head(params)
     width = head.weight.shape[1 if head.transposed else 0]
     new = (rows, sampling.max_new_tokens)
     zeros = jnp.zeros(rows, jnp.int32)
     return State(
-        cache=empty_cache(config, rows, columns, head.weight.dtype),
+        cache=empty_cache(config, rows, columns, head.weight.dtype, looks),
         hidden=jnp.zeros((rows, width), head.weight.dtype),
         position=zeros,
         tokens=jnp.zeros(new, jnp.int32),
@@ -67,7 +79,15 @@ def empty_state(model: Model, sampling: Sampling, params: Params, rows: int, col
         done=jnp.ones(rows, bool),
         uniform=jnp.zeros(new, jnp.float32),
         seen=jnp.zeros((rows, config.vocab_size), bool) if sampling.repetition_penalty != 1.0 else None,
+        ahead=zeros if turns else None,
     )
+
+
+def _features(model: Model, params: Params, rows: int, slots: int) -> int:
+    """How many features `model.encode` gives for a row's pictures."""
+    row = blank(model.media, 1, slots)
+    batch = {name: jax.ShapeDtypeStruct((rows, *array.shape), array.dtype) for name, array in row.items()}
+    return jax.eval_shape(model.encode, params, batch).shape[1]
 
 
 def fill(model: Model, params: Params, state: State, batch: Batch, source: Int[Array, "B"], keys: Array) -> State:
@@ -83,7 +103,7 @@ def fill(model: Model, params: Params, state: State, batch: Batch, source: Int[A
     rows, length = batch["tokens"].shape
     columns = state.cache.positions.shape[1]
     features = model.encode(params, batch)
-    output = model.apply(params, batch, features=features, cache=empty_cache(text_config(model), rows, length, state.hidden.dtype))
+    output = model.apply(params, batch, features=features, cache=empty_cache(text_config(model), rows, 0, state.hidden.dtype))
     taken, prompt = source >= 0, jnp.maximum(source, 0)
     shift = (state.cache.column - length) % columns
 
@@ -100,23 +120,34 @@ def fill(model: Model, params: Params, state: State, batch: Batch, source: Int[A
     if state.seen is not None:
         mark = lambda row, tokens, real: row.at[tokens].max(real)
         seen = choose(state.seen, jax.vmap(mark)(jnp.zeros((rows, state.seen.shape[1]), bool), batch["tokens"], real)[prompt])
+    def room(old: Array, new: Array) -> Array:
+        return choose(old, jnp.pad(new, [(0, 0), *((0, a - b) for a, b in zip(old.shape[1:], new.shape[1:]))])[prompt])
+
     old, new = state.cache, output.cache
     cache = old.replace(
         keys=tuple(place(a, b, 2) for a, b in zip(old.keys, new.keys)),
         values=tuple(place(a, b, 2) for a, b in zip(old.values, new.values)),
         positions=place(old.positions, new.positions, 1, -1),
+        media=None if old.media is None else place(old.media, new.media, 1),
+        seen=jax.tree.map(lambda a: choose(a, jnp.zeros_like(a)), old.seen) if new.seen is None else jax.tree.map(room, old.seen, new.seen),
     )
+    position = jnp.sum(real, axis=1).astype(jnp.int32)
+    ahead = None
+    if state.ahead is not None:
+        turned = batch.get("rope_positions", batch["positions"][..., None])
+        ahead = choose(state.ahead, (jnp.max(jnp.where(real[..., None], turned, -1), axis=(1, 2)) + 1 - position)[prompt])
     uniform = jax.vmap(lambda key: jax.random.uniform(key, state.uniform.shape[1:]))(keys)
     return state.replace(
         cache=cache,
         hidden=choose(state.hidden, output.hidden[:, -1][prompt]),
-        position=choose(state.position, jnp.sum(real, axis=1).astype(jnp.int32)[prompt]),
+        position=choose(state.position, position[prompt]),
         tokens=choose(state.tokens, 0),
         logps=choose(state.logps, 0.0),
         length=choose(state.length, 0),
         done=choose(state.done, False),
         uniform=choose(state.uniform, uniform),
         seen=seen,
+        ahead=ahead,
     )
 
 
@@ -150,6 +181,8 @@ def decode(model: Model, sampling: Sampling, params: Params, state: State, limit
             "segment_ids": going[:, None].astype(jnp.int32),
             "role": jnp.zeros_like(token)[:, None],
         }
+        if state.ahead is not None:
+            batch["rope_positions"] = jnp.repeat((state.position + state.ahead)[:, None, None], 3, axis=-1)
         output = model.apply(params, batch, cache=state.cache.replace(column=state.cache.column % columns))
         return step + 1, state.replace(
             cache=output.cache.replace(column=state.cache.column + 1),

@@ -16,9 +16,9 @@ from aligner.generation.sampling import Sampling
 from aligner.likelihood import cast
 from aligner.matmul import turn
 from aligner.models.decoder import unroll
-from aligner.models.pictures import Picture, blank, fill
+from aligner.models.pictures import Picture, blank, fill, placeholders
 from aligner.train_step import jit
-from aligner.types import Model, Params, UserError
+from aligner.types import Model, Params
 
 STRIDE = 16  # tokens between looks for stop strings, which only the host can see
 
@@ -87,17 +87,16 @@ def make_engine(model: Model, sampling: Sampling, *, rows: int = 8, dtype: str =
     """The programs for a model and a manner of sampling; they are compiled when they are first needed."""
     if sampling.stop_strings and detokenize is None:
         raise ValueError("stop strings need `detokenize`")
-    if model.media and "rope_positions" in model.media.per_token:
-        raise UserError(f"{model.family} models cannot generate yet: their positions turn in time, rows and columns")
     if model.media:
-        sampling = dataclasses.replace(sampling, suppress_tokens=(*sampling.suppress_tokens, model.media.placeholder))
+        media = [token for token in (model.media.placeholder, model.media.video) if token is not None]
+        sampling = dataclasses.replace(sampling, suppress_tokens=(*sampling.suppress_tokens, *media))
     return Engine(
         model,
         sampling,
         rows,
         detokenize,
         prepare=jit(lambda params: turn(unroll(cast(params, dtype)))),
-        start=jit(lambda params, columns: decoding.empty_state(model, sampling, params, rows, columns), static_argnums=1),
+        start=jit(lambda params, *sizes: decoding.empty_state(model, sampling, params, rows, *sizes), static_argnums=(1, 2)),
         fill=jit(lambda params, *rest: decoding.fill(model, params, *rest), donate_argnums=1),
         decode=jit(lambda params, *rest: decoding.decode(model, sampling, params, *rest), donate_argnums=1),
     )
@@ -124,7 +123,9 @@ def generate(
     sampling, rows = engine.sampling, engine.rows
     ids = range(len(prompts)) if ids is None else ids
     columns = bucket(max(len(prompt.tokens) for prompt in prompts)) + sampling.max_new_tokens
-    state = engine.start(params, columns)
+    crosses = decoding.text_config(engine.model).cross_layers  # which keep what they read; there a token stands for each picture
+    slots = max(int(np.sum(prompt.tokens == engine.model.media.placeholder)) for prompt in prompts) if crosses else 0
+    state = engine.start(params, columns, slot_bucket(slots))
     waiting = deque((place, sample) for place in range(len(prompts)) for sample in range(n))
     owner: list[tuple[int, int] | None] = [None] * rows
     looked = [0] * rows  # tokens in which stop strings have been looked for
@@ -182,12 +183,17 @@ def bucket(size: int) -> int:
     return power
 
 
+def slot_bucket(slots: int) -> int:
+    """The least power of two that is not below `slots`; 0 stays."""
+    return slots and 1 << (slots - 1).bit_length()
+
+
 def lay_out(prompts: Sequence[Prompt], model: Model) -> dict[str, np.ndarray]:
     """Prompts as a batch for `fill`: moved to the right, in a bucket of rows and columns. What fills the bucket is never read."""
     length = bucket(max(len(prompt.tokens) for prompt in prompts))
     pictures = [prompt.pictures() if callable(prompt.pictures) else prompt.pictures for prompt in prompts]
     slots = max(sum(len(picture.arrays["pixel_values"]) for picture in of_prompt) for of_prompt in pictures)
-    slots = slots and 1 << (slots - 1).bit_length()
+    slots = slot_bucket(slots)
     rows = []
     for prompt, of_prompt in zip(prompts, pictures):
         row = _blank(model, length, slots)
@@ -196,7 +202,7 @@ def lay_out(prompts: Sequence[Prompt], model: Model) -> dict[str, np.ndarray]:
         row["positions"][start:] = np.arange(len(prompt.tokens))
         row["segment_ids"][start:] = 1
         if slots:
-            places = row["tokens"] == model.media.placeholder
+            places = placeholders(row["tokens"], model.media)
             row["media_index"] = np.where(places, np.cumsum(places) - 1, -1).astype(np.int32)
             fill(row, of_prompt, model.media)
         rows.append(row)

@@ -67,6 +67,29 @@ def vespo(
     return -jax.lax.stop_gradient(phi) * advantages * logps
 
 
+def gmpo(log_ratio: Values, advantages: Values, low: float, high: float) -> Values:
+    """A token's log-ratio as GMPO's geometric mean takes it (arXiv 2507.20673): held below `high` where the answer is good,
+    above -`low` where it is bad. The answer's loss is -exp(their mean) * advantage."""
+    return jnp.where(advantages > 0, jnp.minimum(log_ratio, high), jnp.maximum(log_ratio, -low))
+
+
+def a2po(log_ratio: Values, rewards: Values, optimal_values: Values, beta: float) -> Values:
+    """A*-PO (arXiv 2505.20686): the answer's implicit reward is regressed onto its optimal advantage.
+
+    Args:
+        log_ratio: log pi - log pi_ref, summed over the answer.
+        rewards: of the answer.
+        optimal_values: of its prompt, see `optimal_value`.
+        beta: strength of the pull towards the reference.
+    """
+    return jnp.square(beta * log_ratio - (rewards - optimal_values))
+
+
+def optimal_value(rewards: Float[Array, "... N"], beta: float) -> Values:
+    """V* = beta log mean_i exp(r_i / beta) over N answers of the reference to a prompt (A*-PO, arXiv 2505.20686)."""
+    return beta * (jax.nn.logsumexp(rewards / beta, axis=-1) - math.log(rewards.shape[-1]))
+
+
 def kl(logps: Values, reference_logps: Values, estimator: str) -> Values:
     """An estimate per token of KL(policy || reference) from the policy's own tokens (Schulman, "Approximating KL divergence").
 

@@ -148,3 +148,15 @@ def ld_weights(position: Float[Array, "..."], shared: Float[Array, "..."], alpha
         alpha: in [0, 1].
     """
     return jnp.where(position <= shared, 1.0, alpha).astype(position.dtype)
+
+
+def nash_md(logps: Values, weighted: Values, preferred: Values, beta: float) -> Values:
+    """Nash-MD's policy gradient (arXiv 2312.00886, section 7), one half as the baseline, as TRL's.
+
+    Args:
+        logps: log pi of the policy's answer, summed over its tokens.
+        weighted: the same sum, every token weighted by its log-ratio to the reference, a constant.
+        preferred: how likely the answer is preferred to the mixture's.
+        beta: strength of the pull towards the reference.
+    """
+    return beta * weighted - (preferred - 0.5) * logps

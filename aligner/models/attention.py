@@ -29,8 +29,9 @@ class Spec:
             `unlimited`.
         media: [B, T] bool; keys that are media and keys that are text are read by a softmax each, the two results added, and media reads
             media alone; None reads all by one.
-        key_positions: [B, C] of the columns of a cache, -1 where nothing stands; the keys are then those, one text a row. None: the
-            keys are the batch's own columns.
+        key_positions: [B, C] of the columns of a cache, -1 where nothing stands; the keys are then those, one text a row, of which a
+            query sees all that are not later. None: the keys are the batch's own columns.
+        key_media: [B, C], `media` of a cache's columns.
         causal: False lets everything in a segment see everything; there are no roles then.
     """
 
@@ -41,6 +42,7 @@ class Spec:
     blocks: Int[Array, "B T"] | None = None
     media: Bool[Array, "B T"] | None = None
     key_positions: Int[Array, "B C"] | None = None
+    key_media: Bool[Array, "B C"] | None = None
     causal: bool = struct.field(pytree_node=False, default=True)
     unlimited: bool = struct.field(pytree_node=False, default=False)
 
@@ -123,6 +125,7 @@ def attention(
         else:
             mask = (spec if spec.mask is not None else dense(spec)).mask
             keys = spec.positions if spec.key_positions is None else spec.key_positions
+            media = spec.media if spec.key_media is None else spec.key_media
             slopes = None if slopes is None else jnp.asarray(slopes, jnp.float32).reshape(-1, groups, 1, 1)
             # where no query sees a later column, each block of queries is multiplied by the columns up to its end alone
             size = max(BLOCK, -(-length // MAX_BLOCKS)) if spec.backwards else length
@@ -131,7 +134,7 @@ def attention(
             for start, end in zip([0, *ends], ends):
                 here, upto = slice(start, end), slice(0, end if spec.backwards else k.shape[2])
                 part = mask[..., here, upto]
-                seen = (part,) if spec.media is None else apart(part, spec.media[:, here], spec.media[:, upto])
+                seen = (part,) if spec.media is None else apart(part, spec.media[:, here], media[:, upto])
                 bias = None if slopes is None else bend(slopes, spec.positions[:, here], keys[:, upto])
                 blocks.append(_attend(q[..., here, :], k[:, :, upto], v[:, :, upto], seen, bias, softcap))
             out = jnp.concatenate(blocks, axis=3) if len(blocks) > 1 else blocks[0]

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from aligner.matmul import Turned
 from aligner.models import cross, moe, rope
 from aligner.models.attention import Spec, alibi_slopes, attention, dense, spec_of
 from aligner.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear, RMSNorm, at_least_float32, pick, rngs, stack
 from aligner.sharding import constrain
-from aligner.types import Batch, Conversion, Head, Model, Output, Params, UserError
+from aligner.types import Batch, Conversion, Head, Model, Output, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,20 +95,40 @@ class Cache:
         keys, values: of every layer, [B, K, C, H] each: one array a layer, so that a step writes into it where it lies.
         positions: [B, C] of the columns, -1 where nothing stands.
         column: where the next tokens go.
+        media: [B, C] which columns are media, where text and media are read apart; else None.
+        seen: what the next token sees of pictures through cross layers; None where there are none of them.
     """
 
     keys: tuple[Float[Array, "B K C H"], ...]
     values: tuple[Float[Array, "B K C H"], ...]
     positions: Int[Array, "B C"]
     column: Int[Array, ""]
+    media: Bool[Array, "B C"] | None = None
+    seen: cross.Seen | None = None
 
 
-def empty_cache(config: DecoderConfig, rows: int, columns: int, dtype: Any) -> Cache:
-    """A cache in which nothing stands."""
-    zeros = lambda: constrain(jnp.zeros((rows, config.num_key_value_heads, columns, config.head_dim), dtype), "batch", "heads", None, None)
-    layers = range(config.num_hidden_layers)
-    nothing = jnp.full((rows, columns), -1, jnp.int32)
-    return Cache(tuple(zeros() for _ in layers), tuple(zeros() for _ in layers), nothing, jnp.zeros((), jnp.int32))
+def empty_cache(config: DecoderConfig, rows: int, columns: int, dtype: Any, looks: int = 0) -> Cache:
+    """A cache in which nothing stands.
+
+    Args:
+        config: the decoder's.
+        rows: texts.
+        columns: room for so many tokens of each. With 0, the pass that is given the cache is the prompts': its mask is the same as
+            without a cache, and the cache that it returns has its columns.
+        dtype: of keys and values.
+        looks: room for so many features of a row's pictures, where layers look at those.
+    """
+    shape = lambda count: (rows, config.num_key_value_heads, count, config.head_dim)
+    zeros = lambda count: constrain(jnp.zeros(shape(count), dtype), "batch", "heads", None, None)
+    layers = range(config.num_hidden_layers if columns else 0)
+    return Cache(
+        keys=tuple(zeros(columns) for _ in layers),
+        values=tuple(zeros(columns) for _ in layers),
+        positions=jnp.full((rows, columns), -1, jnp.int32),
+        column=jnp.zeros((), jnp.int32),
+        media=jnp.zeros((rows, columns), bool) if config.split_media else None,
+        seen=cross.unseen(tuple((zeros(looks), zeros(looks)) for _ in config.cross_layers)) if looks else None,
+    )
 
 
 def unroll(params: Params) -> Params:
@@ -118,11 +138,10 @@ def unroll(params: Params) -> Params:
     """
     if not {"embed_tokens", "layers"} <= params.keys():
         return {name: unroll(child) if isinstance(child, Mapping) else child for name, child in params.items()}
-    layers = params["layers"]
-    if "0" in layers:
+    if "0" in params["layers"]:
         return params
-    count = jax.tree.leaves(layers)[0].shape[0]
-    return {**params, "layers": {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(count)}}
+    apart = lambda stacked: {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(jax.tree.leaves(stacked)[0].shape[0])}
+    return {name: apart(child) if name in ("layers", "cross_layers") else child for name, child in params.items()}
 
 
 def make_norm(config: DecoderConfig, name: str) -> nn.Module:
@@ -137,7 +156,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], spec: Spec, cos: Array | None, sin: Array | None, memory: tuple | None = None):
-        """The output, and of `memory` (keys, values, column) the keys and values with this call's written in; None without memory."""
+        """The output, and what is to be remembered of `memory` and this call; None without memory."""
         c = self.config
 
         def project(name: str, heads: int, norm: str | None = None) -> Float[Array, "B T N H"]:
@@ -152,15 +171,27 @@ class Attention(nn.Module):
         if cos is not None:
             q, k = (rope.rotate(y, cos, sin, c.rotary_interleaved) for y in (q, k))
         if memory is not None:
-            *memory, column = memory
-            write = lambda into, new: jax.lax.dynamic_update_slice(into, new.swapaxes(1, 2).astype(into.dtype), (0, 0, column, 0))
-            memory = tuple(map(write, memory, (k, v)))
-            k, v = (y.swapaxes(1, 2) for y in memory)
+            (k, v), memory = remember(memory, k, v)
         scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
         slopes = alibi_slopes(c.num_attention_heads) if c.alibi else None
         out = attention(q, k, v, spec, scale=scale, softcap=c.attention_softcap, slopes=slopes)
         out = checkpoint_name(out.reshape(*x.shape[:2], -1), "context")
         return Linear(c.hidden_size, c.o_bias, c.initializer_range, name=c.o_name)(out), memory
+
+
+def remember(memory: tuple, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """(keys and values to attend to [B,S,K,H], those to keep [B,K,S,H]).
+
+    Args:
+        memory: () keeps the new ones alone; (keys, values, column) writes them there.
+        k, v: the new ones.
+    """
+    new = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    if not memory:
+        return (k, v), new
+    *kept, column = memory
+    kept = [jax.lax.dynamic_update_slice(old, part.astype(old.dtype), (0, 0, column, 0)) for old, part in zip(kept, new)]
+    return tuple(y.swapaxes(1, 2) for y in kept), tuple(kept)
 
 
 @functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
@@ -240,39 +271,66 @@ class Unrolled(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], specs: tuple[Spec, ...], tables: tuple, deep, cache: Cache) -> tuple[Array, Cache]:
-        c, kept = self.config, []
+    def __call__(
+        self, x: Float[Array, "B T D"], specs: tuple[Spec, ...], tables: tuple, deep: tuple[Array, ...] | None, here: cross.Seen | None,
+        cache: Cache,
+    ) -> tuple[Array, Cache]:  # fmt: skip
+        c, kept, looked = self.config, [], []
         numbers = [of or (0,) * c.num_hidden_layers for of in (c.window_of_layer, c.rope_of_layer)]
-        for i, (window, kind) in enumerate(zip(*numbers)):
-            memory = (cache.keys[i], cache.values[i], cache.column)
+        for i, (window, kind, crossing) in enumerate(zip(*numbers, crossings(c))):
+            if here is not None and crossing >= 0:
+                x, read = cross.look(c, MLP, x, here, crossing)
+                looked.append(read)
+            memory = (cache.keys[i], cache.values[i], cache.column) if cache.keys else ()
             x, memory = Layer(c, name=str(i))(x, specs[window : window + 1], tables[kind : kind + 1], deep, None, 0, 0, i, -1, memory)
             kept.append(memory)
         keys, values = zip(*kept)
-        return x, cache.replace(keys=keys, values=values, column=cache.column + x.shape[1])
+        seen = None if here is None else cross.last(here, tuple(looked))
+        return x, cache.replace(keys=keys, values=values, column=cache.column + x.shape[1], seen=seen)
 
 
 class DecoderModel(nn.Module):
+    """Hidden states after the final norm; with a cache, that with this pass in it."""
+
     config: DecoderConfig
     remat: str = "none"
 
     @nn.compact
     def __call__(self, batch: Batch, features: Float[Array, "B F D"] | None, cache: Cache | None = None):
-        c, positions = self.config, batch["positions"]
-        if cache is not None and (c.cross_layers or c.both_ways or c.split_media):
-            raise UserError("generation is not there yet for decoders that look at pictures both ways or by layers of their own")
+        c, deep, here = self.config, None, None
+        x = self.embedded(batch)
+        if c.cross_layers:
+            here = self.crossed(x, features, batch, cache)
+        elif features is not None:
+            features, *deep = jnp.split(features, 1 + c.deepstack, axis=-1)
+            x = merge(x, features, batch["media_index"])
+            deep = tuple(merge(jnp.zeros_like(x), more, batch["media_index"]) for more in deep) or None
+        x = self.placed(x, batch["positions"])
+        width, turning = int(c.head_dim * c.rotary_fraction), batch.get("rope_positions", batch["positions"])
+        tables = tuple(rope.tables(kind, width, c.max_position_embeddings, turning, batch["segment_ids"], x.dtype) for kind in c.rope)
+        cache, spec = stand(c, batch, cache)
+        specs = tuple(dense(spec, window) for window in c.windows)
+        if cache is None:
+            x = self.scanned(x, specs, tables, deep, here)
+        else:
+            x, cache = Unrolled(c, name="layers")(x, specs, tables, deep, here, cache)
+        x = make_norm(c, c.final_norm)(x) if c.final_norm else x
+        return (Linear(c.embedding_size, init_scale=c.initializer_range, name="project_out")(x) if c.embedding_size else x), cache
+
+    def embedded(self, batch: Batch) -> Float[Array, "B T E"]:
+        """The tokens' rows of the table."""
+        c = self.config
         rows, size = c.vocab_size + c.extra_embeddings, c.embedding_size or c.hidden_size
         x = Embed(rows, size, c.initializer_range, name="embed_tokens")(batch["tokens"])
         if c.embedding_scale != 1.0:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         if "embedding_noise" in batch:  # [B,T,D], from an algorithm that trains with it
             x = x + batch["embedding_noise"].astype(x.dtype)
-        deep = here = None
-        if c.cross_layers:
-            here = self.crossed(x, features, batch)
-        elif features is not None:
-            features, *deep = jnp.split(features, 1 + c.deepstack, axis=-1)
-            x = merge(x, features, batch["media_index"])
-            deep = tuple(merge(jnp.zeros_like(x), more, batch["media_index"]) for more in deep) or None
+        return x
+
+    def placed(self, x: Float[Array, "B T E"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Embeddings in the width of the layers, with what is learned of each position."""
+        c = self.config
         if c.embedding_size:
             x = Linear(c.hidden_size, init_scale=c.initializer_range, name="project_in")(x)
         if c.learned_positions:
@@ -280,40 +338,52 @@ class DecoderModel(nn.Module):
             x = x + table(positions + c.position_offset)  # beyond the table lies NaN, which no one overlooks
         if c.embedding_norm:
             x = make_norm(c, c.embedding_norm)(x)
-        x = constrain(x, "batch", None, None)
-        width, turning = int(c.head_dim * c.rotary_fraction), batch.get("rope_positions", positions)
-        tables = tuple(rope.tables(kind, width, c.max_position_embeddings, turning, batch["segment_ids"], x.dtype) for kind in c.rope)
-        media = batch["media_index"] >= 0 if c.split_media and "media_index" in batch else None
-        spec = spec_of(batch).replace(blocks=both_ways(c, batch), media=media, unlimited=c.both_ways == "prompt")
-        if cache is not None:
-            standing = jnp.where(batch["segment_ids"] > 0, positions, -1)
-            cache = cache.replace(positions=jax.lax.dynamic_update_slice(cache.positions, standing, (0, cache.column)))
-            spec = spec.replace(key_positions=cache.positions)
-        specs = tuple(dense(spec, window) for window in c.windows)
-        if cache is not None:
-            x, cache = Unrolled(c, name="layers")(x, specs, tables, deep, cache)
-        else:
-            numbers = [jnp.asarray(of or (0,) * c.num_hidden_layers, jnp.int32) for of in (c.window_of_layer, c.rope_of_layer)]
-            numbers += [jnp.arange(c.num_hidden_layers), jnp.asarray(crossings(c), jnp.int32)]
-            layers = stack(Layer, c.num_hidden_layers, self.remat, in_axes=(nn.broadcast,) * 4 + (0,) * 4)
-            x, load = layers(c, name="layers")(x, specs, tables, deep, here, *numbers)
-            if load is not None:
-                for name, value in zip(("router_count", "router_probability"), load):
-                    self.sow("aux", name, jnp.sum(value, axis=0))
-        x = make_norm(c, c.final_norm)(x) if c.final_norm else x
-        return (Linear(c.embedding_size, init_scale=c.initializer_range, name="project_out")(x) if c.embedding_size else x), cache
+        return constrain(x, "batch", None, None)
 
-
-    def crossed(self, x: Float[Array, "B T D"], states: Float[Array, "B S D"] | None, batch: Batch) -> cross.Seen | None:
+    def crossed(
+        self, x: Float[Array, "B T D"], states: Float[Array, "B S D"] | None, batch: Batch, cache: Cache | None
+    ) -> cross.Seen | None:
         """What the cross layers look at; None, and they are passed over, where there are no pictures."""
         c = self.config
         if self.is_initializing():
             one = jnp.ones((1, 1, 1))
             nothing = cross.Seen(None, jnp.zeros((1, 1, c.hidden_size)), jnp.ones((1, 1, 1, 1), bool), one, one)
             stack(cross.CrossLayer, len(c.cross_layers), "none", in_axes=(nn.broadcast,))(c, MLP, name="cross_layers")(x, nothing)
-        if states is None:
             return None
-        return cross.seen(self.variables["params"]["cross_layers"], states.astype(x.dtype), batch)
+        params = self.variables["params"]["cross_layers"]
+        if states is not None:
+            return cross.seen(params, states.astype(x.dtype), batch)
+        return cache.seen.replace(params=params) if cache is not None and cache.seen is not None else None
+
+    def scanned(
+        self, x: Float[Array, "B T D"], specs: tuple[Spec, ...], tables: tuple, deep: tuple[Array, ...] | None, here: cross.Seen | None
+    ) -> Float[Array, "B T D"]:
+        """The layers as one program in a loop; how they differ is data."""
+        c = self.config
+        numbers = [jnp.asarray(of or (0,) * c.num_hidden_layers, jnp.int32) for of in (c.window_of_layer, c.rope_of_layer)]
+        numbers += [jnp.arange(c.num_hidden_layers), jnp.asarray(crossings(c), jnp.int32)]
+        layers = stack(Layer, c.num_hidden_layers, self.remat, in_axes=(nn.broadcast,) * 4 + (0,) * 4)
+        x, load = layers(c, name="layers")(x, specs, tables, deep, here, *numbers)
+        if load is not None:
+            for name, value in zip(("router_count", "router_probability"), load):
+                self.sow("aux", name, jnp.sum(value, axis=0))
+        return x
+
+
+def stand(config: DecoderConfig, batch: Batch, cache: Cache | None) -> tuple[Cache | None, Spec]:
+    """The cache with the batch's columns marked in it, and who sees whom."""
+    media = None
+    if config.split_media and ("media_index" in batch or cache is not None):
+        media = batch["media_index"] >= 0 if "media_index" in batch else jnp.zeros_like(batch["tokens"], bool)
+    spec = spec_of(batch).replace(blocks=both_ways(config, batch), media=media, unlimited=config.both_ways == "prompt")
+    if cache is None:
+        return None, spec
+    standing = jnp.where(batch["segment_ids"] > 0, batch["positions"], -1)
+    if not cache.keys:  # the prompts' own pass
+        return cache.replace(positions=standing, media=media), spec
+    write = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, cache.column))
+    cache = cache.replace(positions=write(cache.positions, standing), media=None if media is None else write(cache.media, media))
+    return cache, spec_of(batch).replace(media=media, key_positions=cache.positions, key_media=cache.media)
 
 
 def crossings(config: DecoderConfig) -> list[int]:

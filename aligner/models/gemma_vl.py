@@ -1,5 +1,5 @@
-"""PaliGemma (arXiv 2407.07726) and Gemma 3 with images (arXiv 2503.19786): SigLIP's normed features, and text that does not only look back:
-PaliGemma's prompt sees all of itself, Gemma 3's images see all of themselves."""
+"""PaliGemma 1 and 2 (arXiv 2407.07726, 2412.03555) and Gemma 3 with images (arXiv 2503.19786): SigLIP's normed features, and text that does
+not only look back: PaliGemma's prompt sees all of itself, Gemma 3's images see all of themselves."""
 
 from __future__ import annotations
 
@@ -40,11 +40,12 @@ def config_from_hf(hf: Any) -> GemmaVLConfig:
     """Read a `PaliGemmaConfig` or a `Gemma3Config`."""
     tower = vlm.read_tower(hf, ("siglip_vision_model",))
     if hf.model_type == "paligemma":
-        if hf.text_config.model_type != "gemma":
-            raise UserError(f"a paligemma checkpoint with a {hf.text_config.model_type!r} part is not implemented, gemma is")
+        if hf.text_config.model_type not in ("gemma", "gemma2"):
+            raise UserError(f"a paligemma checkpoint with a {hf.text_config.model_type!r} part is not implemented, gemma and gemma2 are")
         text = copy.copy(hf.text_config)
         text.use_bidirectional_attention = None  # of the prompt, it means
-        return GemmaVLConfig(vlm.read_text(hf, text=text, both_ways="prompt"), tower, hf.image_token_index, 0)
+        softcap = getattr(text, "final_logit_softcapping", None)
+        return GemmaVLConfig(vlm.read_text(hf, text=text, both_ways="prompt", final_softcap=softcap), tower, hf.image_token_index, 0)
     side = tower.image_size // tower.patch_size
     pooled = side // int(hf.mm_tokens_per_image**0.5)
     text = vlm.read_text(hf, both_ways="pictures", picture_tokens=(side // pooled) ** 2)

@@ -1,5 +1,6 @@
 """LLaVA-NeXT, LLaVA-NeXT-Video and LLaVA-OneVision (arXiv 2408.03326): an image is one small view and tiles of a large one, whose patches
-are read line by line without the padding, each line ended by a learned feature. OneVision shrinks what has too many patches."""
+are read line by line without the padding, each line ended by a learned feature. OneVision shrinks what has too many patches. Of a video's
+frames neighbouring patches are pooled."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from aligner.models import llava, towers, vlm
+from aligner.models import llava, towers, vision, vlm
 from aligner.models.pictures import Picture, Row, Shown
 from aligner.types import Batch, Media, Model, UserError
 
@@ -22,10 +23,18 @@ NEWLINE = -1  # in an index: the first of the features that stand before those o
 
 @dataclasses.dataclass(frozen=True)
 class LlavaNextConfig(llava.LlavaConfig):
-    """LLaVA's, and how images are cut."""
+    """LLaVA's, how images are cut, and how videos are pooled."""
 
     image_grid_pinpoints: tuple[tuple[int, int], ...]  # (height, width) in pixels that a large view may have
     most_tiles: int | None  # as many tiles' worth of patches as OneVision keeps; None keeps all
+    video_token_index: int | None  # None takes no videos
+    spatial_pool_mode: str  # of a video's patches: average or max
+    spatial_pool_stride: int
+
+    @property
+    def frame_features(self) -> int:
+        """Features of one frame of a video."""
+        return (self.vision_config.image_size // self.vision_config.patch_size // self.spatial_pool_stride) ** 2
 
 
 def config_from_hf(hf: Any) -> LlavaNextConfig:
@@ -39,7 +48,17 @@ def config_from_hf(hf: Any) -> LlavaNextConfig:
     aspect = getattr(hf, "vision_aspect_ratio", None)
     values = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
     pinpoints = tuple(tuple(pair) for pair in hf.image_grid_pinpoints)
-    return LlavaNextConfig(**values, image_grid_pinpoints=pinpoints, most_tiles=int(aspect.removeprefix("anyres_max_")) if aspect else None)
+    mode, videos = getattr(hf, "spatial_pool_mode", "average"), hf.model_type == "llava_next_video"
+    if mode not in ("average", "max"):
+        raise UserError(f"spatial_pool_mode {mode!r} of the {hf.model_type} config is not implemented; average and max are")
+    return LlavaNextConfig(
+        **values,
+        image_grid_pinpoints=pinpoints,
+        most_tiles=int(aspect.removeprefix("anyres_max_")) if aspect else None,
+        video_token_index=hf.video_token_index if videos else None,
+        spatial_pool_mode=mode,
+        spatial_pool_stride=getattr(hf, "spatial_pool_stride", 1),
+    )
 
 
 def best_view(height: int, width: int, views: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -104,7 +123,7 @@ def placeholders(config: LlavaNextConfig, size: tuple[int, int], tiled: bool) ->
 
 
 def media(config: LlavaNextConfig) -> Media:
-    """A slot is a tile."""
+    """A slot is a tile, or a frame."""
     size, mixed = config.vision_config.image_size, config.most_tiles is not None
 
     def show(wide: tuple[int, int], assets: Any, count: int) -> Shown:
@@ -114,11 +133,15 @@ def media(config: LlavaNextConfig) -> Media:
     def pictures(processed: Mapping[str, Any]) -> list[Picture]:
         counts = [n for n in processed["batch_num_images"] for _ in range(n)] if "batch_num_images" in processed else None
         made = []
-        for number, (tiles, shape) in enumerate(zip(np.asarray(processed["pixel_values"]), np.asarray(processed["image_sizes"]))):
+        for number, (tiles, shape) in enumerate(zip(processed.get("pixel_values", ()), processed.get("image_sizes", ()))):
             used, index, weights = placeholders(config, tuple(map(int, shape)), tiled=counts is None or counts[number] == 1)
-            pixels = tiles[:used].transpose(0, 2, 3, 1)
+            pixels = np.asarray(tiles)[:used].transpose(0, 2, 3, 1)
             made.append(Picture({"pixel_values": pixels}, index[:, 0], taps=(index, weights) if mixed else None))
-        return made
+        return made + [video(np.asarray(frames)) for frames in processed.get("pixel_values_videos", ())]
+
+    def video(frames: np.ndarray) -> Picture:
+        index = np.arange(len(frames))[:, None] * config.features + np.arange(config.frame_features)
+        return Picture({"pixel_values": frames.transpose(0, 2, 3, 1), "pooled": np.ones(len(frames), bool)}, index.reshape(-1), video=True)
 
     def arrange(row: Row, pictures: Sequence[Picture]) -> Row:
         """Every placeholder's own mixture of features stands at its column."""
@@ -136,8 +159,19 @@ def media(config: LlavaNextConfig) -> Media:
         return {"media_taps": taps, "media_weights": weights, "media_index": np.where(row["media_index"] >= 0, np.arange(len(taps)), -1)}
 
     per_token = {"media_taps": ((4,), np.int32), "media_weights": ((4,), np.float32)} if mixed else {}
-    return Media(config.image_token_index, config.features, size, size, lead=1, per_token=per_token, show=show, pictures=pictures,
-                 arrange=arrange if mixed else None, together=mixed)  # fmt: skip
+    slot = {} if config.video_token_index is None else {"pooled": ((), np.bool_)}
+    return Media(config.image_token_index, config.features, size, size, lead=1, slot=slot, per_token=per_token, show=show,
+                 pictures=pictures, arrange=arrange if mixed else None, together=mixed, video=config.video_token_index)  # fmt: skip
+
+
+def pool(config: LlavaNextConfig, states: Float[Array, "N P V"]) -> Float[Array, "N P V"]:
+    """Neighbouring patches of each frame as one, before the first of the places they leave empty."""
+    side, stride = config.vision_config.image_size // config.vision_config.patch_size, config.spatial_pool_stride
+    whole = side // stride * stride
+    blocks = vision.cut(states.reshape(len(states), side, side, -1)[:, :whole, :whole], stride)
+    blocks = blocks.reshape(len(states), config.frame_features, stride**2, -1)
+    found = jnp.mean(blocks, axis=2) if config.spatial_pool_mode == "average" else jnp.max(blocks, axis=2)
+    return jnp.pad(found, ((0, 0), (0, states.shape[1] - config.frame_features), (0, 0)))
 
 
 def make(hf: Any) -> Model:
@@ -146,7 +180,10 @@ def make(hf: Any) -> Model:
     disk, width = path.replace("/", ".") + ".", config.text_config.hidden_size
 
     def encode(params, batch: Batch, rngs, remat) -> Float[Array, "B F D"]:
-        features = llava.project(config, params, vlm.flat_images(batch, llava.dtype_of(params)), path, rngs, remat)
+        states = llava.select(config, params, vlm.flat_images(batch, llava.dtype_of(params)), path, rngs, remat)
+        if "pooled" in batch:
+            states = jnp.where(batch["pooled"].reshape(-1, 1, 1), pool(config, states), states)
+        features = llava.Projector(config).apply({"params": params["multi_modal_projector"]}, states, rngs=rngs)
         features = features.reshape(len(batch["pixel_values"]), -1, width)
         line_end = jnp.broadcast_to(params["image_newline"].astype(features.dtype), (len(features), 1, width))
         features = jnp.concatenate([line_end, features], axis=1)

@@ -135,19 +135,21 @@ def media(config: MllamaConfig) -> Media:
 
     def arrange(row: Row, pictures: Sequence[Picture]) -> Row:
         """A token sees the images that stand last before it: one, or several that follow each other."""
-        seen = np.zeros((len(row["tokens"]), 2), np.int32)
+        seen = np.zeros((len(row["tokens"]), 4), np.int32)
         for segment in np.unique(row["segment_ids"][row["segment_ids"] > 0]):
+            columns = np.flatnonzero(row["segment_ids"] == segment)
+            numbers = row["media_index"][columns]
+            own = (min(numbers[numbers >= 0]), max(numbers) + 1) if max(numbers) >= 0 else (0, 0)
             first = end = before = 0
-            for column in np.flatnonzero(row["segment_ids"] == segment):
-                number = row["media_index"][column]
+            for column, number in zip(columns, numbers):
                 if number >= 0:
                     first, end = (first if before else number), number + 1
                 before = number >= 0
-                seen[column] = first, end
+                seen[column] = first, end, *own
         return {"cross_images": seen}
 
     slot = {"pixel_values": ((tiles, size, size, 3), np.float32), "aspect_ratio_ids": ((), np.int32), "tile_mask": ((tiles,), np.bool_)}
-    return Media(config.image_token_index, 1, size, size, slot=slot, per_token={"cross_images": ((2,), np.int32)}, show=show,
+    return Media(config.image_token_index, 1, size, size, slot=slot, per_token={"cross_images": ((4,), np.int32)}, show=show,
                  pictures=pictures, arrange=arrange, together=True)  # fmt: skip
 
 

@@ -1,6 +1,6 @@
-"""Pictures on the host: how many tokens each takes, which slots of a row's pixels it fills, which feature stands at which token.
+"""Pictures and videos on the host: how many tokens each takes, which slots of a row's pixels it fills, which feature stands at which token.
 
-Token counts differ from picture to picture; all of it is settled here in NumPy, so that what reaches the device are arrays of a few
+Token counts differ from one to the next; all of it is settled here in NumPy, so that what reaches the device are arrays of a few
 fixed shapes and gather indices.
 """
 
@@ -39,12 +39,19 @@ class Picture(NamedTuple):
         index: [placeholders] the feature that stands at each: slot * P + p within the picture, or -1 - n for the n-th leading one.
         grid: its rows and columns of placeholders, where positions go by them.
         taps: (features around each placeholder [placeholders, X], their weights), where one is a mixture of several.
+        video: it is one, and stands at `Media.video`.
     """
 
     arrays: Mapping[str, np.ndarray]
     index: np.ndarray
     grid: tuple[int, int] | None = None
     taps: tuple[np.ndarray, np.ndarray] | None = None
+    video: bool = False
+
+
+def placeholders(tokens: np.ndarray, media: Media) -> np.ndarray:
+    """Which tokens stand for features, bool of the same shape."""
+    return np.isin(tokens, [token for token in (media.placeholder, media.video) if token is not None])
 
 
 def whole(processed: Mapping[str, Any], features: int) -> list[Picture]:
@@ -97,7 +104,7 @@ def deal(batch: Mapping[str, Any], processed: Mapping[str, Any], media: Media) -
 
     Args:
         batch: the text part of a batch, [B,T].
-        processed: what an image processor returned for all pictures.
+        processed: what the processors returned for all pictures, and for all videos.
         media: the model's.
 
     Returns:
@@ -106,9 +113,9 @@ def deal(batch: Mapping[str, Any], processed: Mapping[str, Any], media: Media) -
     Raises:
         UserError: the placeholders of the rows are not those of the pictures.
     """
-    pictures = read(media, processed)
     text = {name: np.asarray(array) for name, array in batch.items()}
-    places = text["tokens"] == media.placeholder
+    places = placeholders(text["tokens"], media)
+    pictures = in_order(text["tokens"][places], read(media, processed), media)
     counts, takes = places.sum(axis=1), [len(picture.index) for picture in pictures]
     ends, total = np.cumsum([0, *takes]), np.cumsum([0, *counts])  # of pictures and of rows, in placeholders
     if ends[-1] != total[-1] or not np.isin(total, ends).all():
@@ -127,6 +134,16 @@ def deal(batch: Mapping[str, Any], processed: Mapping[str, Any], media: Media) -
         fill(row, group, media)
         rows.append({name: array for name, array in row.items() if name not in text})
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def in_order(marks: np.ndarray, pictures: Sequence[Picture], media: Media) -> list[Picture]:
+    """Pictures and videos, each in their order, as their placeholders [N] follow each other; what finds none comes last."""
+    waiting = {video: [picture for picture in pictures if picture.video == video] for video in (True, False)}
+    order, at = [], 0
+    while at < len(marks) and waiting[video := marks[at] == media.video]:
+        order.append(waiting[video].pop(0))
+        at += len(order[-1].index)
+    return [*order, *waiting[True], *waiting[False]]
 
 
 def turning_positions(row: Row, pictures: Sequence[Picture]) -> Row:

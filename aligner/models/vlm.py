@@ -30,7 +30,7 @@ SHARDING_RULES = (
 UNREAD = families.UNREAD | {
     *("image_seq_length", "image_token_index", "image_token_id", "boi_token_index", "eoi_token_index"),
     *("video_token_index", "video_token_id", "vision_start_token_id", "vision_end_token_id", "video_seq_length"),
-    *("spatial_pool_mode", "spatial_pool_stride", "projection_dim", "hidden_size", "vocab_size", "initializer_range", "architectures"),
+    *("projection_dim", "hidden_size", "vocab_size", "initializer_range", "architectures"),
 }
 
 
@@ -49,10 +49,10 @@ def read_text(
     if reader is None:
         _check_part(hf, text.model_type, tuple(families.FAMILIES))
     config = families.read(reader, text) if reader else families.FAMILIES[text.model_type](text)
-    tied = bool(getattr(hf, "tie_word_embeddings", False) or config.tie_word_embeddings)
-    # `transformers` puts a plain head on the inner model: what its text family does to logits (Gemma 2, Granite, Phi) it leaves out
+    # `transformers` puts a plain head on the inner model: what its text family does to logits (Gemma 2, Granite, Phi) it leaves out, and
+    # whether the head is tied the larger config says
     plain = dict(final_softcap=None, logits_scale=1.0, head_bias=False)
-    return dataclasses.replace(config, tie_word_embeddings=tied, **plain, **flags)
+    return dataclasses.replace(config, tie_word_embeddings=bool(getattr(hf, "tie_word_embeddings", False)), **plain | flags)
 
 
 def read_tower(hf: Any, kinds: Sequence[str]) -> vision.VisionConfig:
@@ -167,7 +167,7 @@ def assemble(
     def inputs(processed: Mapping[str, Any]) -> dict[str, Array]:
         batch = decoder.text_batch(processed, text.positions_from_mask)
         batch |= roles(processed, batch) if roles else {}
-        if processed.get("pixel_values") is None:
+        if all(processed.get(name) is None for name in ("pixel_values", "pixel_values_videos")):
             return batch
         return batch | {name: jnp.asarray(array) for name, array in pictures.deal(batch, processed, media).items()}
 

@@ -11,6 +11,7 @@ from aligner.data import loader, media, mixture, templates
 from aligner.data.census import check_census, describe, take_census
 from aligner.data.kinds import ENCODERS
 from aligner.data.samples import as_prompt
+from aligner.data.together import Steps, encoder
 from aligner.generation.engine import Prompt
 from aligner.types import Model
 
@@ -65,8 +66,12 @@ def load_prompts(config: Any, split: str, model: Model, cache_dir: str | Path | 
     rows = mixture.open_samples(data[split], name, kind, config.seed)
     loader.check_assets(model)
     room = data.max_length - config.generation.max_new_tokens
-    encode = lambda index: kind.encode(rows.read(index), media.looking_in(model, rows.folder(index)), data)
-    census = take_census(encode, rows, model, max(room, 0), name, key=["prompt"], cache_dir=cache_dir, workers=data.workers)
+
+    @encoder
+    def encode(index: int) -> Steps:
+        return (yield from kind.encode.steps(rows.read(index), media.looking_in(model, rows.folder(index)), data))
+
+    census = take_census(encode.steps, rows, model, max(room, 0), name, key=["prompt"], cache_dir=cache_dir, workers=data.workers)
     check_census(census, rows, name, data.max_bad_fraction)
     order = grain.MapDataset.range(len(census.row_ids))
     if split == "train" and data.shuffle:

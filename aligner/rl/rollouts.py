@@ -173,11 +173,11 @@ def learnable(
         drift = of_answers(np.asarray(kl(batch["old_logps"].astype(np.float64), batch["reference_logps"], estimator)), groups)
         found["objective/kl"] = float(np.mean([np.sum(one) for answers in drift for one in answers]))
     if c.get("cost_funcs"):
-        total, found, host = _bounded(c, total, each, found, host)
+        total, found, host = bounded(c, total, each, found, host)
     if c.name == "on_policy_distillation":
         columns = {}
-    elif c.name == "online_dpo":
-        columns = _pairs(c, total)
+    elif c.name in ("online_dpo", "nash_md"):
+        columns = pairs(c, total)
     elif c.name == "ppo":
         columns, host = _ppo(c, total, stopped, drift, batch, groups, S, host)
     else:
@@ -217,17 +217,26 @@ def _per_answer(c: ConfigDict, total, each, weights, greedy, drift, lengths, S: 
     return at_tokens([[np.full(m, v) for m, v in zip(*row)] for row in zip(lengths, values)], S)
 
 
-def _pairs(c: ConfigDict, total: np.ndarray) -> dict[str, np.ndarray]:
-    """Online DPO's columns: which answer of a prompt is the best, which the worst; neither where all are worth the same or one is not
-    known."""
+def pairs(c: ConfigDict, total: np.ndarray) -> dict[str, np.ndarray]:
+    """Columns of algorithms that compare a prompt's answers by their worth [B,n]: `chosen` and `rejected` [B,1,n] mark the best and the
+    worst, none where all are worth the same or one is not known; `by_rival` what another than the policy wrote; of Nash-MD `preference`
+    [B,1], how likely the policy's answer is to be preferred to its rival's, one half where that is not known."""
     known = ~np.isnan(total).any(axis=1) & (np.ptp(total, axis=1) > 0)
     mark = lambda places: ((np.arange(total.shape[1]) == places[:, None]) & known[:, None])[:, None].astype(np.float32)
     filled = np.nan_to_num(total)
-    by_reference = np.broadcast_to(np.arange(total.shape[1]) == (1 if c.xpo_alpha else -1), total.shape)[:, None].astype(np.float32)
-    return {"chosen": mark(filled.argmax(axis=1)), "rejected": mark(filled.argmin(axis=1)), "by_reference": by_reference}
+    by_rival = np.broadcast_to(np.arange(total.shape[1]) == (1 if rivalry(c) else -1), total.shape)[:, None].astype(np.float32)
+    columns = {"chosen": mark(filled.argmax(axis=1)), "rejected": mark(filled.argmin(axis=1)), "by_rival": by_rival}
+    if c.name == "nash_md":
+        columns["preference"] = 1 / (1 + np.exp(np.nan_to_num(total[:, 1:] - total[:, :1])))
+    return columns
 
 
-def _bounded(c: ConfigDict, total: np.ndarray, each: np.ndarray, found: dict, host: dict) -> tuple[np.ndarray, dict, dict]:
+def rivalry(c: ConfigDict) -> float:
+    """The reference's share in who writes the second of two answers: 1 in XPO, Nash-MD's coefficient; 0 where the policy writes both."""
+    return 1.0 if c.get("xpo_alpha") else c.get("mixture_coef", 0.0)
+
+
+def bounded(c: ConfigDict, total: np.ndarray, each: np.ndarray, found: dict, host: dict) -> tuple[np.ndarray, dict, dict]:
     """PPO-Lagrangian (Safe RLHF, section 3.3): rewards less the multiplier times the costs, and the multiplier moved on.
 
     The costs stand after the rewards; one critic learns the sum, where Safe RLHF has two.

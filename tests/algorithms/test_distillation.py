@@ -119,6 +119,9 @@ def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path):
         (dict(teacher=str(tmp_path / "other")), "another vocabulary"),
         (dict(teacher=str(tmp_path / "fits"), beta=1.5), "in \\[0, 1\\]"),
         (dict(teacher=str(tmp_path / "fits"), temperature=0.0), "above 0"),
+        (dict(teacher=str(tmp_path / "fits"), objective="iw-opd"), "did you mean 'iw_opd'"),
+        (dict(teacher=str(tmp_path / "fits"), loss_top_k=3, loss_top_k_of="techer"), "did you mean 'teacher'"),
+        (dict(teacher=str(tmp_path / "fits"), loss_top_k=100000), "loss_top_k is 100000, but the vocabulary has"),
     ]:
         with pytest.raises(UserError, match=words):
             algorithms.make(config(**changes), model)

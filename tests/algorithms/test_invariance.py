@@ -31,6 +31,8 @@ SETTINGS = {
     "dft": lambda: changed(common.sft(), loss_type="dft"),
     "cpt": common.cpt,
     "distillation": common.distillation,
+    "distillation, few tokens": lambda: changed(common.distillation(), loss_top_k=3, loss_top_k_of="both"),
+    "iw_opd": lambda: changed(common.distillation(), objective="iw_opd", temperature=1.5),
     "reward": lambda: changed(common.reward(), center_rewards_coefficient=0.3, regularization=0.2),
     "plackett_luce": lambda: changed(common.reward(), loss_type="plackett_luce", answers=4, center_rewards_coefficient=0.1),
     "mse": lambda: changed(common.reward(), loss_type="mse", answers=4),
@@ -89,7 +91,7 @@ def compute(name: str, setting: str, batch=(), train=(), mesh=None) -> Result:
     config.algorithm = SETTINGS[setting]()
     config.train.update(dict(train))
     f = family(name, config.algorithm.name in algorithms.SCORING)
-    teacher = family(name, False, seed=5, width=20) if setting == "distillation" else None
+    teacher = family(name, False, seed=5, width=20) if config.algorithm.name == "distillation" else None
     needs = "supervised" if teacher else algorithms.make(config, f.model).needs
     examples = rows.make_examples(needs, EXAMPLES, model=f.model)
     reference = np.random.default_rng(5).normal(-22, 3, (EXAMPLES, max(len(example.answers) for example in examples)))

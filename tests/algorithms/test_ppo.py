@@ -73,8 +73,8 @@ def test_advantages_and_returns(batch, estimator, whiten_rewards):
         returns.append(advantages[-1] + values)
     flat = np.concatenate(advantages)
     for i, m in enumerate(LENGTHS):
-        np.testing.assert_allclose(found["advantages"][i, :m], (advantages[i] - flat.mean()) / np.sqrt(flat.var(ddof=1) + 1e-8), atol=2e-6)
-        np.testing.assert_allclose(found["returns"][i, :m], returns[i], atol=2e-6)
+        np.testing.assert_allclose(found["advantages"][i, :m], (advantages[i] - flat.mean()) / np.sqrt(flat.var(ddof=1) + 1e-8), atol=5e-7)
+        np.testing.assert_allclose(found["returns"][i, :m], returns[i], atol=5e-7)
         assert not found["advantages"][i, m:].any()
     assert metrics["completions/clipped_ratio"] == 0.5
 
@@ -103,7 +103,7 @@ def test_loss(batch, changes):
             value.append(0.5 * max((v - goal) ** 2, (held - goal) ** 2))
             bonus.append(entropy[i, t])
     wanted = np.mean(policy) + 0.3 * np.mean(value) - c.entropy_coef * np.mean(bonus)
-    assert total == pytest.approx(wanted, rel=1e-6) and carry["updates"] == 1
+    assert total == pytest.approx(wanted, rel=1e-10) and carry["updates"] == 1
 
 
 def test_the_policy_is_held_while_the_critic_warms_up(batch):
@@ -133,6 +133,7 @@ def test_running_standardisation_and_the_adaptive_coefficient():
     (dict(reward_weights=(1.0, 2.0)), "one number for each of reward_funcs"),
     (dict(num_mini_batches=0), "num_mini_batches is 0"),
     (dict(reward_clip=-1.0), "reward_clip is -1.0"),
+    (dict(ptx_coef=0.5), "algorithm.ptx_coef is set and config.data.ptx.path is not"),
 ], ids=str)  # fmt: skip
 def test_settings_without_sense_are_refused(changes, words):
     with pytest.raises(UserError, match=words):

@@ -17,7 +17,7 @@ from scripts.text_demo import make_text
 from tests.models import tiny
 from tests.resume.runs import ROOT
 
-CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "common"))
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "common", "online"))
 STARTS = {f"{algorithm}_{family}" for algorithm in ("sft", "dpo", "kto", "orpo", "simpo", "reward") for family in ("llama3", "qwen", "llava")}
 EVERYDAY = "dpo_llava"
 SMALL = dict(vocab_size=300, hidden_size=16, layers=1, heads=2, kv_heads=2)
@@ -104,6 +104,7 @@ def test_two_steps(name, demo, tmp_path, monkeypatch):
     records = metrics.read(tmp_path)
     assert [record["step"] for record in records if record["split"] == "train"] == [1, 2]
     assert {record["step"] for record in records if record["split"] == "eval"} == {2}
+    assert {record.get("dataset", "") for record in records if record["split"] == "eval"} == {"", *config.data.evals}
     losses = [record["loss"] for record in [*records, last] if "loss" in record]  # held-out answers of online training have a reward alone
     assert all(math.isfinite(loss) and abs(loss) < 100 for loss in losses) and len(losses) >= 2
     assert all(record["grad_norm"] > 0 for record in records if record["split"] == "train")

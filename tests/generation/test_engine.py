@@ -25,9 +25,10 @@ def pictures_of(f: tiny.Family, pair: Encoded) -> list[Picture]:
     return whole({"pixel_values": [tiny.pixels(name, f.model).transpose(2, 0, 1) for name in pair.images]}, f.model.media.features) if pair.images else []
 
 
-def test_logps_are_those_of_the_full_forward_pass(family):
+@pytest.mark.parametrize("name", ["llama", "llava", pytest.param("mmca", marks=pytest.mark.slow)])
+def test_logps_are_those_of_the_full_forward_pass(name):
     """Also after a refill: 24 answers go through 8 rows; the three answers of a prompt share its columns in the full pass."""
-    f = family
+    f = tiny.family(name)
     engine = make_engine(f.model, Sampling(max_new_tokens=7, temperature=1.0, stop_tokens=(2, 5, 11, 23, 40, 44)), rows=8)
     found = generate_all(engine, engine.prepare(f.params), prompts_of(f), KEY, n=3)
     assert len({len(answer.tokens) for answers in found for answer in answers}) > 2

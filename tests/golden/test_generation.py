@@ -1,6 +1,6 @@
 """Greedy answers against `transformers.generate`: the same tokens, with left padding there, stop tokens, several answers, and pictures.
 
-Every day one text family and LLaVA; the other families are slow tests.
+Every day one text family, LLaVA, and a family whose positions turn in rows and columns; the others are slow tests.
 """
 
 import jax
@@ -8,18 +8,28 @@ import numpy as np
 import pytest
 
 import aligner
+from aligner.generation import engine
 from aligner.generation.engine import Prompt, generate_all, make_engine
 from aligner.generation.sampling import Sampling
-from aligner.models.pictures import whole
+from aligner.models.pictures import read, whole
+from tests.golden import test_vision_families as vision
 from tests.golden.checkpoints import EOS, IMAGE, LLAVA, load_hf, save_llava
 from tests.golden.test_text_families import load_torch, save_checkpoint
+from tests.models import tiny
 from tests.models.text_configs import FIRST
+from tests.models.vision_configs import CASES, IMG, batch, hf_config
 from tests.torch_required import torch
 
 EVERY_DAY = ("gemma2",)  # grouped heads, windows, softcaps
 FAMILIES = [pytest.param(name, marks=() if name in EVERY_DAY else pytest.mark.slow) for name in FIRST]
 LONG = {"gpt2": dict(n_positions=64), "opt": dict(max_position_embeddings=64)}
 LENGTHS, NEW = (9, 14, 11), 12  # beyond the shortest window and the change-over of long ropes
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch):
+    """Programs that run once: what counts is the compiler's time."""
+    monkeypatch.setattr(engine, "jit", tiny.quick)
 
 
 def theirs(model, prompts, stop=None, **more) -> list[list[int]]:
@@ -34,8 +44,8 @@ def theirs(model, prompts, stop=None, **more) -> list[list[int]]:
 
 
 def ours(model, params, prompts, stop=(), n=1, rows=4) -> list[list[list[int]]]:
-    engine = make_engine(model, Sampling(max_new_tokens=NEW, temperature=0, stop_tokens=stop), rows=rows)
-    found = generate_all(engine, engine.prepare(params), prompts, jax.random.key(0), n)
+    made = make_engine(model, Sampling(max_new_tokens=NEW, temperature=0, stop_tokens=stop), rows=rows)
+    found = generate_all(made, made.prepare(params), prompts, jax.random.key(0), n)
     return [[answer.tokens.tolist() for answer in answers] for answers in found]
 
 
@@ -72,3 +82,29 @@ def test_pictures(case, tmp_path):
     seen = [whole({"pixel_values": images.transpose(0, 3, 1, 2)}, media.features) for images in pictures]
     found = ours(model, params, [Prompt(*pair) for pair in zip(prompts, seen)], (EOS,), n=2)
     assert found == [[row, row] for row in wanted]
+
+
+SEEING = [(family, 0) for family in CASES] + [("llava", 4), ("paligemma", 3)]  # the last two are Pixtral and PaliGemma 2
+FIRST_OF_DAY = ("qwen2_vl", 0)
+
+
+@pytest.mark.parametrize(
+    ("family", "n"), [pytest.param(*case, id="-".join(map(str, case)), marks=() if case == FIRST_OF_DAY else pytest.mark.slow) for case in SEEING]
+)
+def test_vision_families(family, n, tmp_path):
+    """A prompt with one picture, one without, one with two: each alone there, all in one batch here, and twice."""
+    hf = hf_config(family, CASES[family][n])
+    folder = vision.save_checkpoint(tmp_path, family, n)
+    model, params = aligner.load(folder)
+    their_model = vision.load_torch(folder, torch.float32)
+    prompts, wanted = [], []
+    for row in vision.ROWS:
+        made = batch(family, hf, [row])
+        if family == "paligemma":
+            made["token_type_ids"][:] = 0  # no part of it is an answer
+        tensors = {name: torch.as_tensor(value) for name, value in made.items()}
+        options = dict(do_sample=False, max_new_tokens=NEW, eos_token_id=None, pad_token_id=0, suppress_tokens=[IMG])
+        with torch.no_grad():
+            wanted.append(their_model.generate(**tensors, **options)[0, made["input_ids"].shape[1] :].tolist())
+        prompts.append(Prompt(made["input_ids"][0].astype(np.int32), read(model.media, made) if "pixel_values" in made else ()))
+    assert ours(model, params, prompts, n=2) == [[row, row] for row in wanted]

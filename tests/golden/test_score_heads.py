@@ -9,8 +9,11 @@ from safetensors.numpy import load_file
 import aligner
 from aligner import convert
 from aligner.convert.verify import verify
+from aligner.models import SUPPORTED
 from aligner.types import UserError
 from tests.golden.checkpoints import EOS, IMAGE, LLAMA, PAD, TEXT, VISION, perturb, save_llama, save_llava
+from tests.models import vision_configs
+from tests.models.text_configs import FIRST, hf_config
 from tests.torch_required import torch
 
 BAR = 1e-4
@@ -121,3 +124,45 @@ def test_a_classifier_is_no_reward_model(tmp_path):
     LlamaForSequenceClassification(LlamaConfig(**TEXT, num_labels=3)).save_pretrained(tmp_path / "c")
     with pytest.raises(UserError, match="3 labels"):
         convert.open_model(tmp_path / "c")
+
+
+# ---- the other families
+
+
+def classifiers() -> list[str]:
+    """Families, of text or vision and language, for which `transformers` has a class with a score head."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as names
+
+    return [family for family in SUPPORTED if family in names]
+
+
+EVERY_DAY = ("gpt_neox",)  # fused projections, a name of its own for the decoder
+
+
+@pytest.mark.parametrize("family", [pytest.param(name, marks=() if name in EVERY_DAY else pytest.mark.slow) for name in classifiers()])
+def test_families(tmp_path, family):
+    """A folder of `transformers`: byte for byte back, the same scores here, nothing missing or left over when it reads ours again."""
+    from transformers import AutoModelForSequenceClassification
+
+    if family in FIRST:
+        hf, vision = hf_config(family, **FIRST[family], num_labels=1), {}
+    else:
+        hf = vision_configs.hf_config(family, vision_configs.CASES[family][0])
+        hf.num_labels = 1
+        vision = vision_configs.batch(family, hf, [0])
+    if hf.get_text_config().pad_token_id is None:
+        hf.get_text_config().pad_token_id = hf.pad_token_id = 0
+    torch.manual_seed(0)
+    perturb(AutoModelForSequenceClassification.from_config(hf)).save_pretrained(tmp_path / "rm")
+    assert not verify(tmp_path / "rm").different
+    model, params = aligner.load(tmp_path / "rm")
+    assert model.has_score_head
+    aligner.save(model, params, tmp_path / "copy")
+    theirs, info = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "copy", output_loading_info=True, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    given = vision or {"input_ids": np.random.default_rng(0).integers(3, 60, (1, 11))}
+    with torch.no_grad():
+        expected = theirs(**{name: torch.as_tensor(value) for name, value in given.items()}).logits.numpy()[:, 0]
+    close(np.asarray(model.logits(params, given))[:, -1, 0], expected)

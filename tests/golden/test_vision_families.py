@@ -1,7 +1,7 @@
 """Every vision-language family against PyTorch through saved folders: logits, gradients, checkpoints byte for byte.
 
-Rows have one picture, none, and two with words between them, of different sizes where the family takes them so. Every day the first config
-of a family is run in float32; the rest, float64 and gradients are slow tests.
+Rows have one picture, none, and two with words between them, of different sizes where the family takes them so; they are padded on the left
+and on the right, and packed. Every day the first config of a family is run in float32; the rest, float64 and gradients are slow tests.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from aligner.convert.hf import canonical_name
 from aligner.convert.verify import verify
 from aligner.logprobs import dense_logits
 from aligner.models import VISION_LANGUAGE
+from aligner.models.pictures import blank, fill, placeholders, read
 from tests.golden.checkpoints import perturb
 from tests.golden.compare import by_name
 from tests.golden.test_text_families import compile_quickly
@@ -49,8 +50,7 @@ def load_torch(folder, dtype):
 
 def run_torch(model, rows: dict[str, np.ndarray]) -> torch.Tensor:
     tensors = {name: torch.as_tensor(value) for name, value in rows.items()}
-    if "pixel_values" in tensors:
-        tensors["pixel_values"] = tensors["pixel_values"].to(model.dtype)
+    tensors |= {name: tensor.to(model.dtype) for name, tensor in tensors.items() if name.startswith("pixel_values")}
     return model(**tensors, use_cache=False).logits
 
 
@@ -71,17 +71,38 @@ def check_padded(folder, family: str, hf, padding: str, bar: float = 1e-4):
     assert np.abs(ours[real] - theirs[real]).max() <= bar * max(1, np.abs(theirs[real]).max())
 
 
-def check_alone(folder, family: str, hf, gradients: bool, bar: float = 1e-5):
-    """Each row alone in PyTorch, all together here, in float64; and the gradients of a random linear function of all logits."""
-    rows = batch(family, hf, ROWS)
-    real = rows["attention_mask"].astype(bool)
+def pack(model, texts: list[dict], length: int, slots: int, left: bool) -> dict[str, np.ndarray]:
+    """Texts one after another in a row of `length`, with their pictures, as the loader packs them; filled up on the left or on the right."""
+    alone = [{name: np.asarray(array)[0] for name, array in model.inputs(text).items()} for text in texts]
+    row = {name: np.concatenate([text[name] for text in alone]) for name in ("tokens", "positions", "segment_ids", "role")}
+    row["segment_ids"] = np.repeat(1 + np.arange(len(texts)), [len(text["tokens"]) for text in alone])
+    rest = length - len(row["tokens"])
+    row = {name: np.pad(array, (rest, 0) if left else (0, rest)).astype(np.int32) for name, array in row.items()}
+    row |= blank(model.media, length, slots)
+    places = placeholders(row["tokens"], model.media)
+    row["media_index"] = np.where(places, np.cumsum(places) - 1, -1).astype(np.int32)
+    fill(row, [picture for text in texts if "pixel_values" in text for picture in read(model.media, text)], model.media)
+    return row
+
+
+def check_packed(folder, family: str, hf, gradients: bool, bar: float = 1e-5):
+    """Each text alone in PyTorch; here each in a row, filled up on either side, and all packed into a fourth, in float64.
+
+    Where asked for, also the gradients of a random linear function of all logits.
+    """
+    texts = [batch(family, hf, [row]) for row in ROWS]
     theirs = load_torch(folder, torch.float64)
-    logits = [run_torch(theirs, batch(family, hf, [row]))[0] for row in ROWS]
-    expected = torch.cat(logits)
+    logits = torch.cat([run_torch(theirs, text)[0] for text in texts])
+    expected = torch.cat([logits, logits])
     weight = np.random.default_rng(1).normal(size=expected.shape)
     with jax.enable_x64(True):
         model, params = aligner.load(folder, dtype="float64")
-        made = model.inputs(rows)
+        length = logits.shape[0] + 2
+        slots = sum(len(picture.arrays["pixel_values"]) for text in texts if "pixel_values" in text for picture in read(model.media, text))
+        rows = [pack(model, [text], length, slots, left=number != 1) for number, text in enumerate(texts)]
+        rows.append(pack(model, texts, length, slots, left=False))
+        made = {name: jnp.asarray(np.stack([row[name] for row in rows])) for name in rows[0]}
+        real = np.asarray(made["segment_ids"]) > 0
 
         def scalar(params, made):
             found = logits_of(model, params, made)[real]
@@ -120,10 +141,11 @@ def test_every_family_has_its_configs():
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "n"), ALL)
 def test_logits_gradients_and_round_trip(family, n, tmp_path):
+    """Gradients of the first config."""
     hf = hf_config(family, CASES[family][n])
     folder, copy = save_checkpoint(tmp_path / "hf", family, n), tmp_path / "copy"
     check_padded(folder, family, hf, "right")
-    check_alone(folder, family, hf, gradients=True)
+    check_packed(folder, family, hf, gradients=n == 0)
     aligner.save(*aligner.load(folder, dtype=None), copy)
     before, after = (load_torch(where, torch.float32).state_dict() for where in (folder, copy))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)

@@ -13,7 +13,7 @@ RATIO = np.exp(LOG_RATIO)
 
 
 def close(found, wanted):
-    np.testing.assert_allclose(np.asarray(found), wanted, rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(np.asarray(found), wanted, rtol=1e-10, atol=1e-14)
 
 
 def surrogate(a, r, low, high, delta=None, dual=None):

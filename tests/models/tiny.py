@@ -12,6 +12,7 @@ import numpy as np
 from aligner.data.layout import empty_row, lay_out, pair_row
 from aligner.data.templates import Encoded
 from aligner.models import from_hf
+from aligner.models.families import register_configs
 from aligner.types import Model, Params
 from configs import common
 
@@ -55,10 +56,19 @@ def llava_config(text: Any = None, vision: Any = None, **changes):
     )  # fmt: skip
 
 
+def mmca_config():
+    """LLaVA's as of a model put together from parts, in which text reads text and images by two softmaxes."""
+    from transformers import CONFIG_MAPPING
+
+    register_configs()
+    said = {name: value for name, value in llava_config().to_dict().items() if name != "model_type"}
+    return CONFIG_MAPPING["vision_llm"](**said, projector="mlp", mmca=True)
+
+
 @functools.cache
 def family(name: str, pairs: int = 8) -> Family:
-    """ "llama" or "llava"."""
-    model = from_hf({"llama": llama_config, "llava": llava_config}[name]())
+    """ "llama", "llava" or "mmca"."""
+    model = from_hf({"llama": llama_config, "llava": llava_config, "mmca": mmca_config}[name]())
     rng = np.random.default_rng(1)
     return Family(model, perturbed(model), make_pairs(model, pairs, rng), rng.normal(-20, 5, (pairs, 2)).astype(np.float32))
 

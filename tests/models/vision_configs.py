@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tests.models.text_configs import LINEAR, LLAMA3, YARN
+
 IMG, VID, START, END = 60, 61, 58, 59
 T = dict(vocab_size=64, hidden_size=16, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
          max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
@@ -57,24 +59,29 @@ CASES: dict[str, list[Case]] = {
     ],
     "llava_next": [
         Case(("mistral", {}), ("clip_vision_model", V), _NEXT),
-        Case(("llama", dict(tie_word_embeddings=True)), ("clip_vision_model", V), _NEXT | dict(vision_feature_layer=[1, -1])),
+        Case(("llama", dict(tie_word_embeddings=True, rope_parameters=LLAMA3)), ("clip_vision_model", V), _NEXT | dict(vision_feature_layer=[1, -1])),
         Case(("qwen2", {}), ("siglip_vision_model", V | NO_HEAD), _ONE),
     ],
-    "llava_next_video": [Case(("mistral", {}), ("clip_vision_model", V), _NEXT | dict(video_token_index=VID))],
+    "llava_next_video": [
+        Case(("mistral", {}), ("clip_vision_model", V), _NEXT | dict(video_token_index=VID)),
+        Case(("llama", dict(rope_parameters=LINEAR)), ("clip_vision_model", V), _NEXT | dict(video_token_index=VID, vision_feature_layer=[0, -1], spatial_pool_mode="max", spatial_pool_stride=3)),
+        Case(("qwen2", dict(tie_word_embeddings=True)), ("siglip_vision_model", V | NO_HEAD),
+             _ONE | dict(video_token_index=VID, multimodal_projector_bias=False, projector_hidden_act="relu")),
+    ],
     "llava_onevision": [
         Case(("qwen2", {}), ("siglip_vision_model", V | NO_HEAD), _ONE | dict(vision_aspect_ratio="anyres_max_2")),
-        Case(("qwen2", dict(tie_word_embeddings=True)), ("siglip_vision_model", V | NO_HEAD), _ONE),
+        Case(("qwen2", dict(tie_word_embeddings=True, rope_parameters=YARN)), ("siglip_vision_model", V | NO_HEAD), _ONE),
         Case(("llama", {}), ("siglip_vision_model", V), _ONE | dict(vision_feature_layer=-2, vision_aspect_ratio="anyres_max_1")),
     ],
     "qwen2_vl": [
         Case(("", mrope(1, 1, 0)), ("", _Q2)),
         Case(("", mrope(0, 1, 1) | dict(tie_word_embeddings=True)), ("", dict(_Q2, depth=3, hidden_act="gelu"))),
-        Case(("", mrope(2, 1, 1) | dict(num_attention_heads=2, num_key_value_heads=1)), ("", dict(_Q2, patch_size=4))),
+        Case(("", mrope(2, 1, 1, **YARN) | dict(num_attention_heads=2, num_key_value_heads=1)), ("", dict(_Q2, patch_size=4))),
     ],
     "qwen2_5_vl": [
         Case(("", mrope(1, 1, 0)), ("", _Q25)),
         Case(("", mrope(1, 0, 1)), ("", dict(_Q25, fullatt_block_indexes=[0, 2], window_size=4))),
-        Case(("", mrope(2, 1, 1) | dict(num_attention_heads=2)), ("", dict(_Q25, depth=2, window_size=12, fullatt_block_indexes=[]))),
+        Case(("", mrope(2, 1, 1, **YARN) | dict(num_attention_heads=2)), ("", dict(_Q25, depth=2, window_size=12, fullatt_block_indexes=[]))),
     ],
     "qwen3_vl": [
         Case(("", _Q3T), ("", _Q3)),
@@ -84,33 +91,43 @@ CASES: dict[str, list[Case]] = {
     "paligemma": [
         Case(("gemma", dict(head_dim=8)), ("siglip_vision_model", dict(V, projection_dim=16) | NO_HEAD)),
         Case(("gemma", dict(head_dim=8, num_key_value_heads=4)), ("siglip_vision_model", dict(V, projection_dim=16) | NO_HEAD)),
-        Case(("gemma", dict(head_dim=6, num_key_value_heads=1)), ("siglip_vision_model", dict(V, projection_dim=16, patch_size=4) | NO_HEAD)),
+        Case(("gemma", dict(head_dim=6, num_key_value_heads=1, rope_parameters=LINEAR)),
+             ("siglip_vision_model", dict(V, projection_dim=16, patch_size=4) | NO_HEAD)),
+        # PaliGemma 2: the prompt is longer than the window
+        Case(("gemma2", dict(head_dim=8, query_pre_attn_scalar=10, sliding_window=5, final_logit_softcapping=2.0)),
+             ("siglip_vision_model", dict(V, projection_dim=16) | NO_HEAD)),
     ],
     "gemma3": [
         Case(("gemma3_text", _G3), ("siglip_vision_model", V | NO_HEAD), dict(mm_tokens_per_image=4)),
         Case(("gemma3_text", dict(_G3, sliding_window=3)), ("siglip_vision_model", dict(V, patch_size=4) | NO_HEAD), dict(mm_tokens_per_image=4)),
-        Case(("gemma3_text", _G3), ("siglip_vision_model", V), dict(mm_tokens_per_image=16)),
+        Case(("gemma3_text", _G3 | dict(rope_parameters={"sliding_attention": mrope()["rope_parameters"], "full_attention": LINEAR})),
+             ("siglip_vision_model", V), dict(mm_tokens_per_image=16)),
     ],
     "idefics2": [
         Case(("mistral", {}), ("", V), dict(perceiver_config=_PERCEIVER)),
         Case(("mistral", dict(sliding_window=5)), ("", dict(V, image_size=14)), dict(perceiver_config=dict(_PERCEIVER, resampler_depth=2))),
-        Case(("llama", {}), ("", V), dict(perceiver_config=dict(_PERCEIVER, resampler_n_latents=3, num_key_value_heads=2))),
+        Case(("llama", dict(rope_parameters=LINEAR)), ("", V),
+             dict(perceiver_config=dict(_PERCEIVER, resampler_n_latents=3, num_key_value_heads=2))),
     ],
     "idefics3": [
         Case(("llama", {}), ("", V), dict(scale_factor=2)),
-        Case(("llama", dict(tie_word_embeddings=True)), ("", dict(V, image_size=12)), dict(scale_factor=3)),
+        Case(("llama", dict(tie_word_embeddings=True, rope_parameters=LLAMA3)), ("", dict(V, image_size=12)), dict(scale_factor=3)),
         Case(("mistral", {}), ("", dict(V, image_size=14)), dict(scale_factor=1)),
     ],
-    "smolvlm": [Case(("llama", dict(tie_word_embeddings=True)), ("", V), dict(scale_factor=4))],
+    "smolvlm": [
+        Case(("llama", dict(tie_word_embeddings=True)), ("", V), dict(scale_factor=4)),
+        Case(("llama", dict(rope_parameters=YARN, head_dim=6)), ("", dict(V, image_size=12)), dict(scale_factor=2)),
+        Case(("smollm3", dict(no_rope_layers=[1, 0])), ("", dict(V, patch_size=4)), dict(scale_factor=1)),
+    ],
     "mllama": [
         Case(("", dict(num_hidden_layers=4, cross_attention_layers=[1])), ("", _MLLAMA)),
         Case(("", dict(num_hidden_layers=5, cross_attention_layers=[0, 3])), ("", dict(_MLLAMA, intermediate_layers_indices=[2, 0, 1], vision_output_dim=48))),
-        Case(("", dict(num_hidden_layers=5, cross_attention_layers=[1, 3])), ("", dict(_MLLAMA, num_global_layers=2))),
+        Case(("", dict(num_hidden_layers=5, cross_attention_layers=[1, 3], rope_parameters=LLAMA3)), ("", dict(_MLLAMA, num_global_layers=2))),
     ],
     "internvl": [
         Case(("qwen2", {}), ("", _INTERN), dict(tie_word_embeddings=False)),
         Case(("qwen3", dict(head_dim=8)), ("", dict(_INTERN, norm_type="rms_norm", use_qk_norm=True, attention_bias=True))),
-        Case(("llama", {}), ("", dict(_INTERN, use_mean_pooling=False)), dict(vision_feature_layer=-2, downsample_ratio=0.25)),
+        Case(("llama", dict(rope_parameters=YARN)), ("", dict(_INTERN, use_mean_pooling=False)), dict(vision_feature_layer=-2, downsample_ratio=0.25)),
     ],
 }  # fmt: skip
 INDEXED = ("mllama", "llava", "llava_next", "llava_next_video", "llava_onevision", "paligemma", "gemma3")  # image_token_index, not image_token_id
@@ -144,6 +161,7 @@ def hf_config(family: str, case: Case) -> Any:
 
 SIZES = [(13, 20), (9, 6), (6, 17)]  # (height, width) of the pictures; the first row has one, the second none, the third two
 ROWS = [[0], [], [1, 2]]
+VIDEOS = {"llava_next_video": {2: 3}}  # which of the pictures are videos, and of how many frames
 
 
 def processed(family: str, hf: Any, rows: list[int], rng: np.random.Generator) -> tuple[dict[str, np.ndarray], list[list[int]]]:
@@ -178,16 +196,21 @@ def processed(family: str, hf: Any, rows: list[int], rng: np.random.Generator) -
         from aligner.models import llava_next
 
         config = llava_next.config_from_hf(hf)
+        images = [n for n in numbers if n not in VIDEOS.get(family, {})]
         alone = {n: family != "llava_onevision" or n == 0 for n in range(3)}
         counted = {n: llava_next.placeholders(config, SIZES[n], alone[n]) for n in range(3)}
         most = max(tiles for tiles, *_ in counted.values())
-        canvas = np.zeros((len(numbers), most, 3, size, size), np.float32)
-        for place, n in enumerate(numbers):
+        canvas = np.zeros((len(images), most, 3, size, size), np.float32)
+        for place, n in enumerate(images):
             canvas[place, : counted[n][0]] = one(n, counted[n][0], 3, size, size)
-        made = dict(pixel_values=canvas, image_sizes=np.array([SIZES[n] for n in numbers]))
+        made = dict(pixel_values=canvas, image_sizes=np.array([SIZES[n] for n in images]))
         if family == "llava_onevision":
             made["batch_num_images"] = np.array([len(ROWS[row]) for row in rows if ROWS[row]])
-        return made, by_row({n: len(index) for n, (_, index, _) in counted.items()})
+        frames = VIDEOS.get(family, {})
+        if any(n in frames for n in numbers):
+            made["pixel_values_videos"] = np.stack([one(n, frames[n], 3, size, size) for n in numbers if n in frames])
+        takes = {n: frames[n] * config.frame_features if n in frames else len(index) for n, (_, index, _) in counted.items()}
+        return made, by_row(takes)
     tiles = {0: 3, 1: 1, 2: 2} if family in ("idefics3", "smolvlm", "internvl") else dict.fromkeys(range(3), 1)
     stack = np.concatenate([one(n, tiles[n], 3, size, size) for n in numbers] or [draw(0, 3, size, size)])
     side = (size // patch) ** 2
@@ -237,8 +260,8 @@ def batch(family: str, hf: Any, rows: list[int], padding: str = "right") -> dict
     for row, runs in zip(rows, counts):
         words = np.random.default_rng(row + 50)
         text = [1, *words.integers(3, 57, 2)]
-        for run in runs:
-            text += [IMG] * run + list(words.integers(3, 57, 2))
+        for n, run in zip(ROWS[row], runs):
+            text += [VID if n in VIDEOS.get(family, {}) else IMG] * run + list(words.integers(3, 57, 2))
         texts.append(text + list(words.integers(3, 57, 3 + 2 * row)))
     longest = max(map(len, texts))
     fill = [[0] * (longest - len(text)) for text in texts]

@@ -1,4 +1,4 @@
-"""Runs of the public command line on a very small LLaVA, for tests that start, stop and kill them."""
+"""Runs of the public command line on very small models, for tests that start, stop and kill them."""
 
 import atexit
 import functools
@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from scripts.make_tiny_checkpoint import make_llava, make_pictures
+from scripts.make_tiny_checkpoint import make_llama, make_llava, make_pictures
+from scripts.online_demo import make_sums, make_words
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 600  # seconds of one run; the machine may be busy
@@ -26,6 +28,21 @@ SETTINGS = {
     "train.eval_every": 5,
     "checkpoint.every": 5,
     "checkpoint.export": False,
+}
+
+# Four updates a rollout, of which every one may be the last before a save.
+ONLINE = {
+    "algorithm.reward_funcs": ("tests.resume.runs:length",),
+    "algorithm.reward_weights": (),
+    "algorithm.beta": 0.1,
+    "algorithm.kl_target": 0.5,  # the coefficient and the running moments are moved on by every rollout
+    "algorithm.standardize_rewards": True,
+    "data.max_length": 24,
+    "generation.max_new_tokens": 4,
+    "generation.batch_size": 16,
+    "checkpoint.every": 3,
+    "log.every": 1,
+    "log.completions": 0,
 }
 
 # As `python -m aligner.main`, on a machine without PyTorch: transformers then starts seconds sooner.
@@ -43,18 +60,45 @@ def demo() -> Path:
     return folder
 
 
-def arguments(workdir: Path, settings: Mapping[str, object] | None = None) -> list[str]:
-    """The command line for a run on the demo; `settings` are keys of the config without "config."."""
-    paths = {
-        "model.path": demo() / "model",
-        "data.train.path": demo() / "data" / "train.jsonl",
-        "data.eval.path": demo() / "data" / "heldout.jsonl",
-    }
-    given = SETTINGS | paths | dict(settings or {})
-    return ["--config=configs/dpo_llava.py:tiny", f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in given.items())]
+@functools.cache
+def sums() -> Path:
+    """A folder with `model`, a Llama of thirty-odd words, and `data` (100 sums)."""
+    folder = Path(tempfile.mkdtemp(prefix="aligner-sums-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    make_llama(folder / "model", tokenizer=make_words(), hidden_size=32, layers=1, heads=2, kv_heads=1)
+    make_sums(folder / "data", scored=3)
+    return folder
 
 
-def start(workdir: Path, settings: Mapping[str, object] | None = None, devices: int = 1, **environment: str) -> subprocess.Popen:
+def length(prompts: list, completions: list[str], **columns: list) -> list[float]:
+    """A reward that differs among answers and prompts."""
+    return [float(len(text)) - 0.1 * len(prompt[0]["content"]) for prompt, text in zip(prompts, completions)]
+
+
+def dpo() -> tuple[str, dict[str, object]]:
+    """(--config, settings) of a run on pairs about pictures."""
+    folder = demo()
+    data = {f"data.{split}.path": folder / "data" / f"{file}.jsonl" for split, file in (("train", "train"), ("eval", "heldout"))}
+    return "configs/dpo_llava.py:tiny", SETTINGS | {"model.path": folder / "model"} | data
+
+
+def ppo() -> tuple[str, dict[str, object]]:
+    """The same of an online run: PPO on sums."""
+    folder = sums()
+    data = {f"data.{split}.path": folder / "data" / "train.jsonl" for split in ("train", "eval")}
+    return "configs/ppo_llama3.py:tiny", SETTINGS | ONLINE | {"model.path": folder / "model"} | data
+
+
+def arguments(workdir: Path, settings: Mapping[str, object] | None = None, recipe: Callable = dpo) -> list[str]:
+    """The command line for a run; `settings` are keys of the config without "config."."""
+    config, given = recipe()
+    changes = given | dict(settings or {})
+    return [f"--config={config}", f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in changes.items())]
+
+
+def start(
+    workdir: Path, settings: Mapping[str, object] | None = None, devices: int = 1, recipe: Callable = dpo, **environment: str
+) -> subprocess.Popen:
     """Start a run; what it tells goes to WORKDIR.log, newest run last."""
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith(("XLA_", "COVERAGE"))},
@@ -65,19 +109,28 @@ def start(workdir: Path, settings: Mapping[str, object] | None = None, devices: 
     }
     with log_of(workdir).open("a") as log:
         return subprocess.Popen(
-            [sys.executable, "-c", WITHOUT_TORCH, *arguments(workdir, settings)],
+            [sys.executable, "-c", WITHOUT_TORCH, *arguments(workdir, settings, recipe)],
             cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
+
+
+def start_two(workdir: Path, settings: Mapping[str, object] | None = None) -> list[subprocess.Popen]:
+    """Start a run in two processes of four devices each, as a launcher does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    world = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    return [start(workdir, settings, 4, **world, JAX_PROCESS_ID=str(rank)) for rank in (0, 1)]
 
 
 def log_of(workdir: Path) -> Path:
     return workdir.with_name(workdir.name + ".log")
 
 
-def complete(workdir: Path, settings: Mapping[str, object] | None = None, devices: int = 1) -> str:
+def complete(workdir: Path, settings: Mapping[str, object] | None = None, devices: int = 1, recipe: Callable = dpo) -> str:
     """Run to the end; what this run told."""
     before = log_of(workdir).stat().st_size if log_of(workdir).exists() else 0
-    code = start(workdir, settings, devices).wait(TIMEOUT)
+    code = start(workdir, settings, devices, recipe).wait(TIMEOUT)
     told = log_of(workdir).read_text()[before:]
     assert code == 0, told
     assert "Traceback" not in told, told
@@ -91,9 +144,10 @@ def stop(
     delay: float = 0.0,
     settings: Mapping[str, object] | None = None,
     devices: int = 1,
+    recipe: Callable = dpo,
 ) -> int:
     """Start a run and send it a signal `delay` seconds after `moment(workdir)` has come; its exit status, negative for a signal."""
-    return meddle(workdir, moment, lambda process: process.send_signal(number), delay, settings, devices)
+    return meddle(workdir, moment, lambda process: process.send_signal(number), delay, settings, devices, recipe)
 
 
 def meddle(
@@ -103,9 +157,10 @@ def meddle(
     delay: float = 0.0,
     settings: Mapping[str, object] | None = None,
     devices: int = 1,
+    recipe: Callable = dpo,
 ) -> int:
     """Start a run and do something to it `delay` seconds after `moment(workdir)` has come; its exit status, negative for a signal."""
-    process = start(workdir, settings, devices)
+    process = start(workdir, settings, devices, recipe)
     try:
         until = time.monotonic() + TIMEOUT
         while not moment(workdir):
@@ -140,6 +195,11 @@ def step(number: int) -> Callable[[Path], bool]:
         return path.exists() and f'{{"step": {number}, "split": "train"' in path.read_text()
 
     return moment
+
+
+def wrote(rollout: int) -> Callable[[Path], bool]:
+    """The answers of an online run's rollout are there, and nothing has been learnt from them yet, or little."""
+    return lambda workdir: (workdir / "completions" / f"{rollout:06d}.parquet").exists()
 
 
 def saving(number: int) -> Callable[[Path], bool]:

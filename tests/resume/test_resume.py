@@ -3,7 +3,6 @@
 import random
 import shutil
 import signal
-import socket
 import time
 
 import pytest
@@ -19,7 +18,7 @@ from tests.resume.runs import (
     records,
     same_numbers,
     saving,
-    start,
+    start_two,
     step,
     stop,
 )
@@ -149,22 +148,14 @@ def test_torn_checkpoints(uninterrupted, tmp_path, harm):
 def test_two_processes(uninterrupted, tmp_path):
     """Two processes of four devices each: the numbers of one device, a common stop after a signal to one of them, an export."""
     workdir, settings = tmp_path / "run", {"mesh.fsdp": 2, "mesh.tensor": 2, "checkpoint.export": True, "checkpoint.requeue_code": 75}
-
-    def both():
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        world = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-        return [start(workdir, settings, 4, **world, JAX_PROCESS_ID=str(rank)) for rank in (0, 1)]
-
-    processes = both()
+    processes = start_two(workdir, settings)
     try:
         while not step(7)(workdir):
             assert all(process.poll() is None for process in processes), log_of(workdir).read_text()
             time.sleep(0.01)
         processes[1].send_signal(signal.SIGUSR1)  # SLURM's notice, handed on as SIGTERM to JAX's preemption service
         assert [process.wait(TIMEOUT) for process in processes] == [75, 75], log_of(workdir).read_text()
-        processes = both()
+        processes = start_two(workdir, settings)
         assert [process.wait(TIMEOUT) for process in processes] == [0, 0], log_of(workdir).read_text()
     finally:
         for process in processes:

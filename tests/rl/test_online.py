@@ -200,6 +200,7 @@ OTHERS = {
     "grpo": dict(dynamic_sampling=1, top_entropy_quantile=0.5, mask_truncated_completions=True, overlong_buffer=2, num_iterations=2),
     "online_dpo": dict(),
     "xpo": dict(xpo_alpha=0.1),
+    "nash_md": dict(mixture_coef=0.3),
     "on_policy_distillation": dict(reward_funcs=()),
     "ppo_lagrangian": dict(cost_funcs=("tests.rl.test_online:costly",), kl_target=0.1, standardize_rewards=True, reward_clip=2.0,
                            missing_eos_penalty=1.0, whiten_rewards=True, critic_warmup=1, dual_clip=3.0, num_iterations=1),
@@ -220,7 +221,41 @@ def test_every_other_algorithm_takes_two_steps(demo, tmp_path, name):
     assert [record["step"] for record in found] == [1, 2] and all(np.isfinite(record["loss"]) for record in found)
     if name == "ppo_lagrangian":
         assert found[1]["lagrangian"] > found[0]["lagrangian"] == 1.0 and found[0]["cost"] > 0
-    if name == "xpo":
+    if name in ("xpo", "nash_md"):
         assert found[0]["sampling/sampling_logp_difference/max"] < 1e-4, "only the policy's own answers are compared"
     if name == "on_policy_distillation":
         assert found[0]["loss"] == pytest.approx(0, abs=1e-6), "the teacher is the student itself"
+
+
+@pytest.mark.slow
+def test_an_episode_of_several_turns(demo, tmp_path):
+    """The demo's environment: what it says is in the text, not in what is learnt; its rewards are the run's."""
+    from pyarrow import parquet
+
+    config = settings(demo, "grpo", algorithm__reward_funcs=(), algorithm__environment="scripts.online_demo:AskAgain", train__steps=2,
+                      algorithm__max_turns=3, algorithm__num_generations=8, generation__max_new_tokens=3)  # fmt: skip
+    online.run(config, tmp_path / "run")
+    found = records(tmp_path / "run")
+    answers = [row for path in sorted((tmp_path / "run" / "completions").iterdir()) for row in parquet.read_table(path).to_pylist()]
+    again = [row for row in answers if "? =" in row["completion"]]
+    assert again and set(row["rewards/environment"] for row in answers) <= {0.0, 0.25, 0.5, 1.0}
+    assert found[0]["completions/max_length"] <= 9 and found[0]["sampling/sampling_logp_difference/max"] < 1e-4
+    assert found[0]["reward"] == pytest.approx(np.mean([row["rewards/environment"] for row in answers if row["step"] == 0]))
+
+
+@pytest.mark.slow
+def test_supervised_rows_beside_the_answers(demo, tmp_path):
+    """PTX: what they teach is learnt, also over a restart with the same numbers and in micro-batches."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{i} +", "completion": " ?"}) + "\n" for i in range(10)))
+    config = settings(demo, "ppo", algorithm__ptx_coef=1.0, algorithm__missing_eos_penalty=None, optim__learning_rate=3e-3, train__steps=8,
+                      data__pad_to_multiple=4).copy_and_resolve_references().unlock()  # fmt: skip
+    config.data.ptx.path = str(rows)
+    online.run(config.lock(), tmp_path / "whole")
+    found = records(tmp_path / "whole")
+    assert found[-1]["loss/ptx_avg"] < 0.8 * found[0]["loss/ptx_avg"]
+    config = config.copy_and_resolve_references().unlock()
+    config.train.accumulate = 2
+    online.run(config.lock(), tmp_path / "parts")
+    for a, b in zip(records(tmp_path / "parts")[:2], found):
+        assert a["loss/ptx_avg"] == pytest.approx(b["loss/ptx_avg"], rel=1e-4) and a["loss"] == pytest.approx(b["loss"], rel=1e-3, abs=1e-5)

@@ -1,23 +1,17 @@
-"""Run the real TRL on given log-probabilities and store what its losses, gradients and metrics are.
+"""TRL's trainers that learn from given answers: DPO, KTO, CPO, ORPO, TPO, SFT, rewards.
 
-    python scripts/make_trl_vectors.py --out tests/golden/vectors
-
-Needs torch and trl (the `test` extra on Python 3.11), which only this script and tests import. No model and no tokenizer take part: a stub
-stands in for the model and returns the log-probabilities, everything after that is TRL's own code. tests/golden/test_trl_losses.py
-compares with the files, without torch.
+Each function here takes (arrays of `batches.make_batches`, what differs from TRL's defaults) and gives (loss, the tensor it is
+differentiated by, metrics).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-from collections import defaultdict
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+
+from scripts.trl_vectors.batches import as_inputs, bare, outputs_of, stub
 
 # name -> what differs from TRL's defaults
 DPO = {name: {"loss_type": [name]} for name in (
@@ -50,85 +44,6 @@ TPO = {
 }  # fmt: skip
 SFT = {"nll": {"loss_type": "nll"}, "dft": {"loss_type": "dft"}}
 REWARD = {"reward": {}, "margin": {"margin": True}, "centred": {"margin": True, "center_rewards_coefficient": 0.05}}
-DISTILLATION = {f"{trainer}, beta {beta}, temperature {temperature}": {"trainer": trainer, "beta": beta, "temperature": temperature}
-                for trainer, temperature in (("gkd", 1.0), ("gkd", 0.6), ("distillation", 1.5)) for beta in (0.0, 0.3, 1.0)}  # fmt: skip
-DISTILLED, VOCABULARY = 4, 11  # rows and words of distillation
-
-
-def make_batches() -> dict[str, dict[str, np.ndarray]]:
-    """name -> arrays of two answers to each of n prompts, all float64 [2n, T], first answers in the first half:
-    mask, logps and reference (0 where there is no token), log_sum_sq_probs, entropy, mean_logits, is_top1; and label [n]. For distillation
-    student and teacher, logits [4, T, V] of the first rows."""
-    rng = np.random.default_rng(0)
-
-    def finish(lengths, logps, reference, label):
-        mask = np.arange(logps.shape[1]) < np.asarray(lengths)[:, None]
-        rest = {"log_sum_sq_probs": -rng.gamma(2, 0.5, mask.shape), "entropy": rng.gamma(2, 0.5, mask.shape)}
-        rest |= {"mean_logits": rng.normal(0, 2, mask.shape), "is_top1": (rng.random(mask.shape) < 0.5).astype(float)}
-        arrays = {"logps": logps, "reference": reference, **rest}
-        return {name: np.where(mask, array, 0) for name, array in arrays.items()} | {"mask": mask.astype(float), "label": np.array(label)}
-
-    ragged = -rng.gamma(1.5, 1.0, (10, 7))
-    ties = -rng.gamma(1.5, 1.0, (8, 4))
-    ties[4] = ties[0]  # a pair of equal answers
-    ties[[2, 6]] = ties[[1, 5]]  # two equal pairs
-    ties_reference = ties + rng.normal(0, 0.4, ties.shape)
-    ties_reference[4], ties_reference[[2, 6]] = ties_reference[0], ties_reference[[1, 5]]
-    ties_reference[[3, 7]] = ties[[3, 7]]  # a policy that is the reference
-    extreme, extreme_reference = -rng.uniform(0, 30, (8, 6)), -rng.uniform(0, 30, (8, 6))
-    extreme[0], extreme[4] = -1e-3, -40.0
-    extreme_reference[1], extreme_reference[5] = -1e-3, -40.0
-    made = {
-        "ragged": finish([7, 1, 4, 2, 5, 3, 6, 4, 7, 1], ragged, ragged + rng.normal(0, 0.7, ragged.shape), [1, 0, 0, 1, 1]),
-        "ties": finish([3, 4, 4, 2, 3, 1, 1, 4], ties, ties_reference, [0, 0, 1, 0]),
-        "extreme": finish([6, 2, 4, 1, 6, 5, 3, 2], extreme, extreme_reference, [1, 0, 1, 0]),
-    }
-    for name, arrays in made.items():
-        student, teacher = rng.normal(0, 40 if name == "extreme" else 2, (2, DISTILLED, arrays["mask"].shape[1], VOCABULARY))
-        teacher[0] = student[0] if name == "ties" else teacher[0]
-        arrays |= {"student": student, "teacher": teacher}
-    return made
-
-
-def bare(trainer: type, **attributes: Any) -> Any:
-    """A trainer without its constructor, which wants a model and a dataset: only what its loss reads."""
-    made = object.__new__(trainer)
-    whole = lambda x: x
-    made.accelerator = SimpleNamespace(device="cpu", gather=whole, gather_for_metrics=whole)
-    made.aux_loss_enabled = False
-    made._metrics, made._total_train_tokens, made._tp_size = {"train": defaultdict(list)}, 0, 1
-    for name, value in attributes.items():
-        setattr(made, name, value)
-    return made
-
-
-def stub(outputs: dict[int, Any]) -> Any:
-    """A model that answers `input_ids` whose first token is k with outputs[k]."""
-    import torch
-
-    class Stub(torch.nn.Module):
-        is_gradient_checkpointing = False
-
-        def forward(self, input_ids, **_):
-            return outputs[int(input_ids[0, 0])]
-
-    return Stub().train()
-
-
-def as_inputs(arrays: dict[str, np.ndarray], rows: slice, first: int = 0) -> dict[str, Any]:
-    """Input ids, attention mask and completion mask: one prompt token, then the answers."""
-    import torch
-
-    mask = torch.tensor(arrays["mask"][rows])
-    completion = torch.cat([torch.zeros(len(mask), 1), mask], 1).long()
-    return {"input_ids": torch.full(completion.shape, first), "attention_mask": torch.ones_like(completion), "completion_mask": completion}
-
-
-def outputs_of(arrays: dict[str, np.ndarray], rows: slice, logps: Any) -> Any:
-    import torch
-
-    others = {name: torch.tensor(arrays[name][rows]) for name in ("entropy", "mean_logits", "log_sum_sq_probs")}
-    return SimpleNamespace(log_probs=logps, is_top1=torch.tensor(arrays["is_top1"][rows]).bool(), **others)
 
 
 def dpo(arrays: dict[str, np.ndarray], changes: dict[str, Any]) -> tuple[Any, Any, dict[str, float]]:
@@ -247,53 +162,7 @@ def reward(arrays: dict[str, np.ndarray], changes: dict[str, Any]) -> tuple[Any,
     return loss, scores, {name: float(values[-1]) for name, values in trainer._metrics["train"].items()}
 
 
-def distillation(arrays: dict[str, np.ndarray], changes: dict[str, Any]) -> tuple[Any, Any, dict[str, float]]:
-    """GKD's divergence of logits, and DistillationTrainer's of hidden states, whose heads are here the identity."""
-    import torch
-    from trl.experimental.gkd import GKDTrainer
-    from trl.trainer.distillation_trainer import _chunked_divergence_loss
-
-    student, teacher = torch.tensor(arrays["student"], requires_grad=True), torch.tensor(arrays["teacher"])
-    mask, options = torch.tensor(arrays["mask"][:DISTILLED]), {key: changes[key] for key in ("beta", "temperature")}
-    if changes["trainer"] == "gkd":
-        labels = torch.where(mask.bool(), 1, -100)
-        return GKDTrainer.generalized_jsd_loss(student, teacher, labels, num_items_in_batch=int(mask.sum()), **options), student, {}
-    head = torch.eye(VOCABULARY, dtype=torch.float64)
-    return _chunked_divergence_loss(student, teacher, head, head, mask, **options)[0], student, {}
-
-
 TRAINERS = {
     "dpo": (dpo, DPO), "kto": (kto, KTO), "cpo": (cpo, CPO), "orpo": (orpo, ORPO), "tpo": (tpo, TPO), "sft": (sft, SFT),
-    "reward": (reward, REWARD), "distillation": (distillation, DISTILLATION),
+    "reward": (reward, REWARD),
 }  # fmt: skip
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("tests/golden/vectors"))
-    out = parser.parse_args().out
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    import torch
-    import trl
-
-    torch.set_num_threads(1)
-    out.mkdir(parents=True, exist_ok=True)
-    batches = make_batches()
-    flat = {f"{name}/{key}": value for name, arrays in batches.items() for key, value in arrays.items()}
-    np.savez_compressed(out / "trl_batches.npz", **flat)
-    for name, (run, cases) in TRAINERS.items():
-        found = []
-        for case, changes in cases.items():
-            for batch, arrays in batches.items():
-                loss, logps, metrics = run(arrays, changes)
-                loss.backward()
-                record = {"case": case, "batch": batch, "settings": changes, "loss": loss.item(), "metrics": metrics}
-                digits = np.vectorize(lambda x: float(f"{x:.10g}"))  # the bar is 1e-6
-                found.append(record | {"gradient": digits(logps.grad.numpy()).tolist()})
-        path = out / f"trl_losses_{name}.json"
-        path.write_text(json.dumps({"trl": trl.__version__, "cases": found}) + "\n")
-        print(f"{path}: {len(found)} cases of TRL {trl.__version__}, {path.stat().st_size / 1024:.0f} KiB")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,58 @@
+"""How the processes of a run find each other: from what launchers say in the environment to `jax.distributed.initialize`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from aligner.types import UserError
+
+# Launchers say (how many processes there are, which one this is) under these names.
+RANKS = (
+    ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),  # said by hand, and by the recipes in launch/
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),  # Open MPI's mpirun
+    ("PMI_SIZE", "PMI_RANK"),  # MPICH's mpiexec
+)
+EXAMPLE = "set JAX_COORDINATOR_ADDRESS (HOST:PORT of the first one), JAX_NUM_PROCESSES and JAX_PROCESS_ID for each"
+
+
+def world(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """Arguments for `jax.distributed.initialize`; None where this process is alone.
+
+    An explicit coordinator wins. JAX itself reads SLURM's steps, Open MPI 4, the hosts of a TPU slice and several slices (Megascale);
+    ALIGNER_DISTRIBUTED=1 leaves all to it, where nothing in the environment tells of other processes: TPU machines whose metadata server
+    alone knows, Kubernetes with `jax[k8s]`.
+
+    Args:
+        environment: os.environ.
+
+    Raises:
+        UserError: there are several processes, but nothing says where the first one is, or a number is missing or none.
+    """
+    ranks = {}
+    for size, rank in RANKS:
+        if size in environment or (rank in environment and rank == "JAX_PROCESS_ID"):
+            ranks = {"num_processes": _number(environment, size), "process_id": _number(environment, rank)}
+            if not 0 <= ranks["process_id"] < ranks["num_processes"]:
+                raise UserError(f"{rank} is {ranks['process_id']}, but {size} is {ranks['num_processes']}; the first process is 0")
+            break
+    if address := environment.get("JAX_COORDINATOR_ADDRESS"):
+        return {"coordinator_address": address, **ranks}  # without ranks JAX asks SLURM or Kubernetes
+    if environment.get("ALIGNER_DISTRIBUTED") == "1":
+        return {}
+    if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
+        return {}
+    if "TPU_WORKER_HOSTNAMES" in environment or int(environment.get("MEGASCALE_NUM_SLICES", "1")) > 1:
+        return {}
+    if ranks.get("num_processes", 1) > 1:
+        if "OMPI_MCA_orte_hnp_uri" in environment:
+            return {}
+        raise UserError(f"there are {ranks['num_processes']} processes, but nothing says where the first one is; {EXAMPLE}")
+    return None
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    value = environment.get(name, "")
+    if not value.isdigit():
+        raise UserError(f"the environment variable {name} is {value!r}, no number; {EXAMPLE}")
+    return int(value)

@@ -1,0 +1,1 @@
+"""Vectors from the real TRL; see __main__.py."""

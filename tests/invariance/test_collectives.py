@@ -1,0 +1,138 @@
+"""What devices send each other in a compiled step: weights in the dtype of the computation, gradients, and nothing of the vocabulary's size."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from aligner import ahead, lora
+from aligner.models import from_hf
+from tests.models import tiny
+
+V = 118  # this number and its parts are no other size in the program
+ROW = ahead.Row(tokens=44, scored=44)  # per row; no part of V
+ROWS = 2  # on each device
+PARTS = {V, V // 2}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return from_hf(tiny.llama_config(vocab_size=V))
+
+
+def compiled(model, devices: int, dtype: str = "float32", **mesh: int):
+    """(step, its program) with as many rows on each device, however many there are."""
+    axes = {f"mesh__{axis}": size for axis, size in mesh.items()}
+    config = tiny.config(data__batch_size=ROWS * devices // mesh.get("tensor", 1), model__dtype=dtype, **axes)
+    step = ahead.make_step(config, model, jax.devices()[:devices], ROW)
+    with jax.set_mesh(step.mesh):
+        program = step.program.lower(step.state, step.fixed, step.batch).compile(compiler_options={"xla_backend_optimization_level": 0})
+    return step, program
+
+
+def elements(shape):
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+MESHES = [dict(data=8), dict(data=1, fsdp=8), dict(data=2, fsdp=2, tensor=2)]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "x".join(map(str, mesh.values())))
+def test_nothing_of_the_vocabularys_size_is_sent(model, mesh):
+    """But the head, the embedding and their gradients, which have the model's width."""
+    step, program = compiled(model, 8, **mesh)
+    found = ahead.find_collectives(program.as_text())
+    width = {model.config.hidden_size // parts for parts in (1, 2, 4, 8)}
+    sent = [one for one in found if PARTS & set(one.shape)]
+    assert found and all(width & set(one.shape) for one in sent), sent
+    positions = ROWS * ROW.scored
+    largest = max(elements(leaf.shape) for leaf in jax.tree.leaves(step.params))
+    assert all(elements(one.shape) <= max(largest, positions * model.config.hidden_size) for one in found)
+
+
+def test_weights_are_gathered_in_the_dtype_of_the_computation(model):
+    _, program = compiled(model, 8, "bfloat16", data=1, fsdp=8)
+    gathered = [one for one in ahead.find_collectives(program.as_text()) if one.kind == "all-gather" and elements(one.shape) > 256]
+    assert gathered and {one.dtype for one in gathered} == {"bf16"}, gathered
+
+
+def weak(model, mesh_of):
+    """[(devices, operations on one device, {kind: bytes}, step)] with as much work for each device."""
+    made = []
+    for devices in (1, 2, 4, 8):
+        step, program = compiled(model, devices, **mesh_of(devices))
+        sent = {kind: entry["bytes"] for kind, entry in ahead.collectives(program.as_text()).items()}
+        made.append((devices, program.cost_analysis()["flops"], sent, step))
+    return made
+
+
+@pytest.mark.slow
+def test_weak_scaling_with_whole_copies(model):
+    """As many operations on each device from one to eight; each sends the gradients, once, and a few numbers."""
+    alone, *more = weak(model, lambda devices: dict(data=devices))
+    assert not alone[2]
+    gradients = ahead.local_bytes(alone[3].state.trainable)
+    for devices, flops, sent, step in more:
+        assert abs(flops / alone[1] - 1) < 0.02, devices
+        assert set(sent) == {"all-reduce"} and gradients <= sent["all-reduce"] < 1.05 * gradients + 4096, devices
+        assert ahead.flops(step) == devices * ahead.flops(alone[3])
+
+
+@pytest.mark.slow
+def test_weak_scaling_with_parameters_split(model):
+    """Each device gathers every weight for the forward and for the backward pass, and its gradient is summed once, however many there are."""
+    alone, *more = weak(model, lambda devices: dict(data=1, fsdp=devices))
+    assert not alone[2]
+    for devices, flops, sent, step in more:
+        leaves = lora.flatten(step.state.trainable)
+        split = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values() if any(leaf.sharding.spec))
+        assert abs(flops / alone[1] - 1) < 0.05, devices  # norms and the optimizer are split, or not
+        gathered = sent.pop("all-gather")
+        assert split <= gathered <= 2.2 * split, (devices, gathered / split)
+        assert sum(sent.values()) < 1.5 * split, (devices, sent)
+
+
+# ---- a TPU's own compiler
+
+TPU = """
+import json, sys
+from aligner import plan
+devices, _, _ = plan.devices_of("v5e:4x4")
+from aligner import ahead
+from aligner.models import from_hf
+from tests.models import tiny
+model = from_hf(tiny.llama_config(vocab_size=1024, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
+                                  num_key_value_heads=4, head_dim=64, attention_bias=False, mlp_bias=False))
+config = tiny.config(mesh__data=1, mesh__fsdp=16, data__batch_size=32, model__dtype="bfloat16")
+config.train.remat = "full"
+step = ahead.make_step(config, model, devices, ahead.Row(tokens=384, scored=384))
+found = ahead.find_collectives(ahead.compile_step(step).as_text())
+print(json.dumps({"found": found, "split": sum(leaf.size for leaf in __import__("jax").tree.leaves(step.params) if any(leaf.sharding.spec))}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU's compiler, jax[tpu]")
+def test_on_a_tpu_topology():
+    """Sixteen chips: weights and nothing else are gathered, in bfloat16; no activation has the vocabulary's size; gradients are scattered."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("XLA_FLAGS")} | {"JAX_PLATFORMS": "cpu"}
+    root = Path(__file__).parents[2]
+    told = subprocess.run([sys.executable, "-c", TPU], cwd=root, env=environment, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    told = json.loads(told.stdout.splitlines()[-1])
+    found = [ahead.Collective(*one) for one in told["found"]]
+    gathered = [one for one in found if one.kind == "all-gather" and elements(one.shape) > 4096]
+    assert gathered and {one.dtype for one in gathered} == {"bf16"}, gathered
+    for one in found:
+        assert 1024 not in one.shape or 512 in one.shape, one  # the head and the embedding; 1024 is also the width of the MLP, times 512
+        assert 384 not in one.shape, one  # no activation along its columns
+    total = sum(one.bytes * one.times for one in gathered)
+    assert 2 * told["split"] <= total <= 2 * 3.3 * told["split"], total / told["split"]  # forward, recomputation, backward
