@@ -105,6 +105,9 @@ def restore(checkpoints: Checkpoints, abstract: TrainState) -> tuple[TrainState,
         try:
             if first:
                 seal.check(folder)
+                older = any(seal.exists(checkpoints.folder(other)) for other in found if other < step)
+                if jax.process_count() > 1 and not seal.exists(folder) and older:
+                    raise ValueError("its checksums are missing")  # torn or not: where one process fails, the others wait for minutes
         except Exception as error:
             harm = error
         if not _anywhere(harm):

@@ -1,7 +1,7 @@
 """Checksums of a checkpoint's files, so that a torn or flipped one is known before anything reads it.
 
 They stand in WORKDIR/checksums/<step>.json, written as soon as a save is complete. A checkpoint without them was killed between the
-two: what reads it then has to notice by itself.
+two: what reads it then has to notice by itself, and several processes, which would wait for each other, use an older one that has them.
 """
 
 import json
@@ -42,13 +42,18 @@ def write(checkpoint: Path) -> None:
     os.replace(beside, _path(checkpoint))
 
 
+def exists(checkpoint: Path) -> bool:
+    """Whether anything was noted."""
+    return _path(checkpoint).exists()
+
+
 def check(checkpoint: Path) -> None:
     """Compare the files with what was noted.
 
     Raises:
         ValueError: a file is missing or holds something else.
     """
-    if not _path(checkpoint).exists():
+    if not exists(checkpoint):
         return
     for name, (size, crc) in json.loads(_path(checkpoint).read_text()).items():
         path = checkpoint / name

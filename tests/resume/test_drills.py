@@ -91,6 +91,7 @@ def in_order(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_asked_to_stop(pictures, tmp_path):
     """SIGTERM while rows are read, SIGUSR1 (SLURM's notice) while training: the launcher's code."""
     workdir, given = tmp_path / "run", settings(pictures, train__steps=300, checkpoint__requeue_code=75)  # so many that the signal comes in time
