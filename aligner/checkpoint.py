@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
@@ -27,6 +28,8 @@ from aligner.types import Params, UserError
 FOLDER = "checkpoints"
 REST = [field.name for field in dataclasses.fields(TrainState) if field.name != "trainable"]
 log = logging.getLogger(__name__)
+# What goes wrong in a thread of Orbax's is raised again where the save is waited for: here it would be hundreds of lines before that.
+absl_logging.get_absl_logger().addFilter(lambda record: "_SignalingThread.run() raised" not in record.getMessage())
 
 
 class Checkpoints(NamedTuple):

@@ -80,7 +80,7 @@ def test_written_again_after_it_was_torn(saved):
     assert restored(saved) == (2, 2.0, 22)
 
 
-def test_a_full_disk(saved):
+def test_a_full_disk(saved, caplog):
     """A save that cannot be written is one sentence, leaves the checkpoints before it good, and the next one goes on."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     said = pytest.raises(UserError, match=r"could not be written to .*: File too large\. The newest whole one .* step 2; make room")
@@ -91,6 +91,7 @@ def test_a_full_disk(saved):
             checkpoint.wait(checkpoints)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "Traceback" not in caplog.text
     assert checkpoint.steps(saved) == [1, 2]
     assert restored(saved) == (2, 2.0, 2)
     assert not list((saved / "checkpoints").glob("3*")), "half a checkpoint keeps the room that is missing"
