@@ -1,6 +1,6 @@
 #!/bin/bash
 # Cloud TPU machines, the same command on every worker; aligner is installed there, `pip install 'aligner[tpu]'`, in the folder DIRECTORY:
-#     TPU=my-pod ZONE=us-east5-a launch/tpu_pod.sh --config configs/dpo_llava.py --workdir gs://bucket/runs/dpo --config.mesh.fsdp=32
+#     TPU=my-pod ZONE=us-east5-a launch/tpu_pod.sh --config configs/dpo_llava.py --workdir /mnt/bucket/runs/dpo --config.mesh.fsdp=32
 
 TPU="${TPU:?TPU is missing: the name of the TPU}"
 ZONE="${ZONE:?ZONE is missing: such as ZONE=us-east5-a}"
