@@ -67,6 +67,7 @@ def test_goes_on_to_the_same_numbers(trained):
     assert load_file(trained / "twice/export/model.safetensors").keys() == load_file(trained / "once/export/model.safetensors").keys()
 
 
+@pytest.mark.slow
 def test_only_adapters_are_saved(trained):
     _, adapters, trainable, step = workdir.restore_trainable(trained / "once")
     assert step == 4 and set(lora.flatten(trainable)) == {f"{m}/{leaf}" for m in adapters.rank for leaf in ("lora_a", "lora_b")}

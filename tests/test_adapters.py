@@ -70,6 +70,7 @@ def test_only_adapters_train_and_have_optimizer_state(family):
     assert jax.tree.structure(lora.merge(lora.combine(trainable, base))) == jax.tree.structure(family.params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant,dtype", [("lora", "bfloat16"), ("rslora", "float32"), ("dora", "bfloat16")])
 def test_the_base_is_the_reference_at_step_0(llama, dtype, variant):
     found, gradients = step(llama, configure(lora__variant=variant, model__dtype=dtype, lora__dropout=0.3), disturb=0.0)
@@ -116,6 +117,7 @@ def test_adapters_are_laid_out_like_their_kernels(llama):
     assert specs(layers["mlp"]["down_proj"]) == [(None, "tensor", None), (None, None, "fsdp"), (None, "fsdp")]
 
 
+@pytest.mark.slow
 def test_dropout_is_a_function_of_the_key_and_off_without_one(llava):
     config = configure(lora__dropout=0.5, lora__targets=("all-linear",))
     adapters, trainable, base = start(llava, config, one_device(), disturb=0.3)
@@ -150,6 +152,7 @@ def test_dropout_scales_what_it_keeps_and_differs_by_layer():
     assert abs(float(y.mean()) - 1) < 0.02 and bool((y[0] != y[1]).any())
 
 
+@pytest.mark.slow
 def test_a_layer_without_an_adapter_stays_as_it_is(llama):
     config = configure(lora__layers_to_transform=(1,), lora__variant="dora")
     _, gradients = step(llama, config)
@@ -163,7 +166,7 @@ def test_a_layer_without_an_adapter_stays_as_it_is(llama):
         assert np.abs(merged[f"{module}/kernel"][1] - before[f"{module}/kernel"][1]).max() > 0.1
 
 
-@pytest.mark.parametrize("variant", ["rslora", "dora"])
+@pytest.mark.parametrize("variant", ["rslora", pytest.param("dora", marks=pytest.mark.slow)])
 def test_merged_is_unmerged(llava, variant):
     family = llava
     config = configure(lora__variant=variant, lora__targets=("all-linear",))

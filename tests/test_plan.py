@@ -73,6 +73,7 @@ def test_a_quantised_base_counts_by_its_bits(llama):
     assert ahead.local_bytes(dense.fixed) - ahead.local_bytes(packed.fixed) == saved
 
 
+@pytest.mark.slow
 def test_bytes_are_the_compilers(llama):
     """On eight devices the arguments of the compiled program are state, frozen parameters and batch, and nothing else."""
     _, _, step = step_of(llama)

@@ -52,7 +52,8 @@ def test_names_read_like_the_code(llava):
         text = step.lower(state, fixed, put(tiny.make_batch(llava), mesh)).as_text(debug_info=True)
     for names in (("vision_tower", "encoder"), ("layers", "self_attn", "attention"), ("layers", "mlp", "gate_proj"), ("token_stats",)):
         assert re.search(r"loc\(\"[^\"]*" + r"[^\"]*".join(names), text), names
-    for name in ("self_attn", "mlp", "token_stats"):
+    # the backward pass of the layers themselves is a function of its own, which gets its names when it is compiled
+    for name in ("embed_tokens", "scanned", "norm", "Projector"):
         assert re.search(rf"transpose\([^\"]*{name}", text), name
 
 

@@ -72,6 +72,7 @@ def qlora(**changes):
     return tiny.config(lora__rank=2, lora__alpha=4.0, reference__kind="base", quant__base="nf4", **changes)
 
 
+@pytest.mark.slow
 def test_a_quantised_base_over_a_mesh(llava):
     """The same scores as its dequantised twin on one device; every quantised leaf laid out like the kernel."""
     packed = lora.quantised_kernels(llava.model.conversion, llava.params)
@@ -131,6 +132,7 @@ def step_memory(kind):
         return lowered.compile().memory_analysis()
 
 
+@pytest.mark.slow
 def test_argument_bytes_of_a_7b_step():
     dense, nf4 = step_memory(""), step_memory("nf4")
     ratio = nf4.argument_size_in_bytes / dense.argument_size_in_bytes

@@ -21,6 +21,7 @@ def pair(row):
     return {"image": row["image"], "question": question, "chosen": answer(row["label"]), "rejected": answer(wrong)}
 
 
+@pytest.mark.slow
 def test_trains_on_pairs(tmp_path):
     questions = json.loads((SCIENCEQA / "questions.json").read_text())
     pairs = [pair(row) for row in questions]

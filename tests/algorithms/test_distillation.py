@@ -78,6 +78,7 @@ def step(name: str, batch, mesh=None, accumulate=1, optimizer=None, steps=1, **c
     return found, now.opt_state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "beta"), [("llama", 0.5), ("llava", 1.0)])
 def test_loss_by_hand_and_however_it_is_laid_out(name, beta):
     batch = make_batch(name)

@@ -69,7 +69,7 @@ def config(name="reward", train=(), **changes):
     return made
 
 
-@pytest.mark.parametrize("name", ["llama", "llava"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("llava", marks=pytest.mark.slow)])
 def test_scores_are_those_of_each_answer_alone(name):
     """Every layout reads the hidden state of the answer's last token, as a forward pass of prompt + answer alone has it."""
     f = family(name, answers=4)
@@ -114,6 +114,7 @@ def compute(name: str, loss: str, variant=({}, {}, None)):
 baseline = functools.cache(compute)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "loss", "variant"), CASES)
 def test_same_loss_and_gradients(name, loss, variant):
     expected, found = baseline(name, loss), compute(name, loss, variant)

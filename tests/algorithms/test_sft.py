@@ -133,6 +133,7 @@ def test_noise_only_while_training(llama):
     assert float(still(jax.random.key(0))) == pytest.approx(calm, rel=1e-6), "evaluation has no key, and no noise"
 
 
+@pytest.mark.slow
 def test_how_strong_the_noise_is(llama):
     segments = jnp.asarray([[1] * 4 + [2] * 16 + [0] * 12, [1] * 25 + [0] * 7])
     head = llama.model.head(llama.params)

@@ -330,6 +330,7 @@ print(json.dumps({"devices": len(jax.devices()), "whole": first, "sharded": sum(
 """
 
 
+@pytest.mark.slow
 def test_loading_onto_eight_devices(tmp_path):
     """Equal values, laid out by the rules, every byte of the checkpoint read once although devices share slices; saves the same bytes."""
     make(tmp_path / "a", LLAVA, dtype="bfloat16")

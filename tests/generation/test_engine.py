@@ -25,7 +25,7 @@ def pictures_of(f: tiny.Family, pair: Encoded) -> list[Picture]:
     return whole({"pixel_values": [tiny.pixels(name, f.model).transpose(2, 0, 1) for name in pair.images]}, f.model.media.features) if pair.images else []
 
 
-@pytest.mark.parametrize("name", ["llama", "llava", pytest.param("mmca", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llava", "mmca"))])
 def test_logps_are_those_of_the_full_forward_pass(name):
     """Also after a refill: 24 answers go through 8 rows; the three answers of a prompt share its columns in the full pass."""
     f = tiny.family(name)

@@ -42,6 +42,7 @@ def compare(folder, workdir):
     return theirs
 
 
+@pytest.mark.slow
 def test_export_at_the_end_of_a_run(trained):
     compare(trained / "export", trained)
 

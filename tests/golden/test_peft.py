@@ -82,7 +82,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in ("lora", "llava") else pytest.mark.slow) for case in CASES])
 def test_ours_in_peft(bases, tmp_path, case):
     from peft import PeftModel
 
@@ -119,6 +119,7 @@ def test_ours_in_peft(bases, tmp_path, case):
 PATTERNS = dict(rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 9})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family,settings",
     [
@@ -151,6 +152,7 @@ def test_theirs_here(bases, tmp_path, family, settings):
     assert ranks_differ or trained == sum(leaf.size for leaf in jax.tree.leaves(lora.split(params, adapters=adapters)[0]))
 
 
+@pytest.mark.slow
 def test_gradients_of_dora_and_lora(bases, tmp_path):
     """The gradient by each adapter leaf, DoRA's lengths held constant."""
     from peft import LoraConfig, get_peft_model
