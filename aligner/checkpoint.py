@@ -28,8 +28,8 @@ from aligner.types import Params, UserError
 FOLDER = "checkpoints"
 REST = [field.name for field in dataclasses.fields(TrainState) if field.name != "trainable"]
 log = logging.getLogger(__name__)
-# What goes wrong in a thread of Orbax's is raised again where the save is waited for: here it would be hundreds of lines before that.
-absl_logging.get_absl_logger().addFilter(lambda record: "_SignalingThread.run() raised" not in record.getMessage())
+# What goes wrong in a thread of Orbax is raised again where the save is waited for: its tracebacks would be hundreds of lines before that.
+absl_logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname or not (record.exc_info or record.exc_text))
 
 
 class Checkpoints(NamedTuple):
