@@ -3,6 +3,7 @@
 The programs are compiled as a run compiles them; the column comes from `run.prepare_columns`, through the folder that it keeps.
 """
 
+import itertools
 import math
 
 import jax
@@ -60,8 +61,8 @@ def assert_log_2(values):
     assert values["rewards/margins"] == pytest.approx(0, abs=1e-6) and values["rewards/accuracies"] == 0
 
 
-EVERYDAY = [("llama", "precomputed", True), ("llama", "copy", False), ("llava", "precomputed", False), ("llava", "copy", True)]
-OTHERS = [("llama", "precomputed", False), ("llama", "copy", True), ("llava", "precomputed", True), ("llava", "copy", False)]
+EVERYDAY = [("llama", "precomputed", True), ("llava", "copy", True)]
+OTHERS = [case for case in itertools.product(("llama", "llava"), ("precomputed", "copy"), (True, False)) if case not in EVERYDAY]
 CASES = EVERYDAY + [pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS]
 
 
