@@ -3,6 +3,8 @@
 They share one objective over tokens and differ in how rewards become advantages (aligner/rl/advantages.py).
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -101,6 +103,19 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
 def reference_params(config: ConfigDict, fixed):
     """The reference's parameters: a frozen copy, or the base with its adapters off."""
     return without_adapters(fixed) if config.reference.kind == "base" else fixed["reference"]
+
+
+def policy_and_rollout(config: ConfigDict, model: Model) -> tuple[Callable, Callable]:
+    """The policy's likelihood; and what a rollout adds to its batch, log-probabilities by the policy that wrote and by the reference."""
+    R, temperature = config.algorithm.num_generations, config.generation.temperature
+    policy = make_likelihood(model, R, ("logp", "entropy"), config.train.remat, temperature)
+    frozen = make_likelihood(model, R, temperature=temperature)
+
+    def rollout(params, fixed, batch: Batch) -> dict[str, Array]:
+        reference = frozen(reference_params(config, fixed), batch).tokens["logp"]
+        return {"old_logps": frozen(params, batch).tokens["logp"], "reference_logps": reference}
+
+    return policy, rollout
 
 
 def metrics(log_ratio, advantages, mask, lengths: Float[Array, "B G R"], c: ConfigDict, high: float, batch: Batch) -> dict:

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from aligner.algorithms.checks import check_positive
-from aligner.algorithms.grpo import check_online, reference_params, sampling_differences
+from aligner.algorithms.grpo import check_online, policy_and_rollout, sampling_differences
 from aligner.algorithms.pairs import mean_over
-from aligner.likelihood import make_likelihood, spread, sum_answers
+from aligner.likelihood import spread, sum_answers
 from aligner.losses import preference
-from aligner.types import Algorithm, Array, Batch, Model, Scores, Term, UserError
+from aligner.types import Algorithm, Batch, Model, Scores, Term, UserError
 
 
 def make(config: ConfigDict, model: Model) -> Algorithm:
@@ -20,13 +20,7 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
     """
     c = config.algorithm
     check(config)
-    R, temperature = c.num_generations, config.generation.temperature
-    policy = make_likelihood(model, R, ("logp", "entropy"), config.train.remat, temperature)
-    frozen = make_likelihood(model, R, temperature=temperature)
-
-    def rollout(params, fixed, batch: Batch) -> dict[str, Array]:
-        reference = frozen(reference_params(config, fixed), batch).tokens["logp"]
-        return {"old_logps": frozen(params, batch).tokens["logp"], "reference_logps": reference}
+    R, (policy, rollout) = c.num_generations, policy_and_rollout(config, model)
 
     def objective(scores: Scores, batch: Batch, carry):
         logps = scores.tokens["logp"]
