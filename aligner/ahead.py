@@ -20,7 +20,7 @@ from aligner import algorithms, convert, lora, optim, quant, sharding, state
 from aligner.convert import peft
 from aligner.data.kinds import ANSWERS, ENCODERS
 from aligner.data.layout import empty_row
-from aligner.train_step import jit, make_train_step
+from aligner.train_step import jit_train_step
 from aligner.types import Algorithm, Model, Params, UserError
 
 
@@ -118,16 +118,7 @@ def make_step(config: Any, model: Model, devices: list[Any], row: Row) -> Step:
     schedule = optim.make_schedule(config.optim, 1000)
     optimizer = optim.make_optimizer(config.optim, schedule, model.trained_layers)
     train_state = state.abstract_create(trainable, optimizer, algorithm.carry, mesh, own_reference=algorithm.sync is not None)
-    step = make_train_step(
-        algorithm,
-        optimizer,
-        dtype=config.model.dtype,
-        schedule=schedule,
-        accumulate=config.train.accumulate,
-        max_grad_norm=config.optim.max_grad_norm,
-    )
-    layout = jax.tree.map(lambda leaf: leaf.sharding, train_state)
-    program = jit(step, donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh)))
+    program = jit_train_step(config, algorithm, optimizer, schedule, train_state, mesh)
     return Step(program, train_state, fixed, abstract_batch(config, model, algorithm, params, row, mesh), params, mesh)
 
 

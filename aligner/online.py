@@ -46,7 +46,7 @@ from aligner.run import (
     put,
 )  # fmt: skip
 from aligner.stopping import Stopped, catch_signals, watchdog
-from aligner.train_step import jit, make_train_step
+from aligner.train_step import jit, jit_train_step
 from aligner.types import UserError
 
 ROLLOUTS, COMPLETIONS = "rollouts", "completions"
@@ -137,12 +137,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                 raise UserError(f"the run in {directory} has done {done} steps, and config.train.steps is {steps}; give {done} or more")
             say(f"goes on from step {done}")
 
-        step_function = make_train_step(
-            algorithm, optimizer, dtype=config.model.dtype, schedule=schedule, accumulate=config.train.accumulate,
-            max_grad_norm=config.optim.max_grad_norm,
-        )  # fmt: skip
-        layout = jax.tree.map(lambda leaf: leaf.sharding, train_state)
-        train_step = jit(step_function, donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh)))
+        train_step = jit_train_step(config, algorithm, optimizer, schedule, train_state, mesh)
         asked = lambda trainable, fixed, batch: algorithm.rollout(*whole(trainable, fixed, config), batch)
         ask = jit(asked, out_shardings=sharding.replicated(mesh))
         text = lambda tokens: model.assets.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -24,7 +24,7 @@ from aligner.data.mixture import is_set
 from aligner.likelihood import cast
 from aligner.prepare import compute_columns, fingerprint
 from aligner.stopping import Stopped, catch_signals, watchdog
-from aligner.train_step import jit, make_eval_step, make_train_step
+from aligner.train_step import jit, jit_train_step, make_eval_step
 from aligner.types import Algorithm, Model, Params, UserError
 
 
@@ -113,16 +113,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                 raise UserError(f"the run in {directory} has done {done} steps, and config.train.steps is {steps}; give {done} or more")
             say(f"goes on from step {done}")
 
-        step_function = make_train_step(
-            algorithm,
-            optimizer,
-            dtype=config.model.dtype,
-            schedule=schedule,
-            accumulate=config.train.accumulate,
-            max_grad_norm=config.optim.max_grad_norm,
-        )
-        layout = jax.tree.map(lambda leaf: leaf.sharding, train_state)
-        train_step = jit(step_function, donate_argnums=0, out_shardings=(layout, sharding.replicated(mesh)))
+        train_step = jit_train_step(config, algorithm, optimizer, schedule, train_state, mesh)
         eval_step = jit(make_eval_step(algorithm, dtype=config.model.dtype), out_shardings=sharding.replicated(mesh))
 
         def evaluate(evaluation: loader.Dataset) -> dict[str, float]:

@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from aligner.likelihood import answer_lengths, cast
 from aligner.lora import combine
 from aligner.metrics import reduce_stacked
+from aligner.sharding import replicated
 from aligner.state import TrainState
 from aligner.types import Algorithm, Batch, Last, Mean, Params
 
@@ -113,6 +115,22 @@ def make_train_step(
         return TrainState(step=state.step + 1, rng=state.rng, nonfinite=nonfinite, reference=reference, **kept), metrics
 
     return step
+
+
+def jit_train_step(
+    config: Any, algorithm: Algorithm, optimizer: optax.GradientTransformation, schedule: optax.Schedule, state: TrainState, mesh: Mesh
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, dict]]:
+    """The step as a config says, jitted: the state, arrays or their shapes, is donated and keeps its layout; metrics lie everywhere."""
+    step = make_train_step(
+        algorithm,
+        optimizer,
+        dtype=config.model.dtype,
+        schedule=schedule,
+        accumulate=config.train.accumulate,
+        max_grad_norm=config.optim.max_grad_norm,
+    )
+    layout = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jit(step, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
 
 
 def _gradient(function: Callable, at):
