@@ -1,9 +1,7 @@
 """Online runs in which something outside goes wrong half-way: one sentence, the state saved, and on from there with the same numbers."""
 
 import json
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +9,7 @@ import pytest
 from aligner import checkpoint, online
 from aligner.rl import remote
 from aligner.types import UserError
+from tests.rl.http import serving
 from tests.rl.test_online import brevity, demo, one_device, records, settings  # noqa: F401
 
 TROUBLE: dict = {}  # `how` the reward function goes wrong from now on, and at which `prompt`
@@ -61,46 +60,26 @@ def test_a_reward_that_goes_wrong_in_the_second_rollout(demo, tmp_path, monkeypa
     assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3, 4]
 
 
-class Flaky(BaseHTTPRequestHandler):
-    """A reward server: how long an answer is; after `left` requests it is gone."""
-
-    left = 1
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        type(self).left -= 1
-        if self.left < 0:
-            self.connection.close()
-            return
-        data = json.dumps({"rewards": [float(len(text)) for text in body["responses"]]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *arguments):
-        pass
-
-
 @pytest.mark.slow
 def test_a_reward_server_that_dies_half_way(demo, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(remote, "time", SimpleNamespace(sleep=lambda seconds: None))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Flaky)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_address[1]}/reward"
-    config = settings(demo, "grpo", algorithm__reward_funcs=(url,), algorithm__num_iterations=2, train__steps=4, checkpoint__every=100)
-    try:
-        Flaky.left = 99
+    left = 99  # requests after which the server is gone
+
+    def lengths(path, body):
+        nonlocal left
+        left -= 1
+        return None if left < 0 else (200, {"rewards": [float(len(text)) for text in body["responses"]]})
+
+    with serving(lengths) as url:
+        changes = dict(algorithm__reward_funcs=(f"{url}/reward",), algorithm__num_iterations=2, train__steps=4, checkpoint__every=100)
+        config = settings(demo, "grpo", **changes)
         online.run(config, tmp_path / "whole")
-        Flaky.left = 1
+        left = 1
         with pytest.raises(UserError, match=r"gives no answer after 5 tries .*give the same command again"):
             online.run(config, tmp_path / "run")
         assert checkpoint.steps(tmp_path / "run") == [2]
-        Flaky.left = 99
+        left = 99
         online.run(config, tmp_path / "run")
-    finally:
-        server.shutdown()
-        server.server_close()
     plain = lambda workdir: [{k: v for k, v in record.items() if not k.startswith("time/")} for record in records(workdir)]
     assert plain(tmp_path / "run") == plain(tmp_path / "whole")
 

@@ -3,9 +3,7 @@
 import base64
 import contextlib
 import io
-import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import jax
 import numpy as np
@@ -17,11 +15,13 @@ from aligner.generation.sampling import Sampling
 from aligner.rl.engines import Local, Server
 from aligner.types import UserError
 from tests.generation.test_engine import pictures_of
+from tests.rl.http import serving
 
 SAMPLING = Sampling(max_new_tokens=5, temperature=1.0, stop_tokens=(2,))
 
 
-def serving(f, prompts=()):
+@contextlib.contextmanager
+def standing_in(f, prompts=()):
     """A server that answers as vLLM and SGLang do, and the (path, body) of its requests. With pictures it knows the `prompts`."""
     engine = make_engine(f.model, SAMPLING, rows=2)
     params, seen = engine.prepare(f.params), []
@@ -58,30 +58,12 @@ def serving(f, prompts=()):
     answers = {"/update_weights_from_disk": lambda body: {"success": True, "message": "ok"}, "/v1/completions": completions,
                "/collective_rpc": lambda body: {"results": [None]}, "/v1/chat/completions": chat, "/generate": generate}  # fmt: skip
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            seen.append((self.path, body))
-            data = json.dumps(answers[self.path](body)).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+    def answer(path, body):
+        seen.append((path, body))
+        return 200, answers[path](body)
 
-        def log_message(self, *arguments):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server, f"http://127.0.0.1:{server.server_address[1]}", seen
-
-
-@contextlib.contextmanager
-def standing_in(f, prompts=()):
-    server, url, seen = serving(f, prompts)
-    yield url, seen
-    server.shutdown()
-    server.server_close()
+    with serving(answer) as url:
+        yield url, seen
 
 
 @pytest.fixture

@@ -1,11 +1,9 @@
 """The reward server and its client over real sockets: values, a server that comes late, one that dies, one that talks nonsense."""
 
-import json
 import threading
 import time
 import urllib.error
 import urllib.request
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ from aligner.rl.remote import make_remote_reward
 from aligner.rl.rewards import Reward, make_rewards, value
 from aligner.serve_reward import make_server
 from aligner.types import UserError
+from tests.rl.http import listener
 
 
 @pytest.fixture
@@ -35,27 +34,8 @@ def serve():
 
 def answers(*responses):
     """A server that gives these (status, body) in turn, the last one for ever; None says nothing and hangs up."""
-
-    class Handler(BaseHTTPRequestHandler):
-        left = list(responses)  # noqa: RUF012
-
-        def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
-            response = self.left.pop(0) if len(self.left) > 1 else self.left[0]
-            if response is None:
-                self.connection.close()
-                return
-            status, body = response
-            data = json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *arguments):
-            pass
-
-    return ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    left = list(responses)
+    return listener(lambda path, body: left.pop(0) if len(left) > 1 else left[0])
 
 
 def test_served_and_asked(serve):
