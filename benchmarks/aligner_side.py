@@ -12,7 +12,7 @@ import numpy as np
 from aligner import algorithms, convert, lora, optim, sharding, state
 from aligner.data.layout import pair_row, shape_of
 from aligner.data.templates import Encoded
-from aligner.train_step import jit, make_train_step
+from aligner.train_step import jit_train_step
 from benchmarks.torch_sides import BETA, LEARNING_RATE, MAX_GRAD_NORM
 from configs import common
 
@@ -68,7 +68,8 @@ def make_steps(config, model, params, batches: list[dict[str, Any]], reference: 
     mesh, dtype = one_device(config), config.model.dtype
     with jax.set_mesh(mesh):
         algorithm = algorithms.make(config, model)
-        optimizer = optim.make_optimizer(config.optim, optim.make_schedule(config.optim, 1000), model.trained_layers)
+        schedule = optim.make_schedule(config.optim, 1000)
+        optimizer = optim.make_optimizer(config.optim, schedule, model.trained_layers)
         trainable, base = lora.split(params, config.optim.freeze)
         del params
         fixed = {"base": base}
@@ -77,13 +78,7 @@ def make_steps(config, model, params, batches: list[dict[str, Any]], reference: 
         batches = [jax.device_put(batch, sharding.batch_sharding(mesh)) for batch in batches]
         box = [state.create(trainable, optimizer, algorithm.carry, config.seed, mesh)]
         del trainable
-        layout = jax.tree.map(lambda leaf: leaf.sharding, box[0])
-        step = jit(
-            make_train_step(algorithm, optimizer, dtype=dtype, max_grad_norm=config.optim.max_grad_norm),
-            donate_argnums=0,
-            out_shardings=(layout, sharding.replicated(mesh)),
-        )
-        compiled = step.lower(box[0], fixed, batches[0]).compile()
+        compiled = jit_train_step(config, algorithm, optimizer, schedule, box[0], mesh).lower(box[0], fixed, batches[0]).compile()
 
     def call() -> float:
         for batch in batches:
