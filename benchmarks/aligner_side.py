@@ -60,7 +60,7 @@ def make_steps(config, model, params, batches: list[dict[str, Any]], reference: 
     """A step on each of some batches of one shape per call; returns the last one's loss.
 
     Args:
-        config: of the algorithm and its optimizer; 
+        config: of the algorithm and its optimizer.
         model, params: what trains, float32; given up to the training state.
         batches: as the loader gives them, or `make_batch`.
         reference: checkpoint of the reference, where the algorithm has one.

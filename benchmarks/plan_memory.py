@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.machine import cpu_name, forget_peak, resident_mib
+from benchmarks.sides import MARK
 
 STEPS = 5
-MARK = "MEASURED "
 TEXT = dict(vocab_size=8192, hidden_size=512, intermediate_size=1408, layers=6, heads=8, kv_heads=4)  # 24 M parameters
 WIDE = dict(vocab_size=8192, hidden_size=1024, intermediate_size=2816, layers=6, heads=16, kv_heads=8)  # 86 M
 SEEING = dict(**{**TEXT, "layers": 4}, image_size=112, patch_size=14, vision_hidden_size=256, vision_layers=4, vision_heads=4)
