@@ -22,6 +22,7 @@ from aligner.data import loader
 from aligner.data.catalogue import with_template
 from aligner.data.mixture import is_set
 from aligner.likelihood import cast
+from aligner.models import attention
 from aligner.prepare import compute_columns, fingerprint
 from aligner.stopping import Stopped, catch_signals, watchdog
 from aligner.train_step import jit, jit_train_step, make_eval_step
@@ -46,6 +47,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     config = workdir.resolve(config, directory)
     mesh = sharding.make_mesh(config.mesh)
     check_config(config, mesh)
+    backend = attention.chosen(mesh, config.model.attention)
     notes = workdir.check(config, directory)
     if config.setup:
         call_setup(config)
@@ -78,9 +80,15 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))
     count_trained = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
     say(f"{model.family} with {count / 1e6:,.1f} M parameters, {count_trained / 1e6:,.1f} M train; {steps} steps of "
-        f"{config.data.batch_size} examples on {mesh.size} {jax.devices()[0].platform} device{'s' * (mesh.size > 1)}")  # fmt: skip
+        f"{config.data.batch_size} examples on {mesh.size} {jax.devices()[0].platform} device{'s' * (mesh.size > 1)}, "
+        f"attention: {backend}")  # fmt: skip
 
-    with jax.set_mesh(mesh), catch_signals() as check_stop, checkpoint.open_checkpoints(directory, config.checkpoint.keep) as checkpoints:
+    with (
+        jax.set_mesh(mesh),
+        attention.BACKEND(backend),
+        catch_signals() as check_stop,
+        checkpoint.open_checkpoints(directory, config.checkpoint.keep) as checkpoints,
+    ):
         params = load(config, model, disk, mesh, trained)
         if adapters:
             params = attach(config, model, params, adapters, start, mesh)

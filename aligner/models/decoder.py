@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from aligner.matmul import Turned
@@ -175,8 +174,7 @@ class Attention(nn.Module):
         scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
         slopes = alibi_slopes(c.num_attention_heads) if c.alibi else None
         out = attention(q, k, v, spec, scale=scale, softcap=c.attention_softcap, slopes=slopes)
-        out = checkpoint_name(out.reshape(*x.shape[:2], -1), "context")
-        return Linear(c.hidden_size, c.o_bias, c.initializer_range, name=c.o_name)(out), memory
+        return Linear(c.hidden_size, c.o_bias, c.initializer_range, name=c.o_name)(out.reshape(*x.shape[:2], -1)), memory
 
 
 def remember(memory: tuple, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:

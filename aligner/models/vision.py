@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from aligner.matmul import matmul
@@ -178,8 +177,7 @@ class Attention(nn.Module):
         if tables is not None:
             q, k = (rope.rotate(y, *tables) for y in (q, k))
         out = attention(q, k, v, spec, scale=shape[-1] ** -0.5)
-        out = checkpoint_name(out.reshape(x.shape), "context")
-        return Linear(c.hidden_size, c.o_bias, c.initializer_range, name="out_proj")(out)
+        return Linear(c.hidden_size, c.o_bias, c.initializer_range, name="out_proj")(out.reshape(x.shape))
 
 
 class MLP(nn.Module):
