@@ -15,7 +15,7 @@ from aligner.generation import decoding
 from aligner.generation.sampling import Sampling
 from aligner.likelihood import cast
 from aligner.matmul import turn
-from aligner.models.decoder import unroll
+from aligner.models.cache import unroll
 from aligner.models.pictures import Picture, blank, fill, placeholders
 from aligner.train_step import jit
 from aligner.types import Model, Params
