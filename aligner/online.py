@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from aligner import algorithms, checkpoint, convert, lora, metrics, optim, sharding, state, workdir
 from aligner.algorithms import ppo
 from aligner.algorithms.grpo import PENALISED, reference_params
+from aligner.check import check_config
 from aligner.console import progress, say, short, tracing
 from aligner.convert import peft
 from aligner.data import loader
@@ -35,7 +36,6 @@ from aligner.rl.rewards import make_rewards
 from aligner.run import (
     attach,
     call_setup,
-    check_config,
     check_finite,
     exported,
     finish,
