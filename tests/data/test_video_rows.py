@@ -22,7 +22,7 @@ noise = lambda *shape: np.random.default_rng(0).integers(0, 256, shape, dtype=np
 
 
 @pytest.mark.parametrize("size", [(30, 41), (57, 23), (16, 16), (9, 13)])
-@pytest.mark.parametrize("changes", [{}, {"size": {"height": 12, "width": 20}}, {"resample": 2, "do_center_crop": False}])
+@pytest.mark.parametrize("changes", [{}, {"size": {"height": 12, "width": 20}}, {"resample": 2, "do_center_crop": False}, {"do_normalize": False}])
 def test_square_frames_are_clips(size, changes):
     """The video processor of LLaVA-NeXT-Video does to every frame what CLIP's image processor does."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -32,6 +32,11 @@ def test_square_frames_are_clips(size, changes):
     processor = CLIPImageProcessorPil(**settings)
     theirs = processor([*frames], return_tensors="np")["pixel_values"]
     assert np.abs(clips.square(frames, processor.to_dict()) - theirs).max() < 1e-5
+
+
+def test_a_processor_that_does_not_resize_is_refused():
+    with pytest.raises(UserError, match="do_resize is false in the settings"):
+        clips.pixels(noise(1, 4, 4, 3), (4, 4), {"do_resize": False})
 
 
 @pytest.fixture(scope="module", params=[*vision_folders.VIDEO_PROCESSORS])
