@@ -128,11 +128,12 @@ class Conversion:
 class Media:
     """What the data side must know of the media a model takes; `None` on text models.
 
-    A picture fills one or more slots of a row's `pixel_values` (itself; its tiles; its patches). `encode` gives P features for each slot,
-    and every placeholder in the text stands for one of them. `aligner.models.pictures` has the types that the functions give.
+    A picture fills one or more slots of a row's `pixel_values` (itself; its tiles; its patches; a video's frames). `encode` gives P
+    features for each slot, and every placeholder in the text stands for one of them. `aligner.models.pictures` has the types that the
+    functions take and give.
 
     Attributes:
-        placeholder: token id that stands for one feature.
+        placeholder: token id that stands for one feature of what is of `kind`.
         features: P, features of a slot.
         height, width: of a slot's pixels.
         lead: features of a row that come before those of the slots, such as what ends a line of patches.
@@ -140,11 +141,16 @@ class Media:
         per_token: array name -> (shape, dtype) of what `arrange` says of every token.
         show: ((width, height), assets, number of pictures in the row) -> Shown; None where every picture fills one slot and takes P
             placeholders.
-        pictures: what the image processor returns -> a Picture for each; None where that is `pixel_values` [n,3,height,width].
+        pictures: what the processors of images and videos return -> a Picture for each; None where that is `pixel_values`
+            [n,3,height,width].
         arrange: (row, its Pictures) -> arrays of the row by name; None where there are none.
         together: the image processor is told which pictures are of one row, since it treats several otherwise than one.
-        folder: where paths of pictures are looked up; the data side sets it to ask for their sizes.
-        video: token id that stands for one feature of a video, which fills a slot a frame; None where a model takes none.
+        kind: what `placeholder` stands for, one of `aligner.data.samples.MEDIA`.
+        video: token id that stands for one feature of a video; None where a model takes none.
+        show_clip: (Clip, settings of the video processor) -> Shown.
+        process_clip: (Clip with its frames, the same settings) -> what the checkpoint's video processor would return for it.
+        folder: where files are looked up; the data side sets it.
+        frames: how many frames are taken of a video; the data side sets it.
     """
 
     placeholder: int
@@ -158,13 +164,22 @@ class Media:
     pictures: Callable[..., Any] | None = dataclasses.field(default=None, compare=False)
     arrange: Callable[..., Any] | None = dataclasses.field(default=None, compare=False)
     together: bool = False
-    folder: Any = dataclasses.field(default=None, compare=False)
+    kind: str = "image"
     video: int | None = None
+    show_clip: Callable[..., Any] | None = dataclasses.field(default=None, compare=False)
+    process_clip: Callable[..., Any] | None = dataclasses.field(default=None, compare=False)
+    folder: Any = dataclasses.field(default=None, compare=False)
+    frames: int = dataclasses.field(default=8, compare=False)
 
     @property
-    def sizes(self) -> tuple[int, ...]:
+    def tokens(self) -> dict[str, int]:
+        """Each kind of media that the model takes, and the token that stands for one of its features."""
+        return {self.kind: self.placeholder} | ({} if self.video is None else {"video": self.video})
+
+    @property
+    def sizes(self) -> tuple[Any, ...]:
         """What tells one model's media from another's."""
-        return (self.placeholder, self.features, self.height, self.width, self.lead)
+        return (self.placeholder, self.features, self.height, self.width, self.lead, *(() if self.video is None else (self.frames,)))
 
 
 @dataclasses.dataclass(frozen=True)

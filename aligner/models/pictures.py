@@ -17,18 +17,36 @@ from aligner.types import Media, UserError
 Row = dict[str, np.ndarray]
 
 
+class Clip(NamedTuple):
+    """Some of a video's frames.
+
+    Attributes:
+        times: seconds [F] float64 from its start, ascending.
+        seconds: how long the whole video is shown.
+        size: (height, width) of its frames.
+        frames: uint8 [F,H,W,3]; None where only its size and times are asked for.
+    """
+
+    times: np.ndarray
+    seconds: float
+    size: tuple[int, int]
+    frames: np.ndarray | None = None
+
+
 class Shown(NamedTuple):
     """How a picture stands in the text.
 
     Attributes:
         slots: how many slots of a row's pixels it fills.
-        runs: how many placeholders each of its image tokens becomes.
-        text: what is written for it instead of one image token, with an image token for every run; None writes that one token.
+        runs: how many placeholders each of its tokens becomes.
+        text: what is written for it instead of one token of its kind, with such a token for every run; None writes that one token.
+        kind: "image" or "video".
     """
 
     slots: int
     runs: tuple[int, ...]
     text: str | None = None
+    kind: str = "image"
 
 
 class Picture(NamedTuple):
@@ -39,19 +57,19 @@ class Picture(NamedTuple):
         index: [placeholders] the feature that stands at each: slot * P + p within the picture, or -1 - n for the n-th leading one.
         grid: its rows and columns of placeholders, where positions go by them.
         taps: (features around each placeholder [placeholders, X], their weights), where one is a mixture of several.
-        video: it is one, and stands at `Media.video`.
+        kind: "image" or "video", which says what token it stands at.
     """
 
     arrays: Mapping[str, np.ndarray]
     index: np.ndarray
     grid: tuple[int, int] | None = None
     taps: tuple[np.ndarray, np.ndarray] | None = None
-    video: bool = False
+    kind: str = "image"
 
 
 def placeholders(tokens: np.ndarray, media: Media) -> np.ndarray:
     """Which tokens stand for features, bool of the same shape."""
-    return np.isin(tokens, [token for token in (media.placeholder, media.video) if token is not None])
+    return np.isin(tokens, [*media.tokens.values()])
 
 
 def whole(processed: Mapping[str, Any], features: int) -> list[Picture]:
@@ -115,7 +133,9 @@ def deal(batch: Mapping[str, Any], processed: Mapping[str, Any], media: Media) -
     """
     text = {name: np.asarray(array) for name, array in batch.items()}
     places = placeholders(text["tokens"], media)
-    pictures = in_order(text["tokens"][places], read(media, processed), media)
+    pictures = read(media, processed)
+    order = in_order(text["tokens"][places], [(picture.kind, len(picture.index)) for picture in pictures], media)
+    pictures = [pictures[number] for number in order]
     counts, takes = places.sum(axis=1), [len(picture.index) for picture in pictures]
     ends, total = np.cumsum([0, *takes]), np.cumsum([0, *counts])  # of pictures and of rows, in placeholders
     if ends[-1] != total[-1] or not np.isin(total, ends).all():
@@ -136,14 +156,23 @@ def deal(batch: Mapping[str, Any], processed: Mapping[str, Any], media: Media) -
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def in_order(marks: np.ndarray, pictures: Sequence[Picture], media: Media) -> list[Picture]:
-    """Pictures and videos, each in their order, as their placeholders [N] follow each other; what finds none comes last."""
-    waiting = {video: [picture for picture in pictures if picture.video == video] for video in (True, False)}
+def in_order(marks: np.ndarray, takes: Sequence[tuple[str, int]], media: Media) -> list[int]:
+    """How media, of every kind in their order, follow each other in the text.
+
+    Args:
+        marks: the placeholders [N] of a text.
+        takes: (kind, number of placeholders) of each.
+        media: the model's.
+
+    Returns:
+        Their numbers as their placeholders stand; what finds none comes last.
+    """
+    waiting = {token: [number for number, (found, _) in enumerate(takes) if found == kind] for kind, token in media.tokens.items()}
     order, at = [], 0
-    while at < len(marks) and waiting[video := marks[at] == media.video]:
-        order.append(waiting[video].pop(0))
-        at += len(order[-1].index)
-    return [*order, *waiting[True], *waiting[False]]
+    while at < len(marks) and waiting[int(marks[at])]:
+        order.append(waiting[int(marks[at])].pop(0))
+        at += takes[order[-1]][1]
+    return [*order, *(number for left in waiting.values() for number in left)]
 
 
 def turning_positions(row: Row, pictures: Sequence[Picture]) -> Row:

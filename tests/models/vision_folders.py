@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ WORDS[START], WORDS[END], WORDS[IMG], WORDS[61] = "<start>", "<end>", "<image>",
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}ASSISTANT: {% else %}USER: {% endif %}"
     "{% if message['content'] is string %}{{ message['content'] }} {% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}MARK {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endif %}"
+    "{% if part['type'] == 'image' %}MARK {% elif part['type'] == 'video' %}<video> {% else %}{{ part['text'] }} {% endif %}{% endfor %}"
+    "{% endif %}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}"
 )
 _SQUARE = dict(size={"height": 8, "width": 8})
@@ -44,6 +46,10 @@ PROCESSORS: dict[str, tuple[str, str, dict]] = {
     "idefics2": ("idefics2", "Idefics2", dict(size={"shortest_edge": 4, "longest_edge": 8}, do_image_splitting=False)),
     "mllama": ("mllama", "Mllama", _SQUARE | dict(max_image_tiles=2)),
     "internvl": ("got_ocr2", "GotOcr2", _SQUARE | dict(crop_to_patches=True, max_patches=4)),
+}
+# family -> settings of its video processor, of other sizes than its image processor's where the family has it so
+VIDEO_PROCESSORS: dict[str, dict] = {
+    "llava_next_video": _CLIP | dict(do_center_crop=True, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.4]),
 }
 PIXTRAL = ("pixtral", "Pixtral", dict(patch_size=2, size={"longest_edge": 8}))
 
@@ -76,6 +82,8 @@ def save(folder: Path, family: str, n: int = 0) -> Path:
     words.save_pretrained(folder / "config")
     made = importlib.import_module(f"transformers.models.{module}.image_processing_pil_{module}")
     getattr(made, prefix + "ImageProcessorPil")(**settings).save_pretrained(folder / "config")
+    if family in VIDEO_PROCESSORS:
+        (folder / "config" / "video_preprocessor_config.json").write_text(json.dumps(VIDEO_PROCESSORS[family]))
     extra = dict(patch_size=2, vision_feature_select_strategy=getattr(hf, "vision_feature_select_strategy", "default"),
                  num_additional_image_tokens=1, image_token="[IMG]" if pixtral else "<image>") if family in ("llava", "llava_next") else {}  # fmt: skip
     if extra and not pixtral:
@@ -86,8 +94,25 @@ def save(folder: Path, family: str, n: int = 0) -> Path:
     return folder / "hf"
 
 
-def rows(folder: Path, count: int = 8) -> Path:
-    """Preference rows with no, one and two pictures of several sizes, as JSON lines with the pictures beside them."""
+def clip(frames: np.ndarray, rate: int = 10) -> bytes:
+    """Frames [F,H,W,3] as an encoded file."""
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.height, stream.width = frames.shape[1:3]
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def rows(folder: Path, count: int = 8, videos: bool = False) -> Path:
+    """Preference rows with no, one and two pictures of several sizes, as JSON lines with the pictures beside them.
+
+    Where asked for, every second row also has a clip, before or after its pictures.
+    """
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -100,7 +125,14 @@ def rows(folder: Path, count: int = 8) -> Path:
             Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / name)
         words = lambda n: " ".join(f"t{i}" for i in rng.integers(24, 58, n))
         content = [{"type": "image"} for _ in names] + [{"type": "text", "text": words(4)}]
-        lines.append({"images": names, "prompt": [{"role": "user", "content": content}],
+        seen = {"images": names}
+        if videos and number % 2:
+            height, width = 2 * rng.integers(5, 11, 2)
+            frames = np.repeat(rng.integers(0, 256, (5 + number, 1, 1, 3), dtype=np.uint8), height, axis=1).repeat(width, axis=2)
+            (folder / f"{number}.mp4").write_bytes(clip(frames))
+            seen["videos"] = [f"{number}.mp4"]
+            content.insert(0 if number % 4 == 1 else len(content), {"type": "video"})
+        lines.append({**seen, "prompt": [{"role": "user", "content": content}],
                       "chosen": [{"role": "assistant", "content": [{"type": "text", "text": words(3)}]}],
                       "rejected": [{"role": "assistant", "content": [{"type": "text", "text": words(5)}]}]})  # fmt: skip
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))

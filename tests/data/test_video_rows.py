@@ -1,0 +1,105 @@
+"""Rows with videos, from a file to the arrays of a batch: what a model reads is what its Hugging Face processors would give it."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aligner.convert import model_from_folder
+from aligner.data import loader, video
+from aligner.data.templates import encode_prompt
+from aligner.logprobs import dense_logits
+from aligner.models import clips
+from aligner.types import UserError
+from tests.data import tiny as data_tiny
+from tests.models import tiny, vision_folders
+
+FRAMES = 3
+noise = lambda *shape: np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("size", [(30, 41), (57, 23), (16, 16), (9, 13)])
+@pytest.mark.parametrize("changes", [{}, {"size": {"height": 12, "width": 20}}, {"resample": 2, "do_center_crop": False}])
+def test_square_frames_are_clips(size, changes):
+    """The video processor of LLaVA-NeXT-Video does to every frame what CLIP's image processor does."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    frames = noise(3, *size, 3)
+    settings = dict(size={"shortest_edge": 14}, crop_size={"height": 12, "width": 12}, image_mean=[0.4, 0.5, 0.6]) | changes
+    processor = CLIPImageProcessorPil(**settings)
+    theirs = processor([*frames], return_tensors="np")["pixel_values"]
+    assert np.abs(clips.square(frames, processor.to_dict()) - theirs).max() < 1e-5
+
+
+@pytest.fixture(scope="module", params=[*vision_folders.VIDEO_PROCESSORS])
+def seeing(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    data = vision_folders.rows(folder / "rows", 4, videos=True)
+    return model_from_folder(vision_folders.save(folder, request.param)), data
+
+
+def processed(model, row, folder):
+    """What Hugging Face's processors give for a row's media: images by the checkpoint's own, each video by ours."""
+    made = {}
+    if row["images"]:
+        from PIL import Image
+
+        made |= model.assets.processor.image_processor([Image.open(folder / name).convert("RGB") for name in row["images"]], return_tensors="np")
+    for name in row.get("videos", ()):
+        made |= model.media.process_clip(video.load_clip(name, folder, FRAMES), model.assets.video_settings)
+    return made
+
+
+def test_a_row_is_what_the_processors_give(seeing):
+    """Logits of a dataset's rows equal those of the processors' output, which `model.inputs` reads."""
+    model, data = seeing
+    params = tiny.perturbed(model)
+    config = data_tiny.config(data, image_folder=str(data.parent))
+    with config.unlocked():
+        config.data.video_frames = FRAMES
+    dataset = loader.load_dataset(config, "train", model, progress=False)
+    logits = lambda batch: dense_logits(model.apply(params, batch, features=model.encode(params, batch)).hidden, model.head(params))
+    for number, line in enumerate(data.read_text().splitlines()):
+        row = dataset.row(number)
+        columns = np.isin(row["role"], (0, 2)) & (row["segment_ids"] > 0)
+        made = processed(model, json.loads(line), data.parent)
+        found = logits({name: jnp.asarray(array)[None] for name, array in row.items()})[0][columns]
+        ids = row["tokens"][columns][None]
+        kinds = np.select([ids == model.media.placeholder, ids == model.media.video], [1, 2], 0)
+        expected = logits(model.inputs({"input_ids": ids, "attention_mask": np.ones_like(ids), "mm_token_type_ids": kinds, **made}))[0]
+        assert np.abs(found - expected).max() < 1e-4 * max(1, np.abs(expected).max())
+        assert (kinds == 2).any() == bool(number % 2), "every second row has a clip"
+
+
+def test_media_stand_in_the_order_of_their_placeholders(seeing):
+    """Some templates write images first, wherever they stand in a message."""
+    model, data = seeing
+    content = [{"type": "video", "video": "1.mp4"}, {"type": "image", "image": "1.0.png"}, {"type": "text", "text": "t30"}]
+    sized = data.parent / "1.0.png"
+    model = loader.modalities.looking_in(model, sized.parent, FRAMES)
+    encoded = encode_prompt([{"role": "user", "content": content}], model.assets, model.media)
+    assert [kind for kind, _ in encoded.media] == ["video", "image"]
+    images_first = model.assets.tokenizer.chat_template.replace("for part in message['content']", "for part in message['content'] | sort(attribute='type')")
+    turned = encode_prompt([{"role": "user", "content": content}], dataclasses.replace(model.assets, chat_template=images_first), model.media)
+    assert [kind for kind, _ in turned.media] == ["image", "video"] and turned.slots == encoded.slots
+    tokens = turned.prompt[np.isin(turned.prompt, [*model.media.tokens.values()])]
+    assert tokens[0] == model.media.placeholder and tokens[-1] == model.media.video
+
+
+@pytest.mark.parametrize(("model", "takes"), [(data_tiny.text_model, "llama model takes text only"), (data_tiny.image_model, "llava model takes text, image only")])
+def test_a_model_that_takes_no_video_says_so(tmp_path, model, takes):
+    path = vision_folders.rows(tmp_path, 2, videos=True)
+    path.write_text(path.read_text().splitlines()[1].replace('"1.0.png"', "").replace('{"type": "image"}, ', ""))
+    with pytest.raises(UserError, match=f"row 0 of .* holds a video, but the {takes}; choose"):
+        loader.load_dataset(data_tiny.config(path), "train", model(), progress=False)
+
+
+def test_a_clip_that_cannot_be_read_is_dropped_and_counted(seeing, tmp_path):
+    model, data = seeing
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    lines[3]["videos"] = ["none.mp4"]
+    (data.parent / "broken.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    dataset = loader.load_dataset(data_tiny.config(data.parent / "broken.jsonl"), "train", model, progress=False)
+    assert dataset.dropped == {"unreadable video": (1, [3])} and "none.mp4" in dataset.details["unreadable video"]
