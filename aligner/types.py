@@ -28,7 +28,7 @@ Params = Mapping[str, Any]
 #   score_role    [B,S] int32  1..R: which answer of the example; 0 its prompt, where an algorithm learns that as well
 #   example_id    [B,G] int32  the row of the dataset that the example came from; -1 where there is none
 #   pixel_values  [B,I,H,W,3] float32   only for models that see (NHWC): whole images or their tiles; [B,I,...] patches of all images
-#                                       one after another where a model takes them so
+#                                       one after another where a model takes them so; log-mel spectrograms [B,I,frames,bands] of sounds
 #   image_mask    [B,I] bool            which of them are real
 #   media_index   [B,T] int32           -1 for text, else i*P+p: the feature of the row that stands at this token
 #   image_ids     [B,I] int32           of patches: which image of the row they are of, from 1; 0 padding

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from aligner.models import decoder, vlm, whisper
 from aligner.models.layers import Linear
-from aligner.models.pictures import Picture
+from aligner.models.pictures import Picture, Shown
 from aligner.types import Batch, Media, Model
 
 
@@ -43,8 +43,13 @@ def pictures(processed: Mapping[str, Any]) -> list[Picture]:
     for bands, mask in zip(processed["input_features"], processed["feature_attention_mask"]):
         frames = int(np.sum(mask))
         slot = {"pixel_values": np.asarray(bands).T[None], "frames": np.array([frames], np.int32)}
-        made.append(Picture(slot, np.arange(placeholders(frames))))
+        made.append(Picture(slot, np.arange(placeholders(frames)), kind="audio"))
     return made
+
+
+def show(size: tuple[int, int], assets: Any, count: int) -> Shown:
+    """Of a spectrogram of so many (frames, bands)."""
+    return Shown(1, (placeholders(size[0]),), kind="audio")
 
 
 def make(hf: Any) -> Model:
@@ -68,6 +73,6 @@ def make(hf: Any) -> Model:
         encode=encode,
         conversion=vlm.conversion(hf, config.text_config, vlm.llava_names, [whisper.names("audio_tower/", "audio_tower.")],
                                   **vlm.llava_renames("audio_tower.", "audio_tower|multi_modal_projector")),
-        media=Media(config.audio_token_index, audio.features, *window, pictures=pictures,
+        media=Media(config.audio_token_index, audio.features, *window, pictures=pictures, show=show, kind="audio",
                     slot={"pixel_values": (window, np.float32), "frames": ((), np.int32)}),
     )  # fmt: skip

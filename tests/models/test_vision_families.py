@@ -47,7 +47,7 @@ def test_what_is_not_implemented_is_refused_by_name(name):
 def test_a_dpo_step_on_eight_devices_gives_what_one_gives(family, tmp_path):
     """Tensor 2 x fsdp 4, on rows of no, one and two pictures as the loader gives them."""
     model = model_from_folder(vision_folders.save(tmp_path, family))
-    rows = vision_folders.rows(tmp_path / "rows")
+    rows = vision_folders.rows(tmp_path / "rows", sounds=family == "qwen2_audio")
     dataset = loader.load_dataset(data_tiny.config(rows, image_folder=str(rows.parent)), "train", model)
     made = [dataset.row(i) for i in range(8)]
     made = {name: np.stack([row[name] for row in made]) for name in made[0]}
