@@ -147,8 +147,8 @@ class Media:
         together: the image processor is told which pictures are of one row, since it treats several otherwise than one.
         kind: what `placeholder` stands for, one of `aligner.data.samples.MEDIA`.
         video: token id that stands for one feature of a video; None where a model takes none.
-        show_clip: (Clip, settings of the video processor) -> Shown.
-        process_clip: (Clip with its frames, the same settings) -> what the checkpoint's video processor would return for it.
+        show_clip: (Clip, assets) -> Shown.
+        process_clip: (Clip with its frames, assets) -> what the checkpoint's video processor would return for it.
         folder: where files are looked up; the data side sets it.
         frames: how many frames are taken of a video; the data side sets it.
     """

@@ -11,8 +11,18 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts.make_tiny_checkpoint import BOS, EOS, LLAVA_TEMPLATE, PAD, linear, llama_config, llama_weights, make_tokenizer, new_folder
-from scripts.make_tiny_checkpoint import write_model
+from scripts.make_tiny_checkpoint import (
+    BOS,
+    EOS,
+    LLAVA_TEMPLATE,
+    PAD,
+    linear,
+    llama_config,
+    llama_weights,
+    make_tokenizer,
+    new_folder,
+    write_model,
+)
 
 RATE = 16_000
 AUDIO = "<|AUDIO|>"

@@ -23,14 +23,14 @@ NAMES = [
     ("mixture of experts", ("mixtral", "qwen2_moe", "qwen3_moe"),
      "every layer sparse; no token dropped; load-balance loss if the config has `output_router_logits`"),
     ("LLaVA-1.5; Pixtral", ("llava",), "CLIP, SigLIP, DINOv2 or Pixtral's tower, any text family above"),
-    ("LLaVA-NeXT, LLaVA-NeXT-Video", ("llava_next", "llava_next_video"), "images; videos as the processor gives them, not yet in rows of data"),
-    ("LLaVA-OneVision", ("llava_onevision",), "images; no videos"),
-    ("Qwen2-VL, 2.5-VL, 3-VL", ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "images; no videos"),
+    ("LLaVA-NeXT, LLaVA-NeXT-Video", ("llava_next", "llava_next_video"), "videos: LLaVA-NeXT-Video alone; `data.video_frames` frames of each"),
+    ("LLaVA-OneVision", ("llava_onevision",), ""),
+    ("Qwen2-VL, 2.5-VL, 3-VL", ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "`data.video_frames` frames of each video"),
     ("Gemma 3; PaliGemma 1, 2", ("gemma3", "paligemma"), "each image, or the prompt, sees all of itself; no pan-and-scan"),
-    ("Idefics2, Idefics3, SmolVLM", ("idefics2", "idefics3", "smolvlm"), "images; no videos"),
-    ("Llama 3.2 Vision", ("mllama",), "images"),
-    ("InternVL", ("internvl",), "the `-hf` checkpoints; images"),
-    ("Qwen2-Audio", ("qwen2_audio",), "any number of sounds of up to 30 seconds each"),
+    ("Idefics2, Idefics3, SmolVLM", ("idefics2", "idefics3", "smolvlm"), ""),
+    ("Llama 3.2 Vision", ("mllama",), ""),
+    ("InternVL", ("internvl",), "the `-hf` checkpoints"),
+    ("Qwen2-Audio", ("qwen2_audio",), "any number of sounds, each of up to 30 seconds"),
     ("put together from parts", ("vision_llm",), "`python -m aligner.convert build`; ours alone, with two layers between it is a `llava`"),
 ]  # fmt: skip
 
@@ -42,7 +42,9 @@ def table() -> str:
     compared = {name: len(cases) for name, cases in {**text_configs.CASES, **vision_configs.CASES}.items()}
     lines = ["| family | `model_type` | takes | configs compared | notes |", "|---|---|---|---|---|"]
     for name, kinds, note in NAMES:
-        takes = "text" if not set(kinds) <= set(WITH_MEDIA) else "sounds" if kinds == ("qwen2_audio",) else "images"
+        hears, sees = set(kinds) <= {"qwen2_audio"}, set(kinds) <= set(WITH_MEDIA)
+        videos = bool(set(kinds) & set(vision_configs.VIDEOS))
+        takes = ", ".join(["sounds"] if hears else ["images"] * sees + ["videos"] * videos) or "text"
         counts = ", ".join(str(compared[kind]) if kind in compared else "-" for kind in kinds)
         lines.append(f"| {name} | {', '.join(f'`{kind}`' for kind in kinds)} | {takes} | {counts} | {note} |")
     return "\n".join(lines)

@@ -43,7 +43,7 @@ def shown(found: Found, assets: Any, media: Media | None) -> list[pictures.Shown
 
     def one(kind: str, reference: Any) -> pictures.Shown:
         if kind == "video":
-            return media.show_clip(video.load_clip(reference, media.folder, media.frames, pixels=False), assets.video_settings)
+            return media.show_clip(video.load_clip(reference, media.folder, media.frames, pixels=False), assets)
         if kind == "audio":
             return hear(audio.load_audio(reference, media.folder))
         if media.show is None:
@@ -93,12 +93,12 @@ def probe(kind: str, model: Model) -> tuple[pictures.Shown, pictures.Picture]:
     size = model.media.height, 2 * model.media.width
     if kind == "video":
         clip = pictures.Clip(np.zeros(1), 1.0, size, np.zeros((1, *size, 3), np.uint8))
-        return model.media.show_clip(clip, model.assets.video_settings), _picture(clip, model)
+        return model.media.show_clip(clip, model.assets), _picture(clip, model)
     silence = {"array": np.zeros(audio.RATE), "sampling_rate": audio.RATE}
     found = [(kind, silence if kind == "audio" else Image.new("RGB", size[::-1]))]
     return shown(found, model.assets, model.media)[0], load(found, model)[0]
 
 
 def _picture(clip: pictures.Clip, model: Model) -> pictures.Picture:
-    [picture] = pictures.read(model.media, model.media.process_clip(clip, model.assets.video_settings))
+    [picture] = pictures.read(model.media, model.media.process_clip(clip, model.assets))
     return picture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,46 @@ def square(frames: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
     cut = settings["crop_size"]["height"], settings["crop_size"]["width"]
     top, left = (height - cut[0]) // 2, (width - cut[1]) // 2
     return made[:, :, top : top + cut[0], left : left + cut[1]]
+
+
+def fitted(size: tuple[int, int], unit: int, least: int, most: int, frames: int = 1, groups_of: int = 1) -> tuple[int, int]:
+    """The (height, width) in whole units that is nearest to a size, where so many frames hold from `least` to `most` pixels together.
+
+    Args:
+        size: (height, width).
+        unit: side of what a token stands for, in pixels.
+        least, most: pixels.
+        frames: how many share them.
+        groups_of: frames come in groups of so many.
+    """
+    rounded = [round(side / unit) * unit for side in size]
+    total = math.prod(rounded) * round(frames / groups_of) * groups_of
+    if total > most:
+        shrink = math.sqrt(frames * math.prod(size) / most)
+        rounded = [max(unit, math.floor(side / shrink / unit) * unit) for side in size]
+    elif total < least:
+        grow = math.sqrt(least / (frames * math.prod(size)))
+        rounded = [math.ceil(side * grow / unit) * unit for side in size]
+    return rounded[0], rounded[1]
+
+
+def patches(values: np.ndarray, side: int, merge: int, times: int) -> np.ndarray:
+    """Pixels cut into patches that span some frames, neighbours that are merged one after another.
+
+    Args:
+        values: float32 [F,3,H,W]; the last frame is repeated where F is no multiple of `times`.
+        side: of a patch; H and W are multiples of side * merge.
+        merge: so many patches in each direction make a token.
+        times: frames of a patch.
+
+    Returns:
+        [patches, 3 * times * side^2].
+    """
+    values = np.concatenate([values, *[values[-1:]] * (-len(values) % times)])
+    frames, channels, height, width = values.shape
+    unit = side * merge
+    cut = values.reshape(frames // times, times, channels, height // unit, merge, side, width // unit, merge, side)
+    return cut.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, channels * times * side**2)
 
 
 def pixels(frames: np.ndarray, size: tuple[int, int], settings: Mapping[str, Any]) -> np.ndarray:

@@ -144,11 +144,11 @@ def media(config: LlavaNextConfig) -> Media:
         arrays = {"pixel_values": frames.transpose(0, 2, 3, 1), "pooled": np.ones(len(frames), bool)}
         return Picture(arrays, index.reshape(-1), kind="video")
 
-    def show_clip(clip: Clip, settings: Mapping[str, Any]) -> Shown:
+    def show_clip(clip: Clip, assets: Any) -> Shown:
         return Shown(len(clip.times), (len(clip.times) * config.frame_features,), kind="video")
 
-    def process_clip(clip: Clip, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {"pixel_values_videos": clips.square(clip.frames, settings)[None]}
+    def process_clip(clip: Clip, assets: Any) -> Mapping[str, Any]:
+        return {"pixel_values_videos": clips.square(clip.frames, assets.video_settings)[None]}
 
     def arrange(row: Row, pictures: Sequence[Picture]) -> Row:
         """Every placeholder's own mixture of features stands at its column."""

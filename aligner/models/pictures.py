@@ -55,16 +55,18 @@ class Picture(NamedTuple):
     Attributes:
         arrays: name -> [slots, ...], what the model reads.
         index: [placeholders] the feature that stands at each: slot * P + p within the picture, or -1 - n for the n-th leading one.
-        grid: its rows and columns of placeholders, where positions go by them.
+        turned: what `turned` gives, where positions go by rows and columns.
         taps: (features around each placeholder [placeholders, X], their weights), where one is a mixture of several.
         kind: "image", "video" or "audio", which says what token it stands at.
+        stills: how many images its slots are to a tower that takes patches, evenly; a video's frames do not see each other there.
     """
 
     arrays: Mapping[str, np.ndarray]
     index: np.ndarray
-    grid: tuple[int, int] | None = None
+    turned: tuple[np.ndarray, np.ndarray] | None = None
     taps: tuple[np.ndarray, np.ndarray] | None = None
     kind: str = "image"
+    stills: int = 1
 
 
 def placeholders(tokens: np.ndarray, media: Media) -> np.ndarray:
@@ -100,13 +102,15 @@ def fill(row: Row, pictures: Sequence[Picture], media: Media) -> None:
         media: the model's.
     """
     more = media.arrange(row, pictures) if media.arrange is not None else {}
-    start, order = 0, []
-    for number, picture in enumerate(pictures, start=1):
-        end = start + len(picture.arrays["pixel_values"])
+    start, number, order = 0, 1, []
+    for picture in pictures:
+        slots = len(picture.arrays["pixel_values"])
+        end = start + slots
         for name, array in picture.arrays.items():
             row[name][start:end] = array
         if "image_ids" in row:
-            row["image_ids"][start:end] = number
+            row["image_ids"][start:end] = number + np.arange(slots) * picture.stills // slots
+            number += picture.stills
         row["image_mask"][start:end] = True
         order.append(np.where(picture.index < 0, -1 - picture.index, media.lead + start * media.features + picture.index))
         start = end
@@ -175,15 +179,25 @@ def in_order(marks: np.ndarray, takes: Sequence[tuple[str, int]], media: Media) 
     return [*order, *(number for left in waiting.values() for number in left)]
 
 
+def turned(rows: int, columns: int, times: Sequence[int] = (0,)) -> tuple[np.ndarray, np.ndarray]:
+    """Where the placeholders of a picture stand, or of a video with frames at these times.
+
+    Returns:
+        ([n,3] how far each is in time, rows and columns from where the text stands, [n] how far the text goes on after each: by the longer
+        side after the last, however long a video is, as `transformers` has it).
+    """
+    offsets = np.stack(np.meshgrid(times, np.arange(rows), np.arange(columns), indexing="ij"), axis=-1).reshape(-1, 3)
+    return offsets, np.append(np.zeros(len(offsets) - 1, int), max(rows, columns))
+
+
 def turning_positions(row: Row, pictures: Sequence[Picture]) -> Row:
     """Positions [T,3] in time, rows and columns for every token (M-RoPE, arXiv 2409.12191): text counts up in all three; a picture's
-    placeholders count its rows and columns from where the text stands, which goes on after the longer side.
+    placeholders count from where the text stands, which goes on after it, as `turned` says.
 
     An answer that shares its prompt with others goes on where the prompt ends.
     """
-    offsets = [np.stack([0 * r, r, c], axis=-1).reshape(-1, 3) for r, c in (np.indices(picture.grid) for picture in pictures)]
-    advance = [np.append(np.zeros(len(inside) - 1, int), inside.max() + 1) for inside in offsets]
-    offsets, advance = np.concatenate([*offsets, np.zeros((1, 3), int)]), np.concatenate([*advance, [0]])
+    offsets, advance = zip(*(picture.turned for picture in pictures), (np.zeros((1, 3), int), [0]))
+    offsets, advance = np.concatenate(offsets), np.concatenate(advance)
     out = np.zeros((len(row["tokens"]), 3), np.int32)
     for segment in np.unique(row["segment_ids"][row["segment_ids"] > 0]):
         inside = row["segment_ids"] == segment

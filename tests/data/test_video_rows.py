@@ -3,20 +3,21 @@
 import dataclasses
 import json
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
+from aligner import preview
 from aligner.convert import model_from_folder
-from aligner.data import loader, video
+from aligner.data import loader, modalities, video
 from aligner.data.templates import encode_prompt
-from aligner.logprobs import dense_logits
 from aligner.models import clips
 from aligner.types import UserError
 from tests.data import tiny as data_tiny
-from tests.models import tiny, vision_folders
+from tests.models import vision_folders
 
 FRAMES = 3
+PER_TOKEN = ("tokens", "positions", "segment_ids", "role", "media_index", "rope_positions")
 noise = lambda *shape: np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
@@ -35,50 +36,60 @@ def test_square_frames_are_clips(size, changes):
 
 @pytest.fixture(scope="module", params=[*vision_folders.VIDEO_PROCESSORS])
 def seeing(request, tmp_path_factory):
+    """A model of every family that takes videos, and rows of which every second has a clip."""
     folder = tmp_path_factory.mktemp(request.param)
-    data = vision_folders.rows(folder / "rows", 4, videos=True)
-    return model_from_folder(vision_folders.save(folder, request.param)), data
+    return model_from_folder(vision_folders.describe(folder, request.param)), vision_folders.rows(folder / "rows", 4, videos=True)
+
+
+def opened(model, data):
+    config = data_tiny.config(data, image_folder=str(data.parent))
+    with config.unlocked():
+        config.data.video_frames = FRAMES
+    return loader.load_dataset(config, "train", model, progress=False)
 
 
 def processed(model, row, folder):
     """What Hugging Face's processors give for a row's media: images by the checkpoint's own, each video by ours."""
-    made = {}
-    if row["images"]:
-        from PIL import Image
-
-        made |= model.assets.processor.image_processor([Image.open(folder / name).convert("RGB") for name in row["images"]], return_tensors="np")
+    images = [Image.open(folder / name).convert("RGB") for name in row["images"]]
+    made = dict(model.assets.processor.image_processor(images, return_tensors="np")) if images else {}
     for name in row.get("videos", ()):
-        made |= model.media.process_clip(video.load_clip(name, folder, FRAMES), model.assets.video_settings)
+        made |= model.media.process_clip(video.load_clip(name, folder, FRAMES), model.assets)
     return made
 
 
 def test_a_row_is_what_the_processors_give(seeing):
-    """Logits of a dataset's rows equal those of the processors' output, which `model.inputs` reads."""
+    """Pixels, and which of their features stands where, are those of the processors' output, which `model.inputs` reads."""
     model, data = seeing
-    params = tiny.perturbed(model)
-    config = data_tiny.config(data, image_folder=str(data.parent))
-    with config.unlocked():
-        config.data.video_frames = FRAMES
-    dataset = loader.load_dataset(config, "train", model, progress=False)
-    logits = lambda batch: dense_logits(model.apply(params, batch, features=model.encode(params, batch)).hidden, model.head(params))
+    dataset = opened(model, data)
     for number, line in enumerate(data.read_text().splitlines()):
         row = dataset.row(number)
         columns = np.isin(row["role"], (0, 2)) & (row["segment_ids"] > 0)
-        made = processed(model, json.loads(line), data.parent)
-        found = logits({name: jnp.asarray(array)[None] for name, array in row.items()})[0][columns]
-        ids = row["tokens"][columns][None]
-        kinds = np.select([ids == model.media.placeholder, ids == model.media.video], [1, 2], 0)
-        expected = logits(model.inputs({"input_ids": ids, "attention_mask": np.ones_like(ids), "mm_token_type_ids": kinds, **made}))[0]
-        assert np.abs(found - expected).max() < 1e-4 * max(1, np.abs(expected).max())
-        assert (kinds == 2).any() == bool(number % 2), "every second row has a clip"
+        made, ids = processed(model, json.loads(line), data.parent), row["tokens"][columns]
+        expected = model.inputs({"input_ids": ids[None], "attention_mask": np.ones_like(ids[None]), **made})
+        assert ("pixel_values" in expected) == bool(number), "the first row has neither image nor clip"
+        assert (ids == model.media.video).any() == bool(number % 2), "every second row has a clip"
+        slots = int(np.sum(expected.get("image_mask", 0)))
+        for name, array in expected.items():
+            found = row[name][columns] if array.shape[1] == len(ids) and name in PER_TOKEN else row[name][:slots]
+            assert np.array_equal(found, np.asarray(array)[0][: len(found)]) or name in ("role", "segment_ids"), name
+        assert not row["image_mask"][slots:].any()
+
+
+def test_the_page_shows_frames(seeing):
+    """As the tower gets them, also where it gets patches."""
+    model, data = seeing
+    [clip_first] = [[*preview.stills(opened(model, data).row(1), model)]]
+    frames = video.load_clip("1.mp4", data.parent, FRAMES).frames
+    patches = "patch_grid" in model.media.slot
+    made = clips.pixels(frames, clip_first[0].shape[:2], model.assets.video_settings) if patches else clips.square(frames, model.assets.video_settings)
+    assert np.array_equal(clip_first[0], made[0].transpose(1, 2, 0)) and np.array_equal(clip_first[1], made[2 if patches else 1].transpose(1, 2, 0))
 
 
 def test_media_stand_in_the_order_of_their_placeholders(seeing):
     """Some templates write images first, wherever they stand in a message."""
     model, data = seeing
     content = [{"type": "video", "video": "1.mp4"}, {"type": "image", "image": "1.0.png"}, {"type": "text", "text": "t30"}]
-    sized = data.parent / "1.0.png"
-    model = loader.modalities.looking_in(model, sized.parent, FRAMES)
+    model = modalities.looking_in(model, data.parent, FRAMES)
     encoded = encode_prompt([{"role": "user", "content": content}], model.assets, model.media)
     assert [kind for kind, _ in encoded.media] == ["video", "image"]
     images_first = model.assets.tokenizer.chat_template.replace("for part in message['content']", "for part in message['content'] | sort(attribute='type')")

@@ -1,7 +1,8 @@
 """Every family that sees or hears against PyTorch through saved folders: logits, gradients, checkpoints byte for byte.
 
-Rows have one picture (or sound), none, and two with words between them, of different sizes where the family takes them so; they are padded
-on the left and on the right, and packed. Every day the first config of a family is run in float32; the rest, float64 and gradients are slow tests.
+Rows have one picture (or sound), none, and two with words between them, of different sizes where the family takes them so, the last a video
+where it takes those; they are padded on the left and on the right, and packed. Every day the first config of a family is run in float32; the
+rest, float64 and gradients are slow tests.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from aligner import sharding
 from aligner.convert import model_from_folder
 from aligner.data import loader
 from aligner.models import from_hf
-from aligner.models.pictures import Picture, turning_positions
+from aligner.models.pictures import Picture, turned, turning_positions
 from aligner.types import UserError
 from tests.data import tiny as data_tiny
 from tests.invariance import step
@@ -84,7 +84,7 @@ def test_positions_turn_in_rows_and_columns():
     media = np.array([-1, -1, 0, 1, 2, 3, 4, 5, -1, -1, -1, -1])
     role = np.array([0] * 9 + [1, 2, 2])
     row = dict(tokens=np.ones(12), segment_ids=np.ones(12, int), role=role, media_index=media)
-    found = turning_positions(row, [Picture({}, np.arange(6), (2, 3))])["rope_positions"]
+    found = turning_positions(row, [Picture({}, np.arange(6), turned(2, 3))])["rope_positions"]
     text = lambda n: [n, n, n]
     inside = [[2, 2 + r, 2 + c] for r in range(2) for c in range(3)]
     np.testing.assert_array_equal(found, [text(0), text(1), *inside, text(5), text(6), text(6), text(7)])

@@ -158,7 +158,7 @@ def hf_config(family: str, case: Case) -> Any:
     if vision:
         parts[f"{sense}_config"] = CONFIG_MAPPING[vision](**vision_fields)
     ids = {"audio_token_index" if sense == "audio" else "image_token_index" if family in INDEXED else "image_token_id": IMG}
-    if family.startswith("qwen"):
+    if family in QWEN:
         ids |= dict(video_token_id=VID, vision_start_token_id=START, vision_end_token_id=END)
     if family == "gemma3":
         ids |= dict(boi_token_index=START, eoi_token_index=END)
@@ -171,7 +171,9 @@ def hf_config(family: str, case: Case) -> Any:
 
 SIZES = [(13, 20), (9, 6), (6, 17)]  # (height, width) of the pictures; the first row has one, the second none, the third two
 ROWS = [[0], [], [1, 2]]
-VIDEOS = {"llava_next_video": {2: 3}}  # which of the pictures are videos, and of how many frames
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+# which of the pictures are videos, and of how many (groups of) frames
+VIDEOS: dict[str, dict[int, int]] = {family: {2: 3} for family in ("llava_next_video", *QWEN)}
 
 
 def processed(family: str, hf: Any, rows: list[int], rng: np.random.Generator) -> tuple[dict[str, np.ndarray], list[list[int]]]:
@@ -188,15 +190,19 @@ def processed(family: str, hf: Any, rows: list[int], rng: np.random.Generator) -
         made = dict(input_features=np.array(noise), feature_attention_mask=np.array([np.arange(window) < frames[n] for n in numbers], int))
         return made, by_row({n: ((count - 1) // 2 + 1 - 2) // 2 + 1 for n, count in frames.items()})
     tower = hf.vision_config
-    if family.startswith("qwen"):
+    if family in QWEN:
         unit = tower.patch_size * tower.spatial_merge_size
         grids = {n: (1, *(max(unit, side // unit * unit) // tower.patch_size for side in SIZES[n])) for n in range(3)}
         grids[0] = (1, 3 * tower.spatial_merge_size, 5 * tower.spatial_merge_size)
-        width = 3 * tower.temporal_patch_size * tower.patch_size**2
-        made = dict(
-            pixel_values=np.concatenate([one(n, int(np.prod(grids[n])), width) for n in numbers] or [draw(0, width)]),
-            image_grid_thw=np.array([grids[n] for n in numbers]),
-        )
+        grids |= {n: (groups, *grids[n][1:]) for n, groups in VIDEOS[family].items()}
+        width, made = 3 * tower.temporal_patch_size * tower.patch_size**2, {}
+        for kind, values in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            of_kind = [n for n in numbers if (n in VIDEOS[family]) == (kind == "video")]
+            if of_kind:
+                made[values] = np.concatenate([one(n, int(np.prod(grids[n])), width) for n in of_kind])
+                made[f"{kind}_grid_thw"] = np.array([grids[n] for n in of_kind])
+        if family == "qwen2_5_vl" and "pixel_values_videos" in made:
+            made["second_per_grid_ts"] = np.full(len(made["video_grid_thw"]), 0.7)
         return made, by_row({n: int(np.prod(grid)) // tower.spatial_merge_size**2 for n, grid in grids.items()})
     if getattr(tower, "model_type", "") == "pixtral":
         patch = tower.patch_size
@@ -278,7 +284,12 @@ def batch(family: str, hf: Any, rows: list[int], padding: str = "right") -> dict
         words = np.random.default_rng(row + 50)
         text = [1, *words.integers(3, 57, 2)]
         for n, run in zip(ROWS[row], runs):
-            text += [VID if n in VIDEOS.get(family, {}) else IMG] * run + list(words.integers(3, 57, 2))
+            groups = VIDEOS.get(family, {}).get(n)
+            if groups and family == "qwen3_vl":  # which writes the time before each group of frames
+                for _ in range(groups):
+                    text += [VID] * (run // groups) + list(words.integers(3, 57, 2))
+            else:
+                text += [VID if groups else IMG] * run + list(words.integers(3, 57, 2))
         texts.append(text + list(words.integers(3, 57, 3 + 2 * row)))
     longest = max(map(len, texts))
     fill = [[0] * (longest - len(text)) for text in texts]
@@ -286,8 +297,8 @@ def batch(family: str, hf: Any, rows: list[int], padding: str = "right") -> dict
     ids = np.array([f + text if left else text + f for text, f in zip(texts, fill)])
     mask = np.array([f + [1] * len(text) if left else [1] * len(text) + f for text, f in zip(texts, fill)])
     out = {"input_ids": ids, "attention_mask": mask}
-    if family.startswith("qwen"):
-        out["mm_token_type_ids"] = (ids == IMG).astype(np.int64)
+    if family in QWEN:
+        out["mm_token_type_ids"] = np.select([ids == IMG, ids == VID], [1, 2], 0)
     if family == "gemma3":
         out["token_type_ids"] = (ids == IMG).astype(np.int64)
     if family == "paligemma":  # the last three are the answer

@@ -13,7 +13,7 @@ import numpy as np
 import aligner
 from aligner.convert import model_from_folder
 from tests.models import tiny
-from tests.models.vision_configs import CASES, END, IMG, PINPOINTS, START, hf_config
+from tests.models.vision_configs import CASES, END, IMG, PINPOINTS, QWEN, START, hf_config
 
 _TILES = {f"<row_{r}_col_{c}>" for r in (1, 2, 3) for c in (1, 2, 3)}
 # Everything an image may be written with, and words.
@@ -38,7 +38,7 @@ PROCESSORS: dict[str, tuple[str, str, dict]] = {
     "llava_next": ("llava_next", "LlavaNext", _CLIP | dict(image_grid_pinpoints=PINPOINTS)),
     "llava_next_video": ("llava_next", "LlavaNext", _CLIP | dict(image_grid_pinpoints=PINPOINTS)),
     "llava_onevision": ("llava_onevision", "LlavaOnevision", _SQUARE | dict(image_grid_pinpoints=PINPOINTS)),
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), _QWEN),
+    **dict.fromkeys(QWEN, _QWEN),
     "paligemma": ("siglip", "Siglip", _SQUARE),
     "gemma3": ("gemma3", "Gemma3", _SQUARE),
     "idefics3": ("idefics3", "Idefics3", _IDEFICS),
@@ -50,6 +50,7 @@ PROCESSORS: dict[str, tuple[str, str, dict]] = {
 # family -> settings of its video processor, of other sizes than its image processor's where the family has it so
 VIDEO_PROCESSORS: dict[str, dict] = {
     "llava_next_video": _CLIP | dict(do_center_crop=True, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.4]),
+    **{family: dict(size={"shortest_edge": 16, "longest_edge": 128}, image_mean=[0.4, 0.5, 0.6]) for family in QWEN},
 }
 EXTRACTOR = dict(feature_size=6, chunk_length=1, hop_length=800, n_fft=1600)  # a window of twenty frames
 PIXTRAL = ("pixtral", "Pixtral", dict(patch_size=2, size={"longest_edge": 8}))
@@ -73,8 +74,15 @@ def tokenizer(family: str, image: str = "<image>") -> Any:
     )  # fmt: skip
 
 
+def save(folder: Path, family: str, n: int = 0) -> Path:
+    """Write the family's n-th case to `folder`, every weight perturbed."""
+    model = model_from_folder(describe(folder, family, n))
+    aligner.save(model, tiny.perturbed(model), folder / "hf")
+    return folder / "hf"
+
+
 def describe(folder: Path, family: str, n: int = 0) -> Path:
-    """Write all but the weights of the family's n-th case to a folder in `folder`."""
+    """Write all of the family's n-th case but its weights to `folder`."""
     hf = hf_config(family, CASES[family][n])
     hf.save_pretrained(folder / "config")
     audio, pixtral = hasattr(hf, "audio_config"), hf.to_dict().get("vision_config", {}).get("model_type") == "pixtral"
@@ -96,13 +104,6 @@ def describe(folder: Path, family: str, n: int = 0) -> Path:
         processor = {"llava": "LlavaProcessor", "llava_next": "LlavaNextProcessor"}[family]
         (folder / "config" / "processor_config.json").write_text(json.dumps(extra | {"processor_class": processor}))
     return folder / "config"
-
-
-def save(folder: Path, family: str, n: int = 0) -> Path:
-    """Write the family's n-th case to `folder`, every weight perturbed."""
-    model = model_from_folder(describe(folder, family, n))
-    aligner.save(model, tiny.perturbed(model), folder / "hf")
-    return folder / "hf"
 
 
 def clip(frames: np.ndarray, rate: int = 10) -> bytes:
