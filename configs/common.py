@@ -367,9 +367,9 @@ def finish(config: ConfigDict, preset: str, family: str, rows: str = "pairs") ->
     if not preset:
         return config
     seeing, online = family in ("llava", "qwen2_audio"), family in PROMPTS
-    demo = "online_demo:setup_{}" if online else "audio_demo:setup_{}_demo" if family == "qwen2_audio" else "make_tiny_checkpoint:setup_{}_demo"
+    script = "online_demo" if online else "audio_demo" if family == "qwen2_audio" else "make_tiny_checkpoint"
     prefix, ending = ("" if seeing or online else f"{rows}_"), "txt" if rows == "text" else "jsonl"
-    config.setup = f"scripts.{demo.format(family)}"
+    config.setup = f"scripts.{script}:setup_{family}{'' if online else '_demo'}"
     config.model.path = "{workdir}/demo/model"
     config.model.dtype = "float32"
     for split, file in zip(("train", "eval"), PROMPTS.get(family, ("train", "heldout"))):
