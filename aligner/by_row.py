@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from aligner.data.samples import MEDIA
 from aligner.types import UserError
 
 
@@ -68,6 +69,11 @@ def resume(partial: Path, described: dict[str, Any]) -> int:
         whole = file.read()
         file.truncate(whole.rfind(b"\n") + 1)
     return whole.count(b"\n")
+
+
+def media_columns(record: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a row that say what its text shows: `image`, `images`, `video`, .."""
+    return {name: record[name] for kind in MEDIA for name in (kind, f"{kind}s") if name in record}
 
 
 def json_able(row: dict[str, Any]) -> dict[str, Any]:

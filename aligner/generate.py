@@ -187,12 +187,10 @@ def shape(record: dict[str, Any], args: argparse.Namespace) -> dict[str, Any] | 
     ranked = [(reward, text) for reward, text in zip(record.get("rewards", ()), record.get("completions", ())) if reward is not None]
     if not ranked:
         return None
-    from aligner.data.samples import MEDIA
-
     best, worst = max(ranked, key=lambda pair: pair[0]), min(ranked, key=lambda pair: pair[0])
     prompt = record["prompt"]
     message = (lambda text: [{"role": "assistant", "content": text}]) if isinstance(prompt, list) else (lambda text: text)
-    kept = {name: record[name] for kind in MEDIA for name in (kind, f"{kind}s") if name in record}
+    kept = by_row.media_columns(record)
     if args.write == "best":
         rest = ("completions", "completion_lengths", "stopped", "rewards")
         return {key: value for key, value in record.items() if key not in rest} | {"completion": best[1], "reward": best[0]}

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from aligner.types import UserError
+
 
 def square(frames: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
     """Frames as CLIP's towers take them: shrunk so that the shorter side fits, the middle cut out.
@@ -79,14 +81,22 @@ def pixels(frames: np.ndarray, size: tuple[int, int], settings: Mapping[str, Any
     Args:
         frames: uint8 [F,H,W,3].
         size: (height, width) of the result.
-        settings: of the processor: `resample`, `rescale_factor`, `image_mean`, `image_std`.
+        settings: of the processor: `resample`, `do_rescale`, `rescale_factor`, `do_normalize`, `image_mean`, `image_std`.
 
     Returns:
         float32 [F,3,height,width].
+
+    Raises:
+        UserError: the processor does not resize.
     """
     from PIL import Image
 
+    if not settings.get("do_resize", True):
+        raise UserError("do_resize is false in the settings of the checkpoint's video processor; frames as they are do not fit a tower")
     resized = [Image.fromarray(frame).resize(size[::-1], Image.Resampling(int(settings["resample"]))) for frame in frames]
-    values = np.stack([np.asarray(frame) for frame in resized]).astype(np.float32) * np.float32(settings["rescale_factor"])
-    normal = (values - np.float32(settings["image_mean"])) / np.float32(settings["image_std"])
-    return normal.transpose(0, 3, 1, 2)
+    values = np.stack([np.asarray(frame) for frame in resized]).astype(np.float32)
+    if settings.get("do_rescale", True):
+        values *= np.float32(settings["rescale_factor"])
+    if settings.get("do_normalize", True):
+        values = (values - np.float32(settings["image_mean"])) / np.float32(settings["image_std"])
+    return values.transpose(0, 3, 1, 2)

@@ -8,6 +8,7 @@ grid; features of earlier layers are added after the decoder's first ones (deeps
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -158,38 +159,6 @@ def media(config: QwenVLConfig) -> Media:
             places = turned(rows, columns, (np.arange(times, dtype=np.float32) * np.float32(step)).astype(int))
         return Picture(arrays, np.arange(times * len(unit)), places, kind=kind, stills=times)
 
-    def size_of(clip: Clip, settings: Mapping[str, Any]) -> tuple[int, int]:
-        unit, frames, (height, width) = tower.patch_size * merge, len(clip.times), clip.size
-        least, most = (settings.get(f"{name}_pixels") or settings["size"][edge] for name, edge in _EDGES)
-        capped = settings["max_video_tokens"] * unit**2 if settings.get("cap_pixels_per_frame") else None
-        if not config.third:
-            if capped:
-                most = max(min(most, int(capped * 0.9) * tower.frames // frames), int(least * 1.05))
-            return clips.fitted(clip.size, unit, least, most)
-        if capped:
-            most = max(min(capped, most // frames), int(least * 1.05)) * frames
-        grow = max(1, unit / height, unit / width)
-        return clips.fitted((int(height * grow), int(width * grow)), unit, least, most, frames, tower.frames)
-
-    def show_clip(clip: Clip, assets: Any) -> Shown:
-        units = math.prod(size_of(clip, assets.video_settings)) // (tower.patch_size * merge) ** 2
-        times = np.append(clip.times, [clip.times[-1]] * (-len(clip.times) % tower.frames)).reshape(-1, tower.frames)
-        slots = len(times) * units
-        if not config.third:
-            return Shown(slots, (slots,), kind="video")
-        ids = config.vision_start_token_id, config.video_token_id, config.vision_end_token_id
-        group = "".join(map(assets.tokenizer.convert_ids_to_tokens, ids))
-        text = "".join(f"<{(group_times[0] + group_times[-1]) / 2:.1f} seconds>{group}" for group_times in times)
-        return Shown(slots, (units,) * len(times), text, kind="video")
-
-    def process_clip(clip: Clip, assets: Any) -> Mapping[str, Any]:
-        settings = assets.video_settings
-        height, width = size_of(clip, settings)
-        values = clips.patches(clips.pixels(clip.frames, (height, width), settings), tower.patch_size, merge, tower.frames)
-        grid = -(-len(clip.times) // tower.frames), height // tower.patch_size, width // tower.patch_size
-        seconds = tower.frames * clip.seconds / len(clip.times)
-        return {"pixel_values_videos": values, "video_grid_thw": [grid], "second_per_grid_ts": [seconds]}
-
     slot = {"pixel_values": ((merge**2, width), np.float32), "patch_grid": ((merge**2, 2), np.int32), "image_ids": ((), np.int32)}
     if config.window:
         slot["patch_window"] = ((), np.int32)
@@ -198,8 +167,47 @@ def media(config: QwenVLConfig) -> Media:
     return Media(
         config.image_token_id, 1, tower.patch_size, tower.patch_size, slot=slot, per_token={"rope_positions": ((3,), np.int32)},
         show=show, pictures=pictures, arrange=turning_positions,
-        video=config.video_token_id, show_clip=show_clip, process_clip=process_clip,
+        video=config.video_token_id, show_clip=functools.partial(show_clip, config), process_clip=functools.partial(process_clip, config),
     )  # fmt: skip
+
+
+def show_clip(config: QwenVLConfig, clip: Clip, assets: Any) -> Shown:
+    """A group of frames after the other: 3 writes its time before each, the mean of its first and its last frame's."""
+    tower = config.vision_config
+    units = math.prod(clip_size(config, clip, assets.video_settings)) // (tower.patch_size * config.spatial_merge_size) ** 2
+    times = np.append(clip.times, [clip.times[-1]] * (-len(clip.times) % tower.frames)).reshape(-1, tower.frames)
+    if not config.third:
+        return Shown(len(times) * units, (len(times) * units,), kind="video")
+    ids = config.vision_start_token_id, config.video_token_id, config.vision_end_token_id
+    group = "".join(map(assets.tokenizer.convert_ids_to_tokens, ids))
+    text = "".join(f"<{(inside[0] + inside[-1]) / 2:.1f} seconds>{group}" for inside in times)
+    return Shown(len(times) * units, (units,) * len(times), text, kind="video")
+
+
+def process_clip(config: QwenVLConfig, clip: Clip, assets: Any) -> Mapping[str, Any]:
+    """What Hugging Face's video processor returns."""
+    tower, size = config.vision_config, clip_size(config, clip, assets.video_settings)
+    pixels = clips.pixels(clip.frames, size, assets.video_settings)
+    values = clips.patches(pixels, tower.patch_size, config.spatial_merge_size, tower.frames)
+    grid = -(-len(clip.times) // tower.frames), *(side // tower.patch_size for side in size)
+    return {"pixel_values_videos": values, "video_grid_thw": [grid], "second_per_grid_ts": [tower.frames * clip.seconds / len(clip.times)]}
+
+
+def clip_size(config: QwenVLConfig, clip: Clip, settings: Mapping[str, Any]) -> tuple[int, int]:
+    """(height, width) that frames are resized to: 2 and 2.5 bound the pixels of each frame, 3 those of all together."""
+    tower, frames, (height, width) = config.vision_config, len(clip.times), clip.size
+    unit = tower.patch_size * config.spatial_merge_size
+    least, most = (settings.get(f"{name}_pixels") or settings["size"][edge] for name, edge in _EDGES)
+    budget = settings.get("max_video_tokens") or (768 if config.third else 128_000)
+    capped = budget * unit**2 if settings.get("cap_pixels_per_frame") else None
+    if not config.third:
+        if capped:
+            most = max(min(most, int(capped * 0.9) * tower.frames // frames), int(least * 1.05))
+        return clips.fitted(clip.size, unit, least, most)
+    if capped:
+        most = max(min(capped, most // frames), int(least * 1.05)) * frames
+    grow = max(1, unit / height, unit / width)
+    return clips.fitted((int(height * grow), int(width * grow)), unit, least, most, frames, tower.frames)
 
 
 def taps(grid: np.ndarray, size: tuple[int, int], side: int) -> tuple[np.ndarray, np.ndarray]:

@@ -17,12 +17,12 @@ from tests.data import tiny as data_tiny
 from tests.models import vision_folders
 
 FRAMES = 3
-PER_TOKEN = ("tokens", "positions", "segment_ids", "role", "media_index", "rope_positions")
+PER_TOKEN = ("tokens", "positions", "media_index", "rope_positions")
 noise = lambda *shape: np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
 @pytest.mark.parametrize("size", [(30, 41), (57, 23), (16, 16), (9, 13)])
-@pytest.mark.parametrize("changes", [{}, {"size": {"height": 12, "width": 20}}, {"resample": 2, "do_center_crop": False}])
+@pytest.mark.parametrize("changes", [{}, {"size": {"height": 12, "width": 20}}, {"resample": 2, "do_center_crop": False}, {"do_normalize": False}])
 def test_square_frames_are_clips(size, changes):
     """The video processor of LLaVA-NeXT-Video does to every frame what CLIP's image processor does."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -32,6 +32,11 @@ def test_square_frames_are_clips(size, changes):
     processor = CLIPImageProcessorPil(**settings)
     theirs = processor([*frames], return_tensors="np")["pixel_values"]
     assert np.abs(clips.square(frames, processor.to_dict()) - theirs).max() < 1e-5
+
+
+def test_a_processor_that_does_not_resize_is_refused():
+    with pytest.raises(UserError, match="do_resize is false in the settings"):
+        clips.pixels(noise(1, 4, 4, 3), (4, 4), {"do_resize": False})
 
 
 @pytest.fixture(scope="module", params=[*vision_folders.VIDEO_PROCESSORS])
@@ -69,20 +74,22 @@ def test_a_row_is_what_the_processors_give(seeing):
         assert ("pixel_values" in expected) == bool(number), "the first row has neither image nor clip"
         assert (ids == model.media.video).any() == bool(number % 2), "every second row has a clip"
         slots = int(np.sum(expected.get("image_mask", 0)))
-        for name, array in expected.items():
-            found = row[name][columns] if array.shape[1] == len(ids) and name in PER_TOKEN else row[name][:slots]
-            assert np.array_equal(found, np.asarray(array)[0][: len(found)]) or name in ("role", "segment_ids"), name
+        for name in expected.keys() - {"role", "segment_ids"}:
+            found = row[name][columns] if name in PER_TOKEN else row[name][:slots]
+            assert np.array_equal(found, np.asarray(expected[name])[0][: len(found)]), name
         assert not row["image_mask"][slots:].any()
 
 
 def test_the_page_shows_frames(seeing):
     """As the tower gets them, also where it gets patches."""
     model, data = seeing
-    [clip_first] = [[*preview.stills(opened(model, data).row(1), model)]]
-    frames = video.load_clip("1.mp4", data.parent, FRAMES).frames
-    patches = "patch_grid" in model.media.slot
-    made = clips.pixels(frames, clip_first[0].shape[:2], model.assets.video_settings) if patches else clips.square(frames, model.assets.video_settings)
-    assert np.array_equal(clip_first[0], made[0].transpose(1, 2, 0)) and np.array_equal(clip_first[1], made[2 if patches else 1].transpose(1, 2, 0))
+    found = [*preview.stills(opened(model, data).row(1), model)]  # the clip stands first
+    frames, settings = video.load_clip("1.mp4", data.parent, FRAMES).frames, model.assets.video_settings
+    if "patch_grid" in model.media.slot:
+        expected = clips.pixels(frames[::2], found[0].shape[:2], settings)  # of each patch, which spans two
+    else:
+        expected = clips.square(frames, settings)
+    assert np.array_equal(found[: len(expected)], expected.transpose(0, 2, 3, 1)) and len(found) > len(expected)
 
 
 def test_media_stand_in_the_order_of_their_placeholders(seeing):
