@@ -97,7 +97,7 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
 
 
 def per_device(
-    function: Callable[..., jax.Array], into: Sequence[Sequence[str | None]], out: Sequence[str | None], summed: str
+    function: Callable[..., jax.Array], into: Sequence[Sequence[str | None]], out: Sequence[str | None], summed: str | None = None
 ) -> Callable[..., jax.Array]:
     """`function` on every device by itself: on its part of the arguments along their logical axes, gathered along all others.
 
@@ -108,7 +108,7 @@ def per_device(
         function: of arrays, to one array.
         into: logical axes of every argument.
         out: of the result.
-        summed: a logical axis that the function contracts.
+        summed: a logical axis that the function contracts; None where it contracts none.
     """
 
     def run(*arguments: jax.Array) -> jax.Array:
@@ -117,9 +117,10 @@ def per_device(
             return function(*arguments)
         specs = tuple(spec_for(logical, x.shape, mesh) for logical, x in zip(into, arguments, strict=True))
         shape = jax.eval_shape(function, *arguments).shape
-        is_split = any(axis == summed and part for logical, spec in zip(into, specs) for axis, part in zip(logical, spec))
-        local = (lambda *parts: jax.lax.psum(function(*parts), LOGICAL[summed])) if is_split else function
-        return jax.shard_map(local, in_specs=specs, out_specs=spec_for(out, shape, mesh))(*arguments)
+        parts = [part for logical, spec in zip(into, specs) for axis, part in zip(logical, spec) if summed and axis == summed]
+        local = (lambda *parts: jax.lax.psum(function(*parts), LOGICAL[summed])) if any(parts) else function
+        # Pallas' kernels do not say along which axes their results differ, so that it cannot be checked where nothing is summed
+        return jax.shard_map(local, in_specs=specs, out_specs=spec_for(out, shape, mesh), check_vma=summed is not None)(*arguments)
 
     return run
 
