@@ -217,7 +217,7 @@ def picture(pixels: np.ndarray) -> str:
     scaled = ((pixels - low) / max(high - low, 1e-6) * 255).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(scaled).save(buffer, "PNG")
-    return f'<img alt="as fed" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    return f'<img alt="image as fed" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
 def main(argv: list[str]) -> None:

@@ -66,7 +66,7 @@ def test_a_sound_is_shown_as_its_spectrogram(tmp_path):
     assert first.shape == (6, frames[0], 3) and second.shape == (6, frames[1], 3)
     np.testing.assert_array_equal(first[0, :, 0], row["pixel_values"][0, : frames[0], -1])
     shown = preview.page(ConfigDict({"model": {"path": "some/model"}}), model, [dataset], rows=3)
-    assert shown.count('<img alt="as fed"') == 0 + 1 + 2 and f"audio, {sum(features)} features" in shown
+    assert shown.count('<img alt="image as fed"') == 0 + 1 + 2 and f"audio, {sum(features)} features" in shown
 
 
 CONFIG = """
@@ -95,7 +95,7 @@ def test_the_command(tmp_path):
     assert done.returncode == 0 and "3 datasets, 8 rows each" in done.stdout, done.stderr
     shown = (tmp_path / "page.html").read_text()
     assert re.findall("<h2>(data.*?)</h2>", shown) == ["data.train", "data.eval", "data.evals.others"]
-    assert shown.count('<img alt="as fed"') == 8 + 8 + 3
+    assert shown.count('<img alt="image as fed"') == 8 + 8 + 3
 
 
 def test_tokens_read_as_the_text_they_stand_for(tmp_path):
