@@ -68,6 +68,8 @@ def check_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     attention.chosen(mesh, config.model.attention)
     if config.train.remat not in REMAT:
         raise UserError(f"config.train.remat is {config.train.remat!r}; it must be one of {', '.join(REMAT)}")
+    if config.data.pad_to_multiple % (cut := mesh.shape["sequence"]):
+        raise UserError(f"config.data.pad_to_multiple {config.data.pad_to_multiple} cannot be cut over config.mesh.sequence={cut}")
     size, parts, accumulate = config.data.batch_size, sharding.batch_parts(mesh), config.train.accumulate
     if size % (parts * accumulate):
         raise UserError(

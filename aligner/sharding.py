@@ -12,23 +12,25 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from aligner.types import Params, UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "sequence", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 LOGICAL: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES,
     "layers": None,
-    "embed": "fsdp",
+    "length": "sequence",  # columns of a row, but within attention
+    "embed": ("fsdp", "sequence"),
     "heads": "tensor",
+    "attended": ("tensor", "sequence"),  # heads within attention, which needs whole rows
     "mlp": "tensor",
     "vocab": "tensor",
     "expert": "fsdp",
-    "rows": ("tensor", "fsdp"),  # of a table that is looked up: sharding its width would gather it whole
+    "rows": ("tensor", "fsdp", "sequence"),  # of a table that is looked up: sharding its width would gather it whole
 }
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices` (default: all) with the axes `data, fsdp, tensor`; one size may be -1, "what is left"."""
+    """A mesh over `devices` (default: all) with the axes `data, fsdp, sequence, tensor`; one size may be -1, "what is left"."""
     devices = list(jax.devices() if devices is None else devices)
     shape = [int(sizes.get(axis, 1)) for axis in AXES]
     if any(size == 0 or size < -1 for size in shape) or shape.count(-1) > 1:

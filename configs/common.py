@@ -306,7 +306,8 @@ def base() -> ConfigDict:
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # -1: all devices that the other axes leave
-    config.mesh.fsdp = 1
+    config.mesh.fsdp = 1  # weights are spread over it
+    config.mesh.sequence = 1  # long rows are cut over it, and weights spread
     config.mesh.tensor = 1
 
     config.checkpoint = ConfigDict()

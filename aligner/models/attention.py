@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from aligner.models.flash import flash
-from aligner.sharding import per_device
+from aligner.sharding import constrain, per_device
 from aligner.types import Batch, UserError
 
 BACKENDS = ("auto", "reference", "pallas")
@@ -145,8 +145,23 @@ def attention(
         q = (q * jnp.asarray(scale, q.dtype)).reshape(batch, length, k.shape[2], groups, width)
         q = q.transpose(0, 2, 3, 1, 4)  # [B,K,G,T,H]: with heads leading the products need no copies of their own
         k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
+        if spec is not None and spec.causal and spec.key_positions is None:
+            q, k, v = _whole_rows(q, k, v)
         out = _by_kernel(q, k, v, spec, softcap) if by_kernel(spec, slopes) else _reference(q, k, v, spec, softcap, slopes)
         return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+
+
+def _whole_rows(q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"]) -> tuple[Array, Array, Array]:
+    """Rows that are cut over devices become whole, and their heads are cut instead (DeepSpeed-Ulysses, arXiv 2309.14509)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else mesh.shape["sequence"] * mesh.shape["tensor"]
+    if not mesh.empty and mesh.shape["sequence"] > 1 and k.shape[1] % parts:
+        raise UserError(
+            f"config.mesh has tensor x sequence = {parts} devices for the heads of a row, and the model {k.shape[1]} heads of keys; "
+            "make the product a divisor of them"
+        )
+    heads = ("batch", "attended", None, None)
+    return constrain(q, *heads, None), constrain(k, *heads), constrain(v, *heads)
 
 
 def by_kernel(spec: Spec | None, slopes: Sequence[float] | None) -> bool:
@@ -161,7 +176,7 @@ def by_kernel(spec: Spec | None, slopes: Sequence[float] | None) -> bool:
 
 
 def _by_kernel(q: Array, k: Array, v: Array, spec: Spec, softcap: float | None) -> Float[Array, "B K G T H"]:
-    heads, tokens = ("batch", "heads", None, None), ("batch", None)
+    heads, tokens = ("batch", "attended", None, None), ("batch", None)
     run = per_device(
         lambda q, k, v, segment, role, positions, window: flash(q, k, v, segment, role, positions, window, softcap),
         ((*heads, None), heads, heads, tokens, tokens, tokens, ()),

@@ -102,7 +102,7 @@ class Attention(nn.Module):
         c = self.config
 
         def project(name: str, heads: int, norm: str | None = None) -> Float[Array, "B T N H"]:
-            y = constrain(Linear(heads * c.head_dim, c.qkv_bias, c.initializer_range, name=name)(x), "batch", None, "heads")
+            y = constrain(Linear(heads * c.head_dim, c.qkv_bias, c.initializer_range, name=name)(x), "batch", "length", "heads")
             y = make_norm(c, norm)(y) if norm and c.qk_norm == "full" else y
             y = y.reshape(*x.shape[:2], heads, c.head_dim)
             return make_norm(c, norm)(y) if norm and c.qk_norm == "head" else y
@@ -135,7 +135,7 @@ class MLP(nn.Module):
         *into, out = c.mlp_names
         y = [Linear(c.intermediate_size, c.mlp_bias, c.initializer_range, name=name)(x) for name in into]
         y = gate(c.hidden_act, *y)
-        return Linear(c.hidden_size, c.mlp_bias, c.initializer_range, name=out)(constrain(y, "batch", None, "mlp"))
+        return Linear(c.hidden_size, c.mlp_bias, c.initializer_range, name=out)(constrain(y, "batch", "length", "mlp"))
 
 
 class SparseMLP(nn.Module):
@@ -178,7 +178,7 @@ class Layer(nn.Module):
         y, memory = Attention(c, name="self_attn")(into, pick(specs, window), cos, sin, memory)
         if c.parallel:
             x = x + y + MLP(c, name="mlp")(normed(c.mlp_norm, x) if c.mlp_norm else into)
-            return constrain(x, "batch", None, None), memory
+            return constrain(x, "batch", "length", None), memory
         x = add(x, y, c.attention_out_norm)
         into, load = normed(c.mlp_norm, x), None
         if c.experts:
@@ -188,7 +188,7 @@ class Layer(nn.Module):
         x = add(x, y, c.mlp_out_norm)
         if deep is not None:
             x = x + pick((*deep, jnp.zeros_like(deep[0])), jnp.minimum(number, len(deep)))
-        return constrain(x, "batch", None, None), load if memory is None else memory
+        return constrain(x, "batch", "length", None), load if memory is None else memory
 
 
 class Unrolled(nn.Module):
@@ -264,7 +264,7 @@ class DecoderModel(nn.Module):
             x = x + table(positions + c.position_offset)  # beyond the table lies NaN, which no one overlooks
         if c.embedding_norm:
             x = make_norm(c, c.embedding_norm)(x)
-        return constrain(x, "batch", None, None)
+        return constrain(x, "batch", "length", None)
 
     def crossed(
         self, x: Float[Array, "B T D"], states: Float[Array, "B S D"] | None, batch: Batch, cache: Cache | None

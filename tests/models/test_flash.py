@@ -91,7 +91,7 @@ def test_blocks_of_which_nothing_is_seen_are_passed_over():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [{"data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "tensor": 4}], ids=str)
+@pytest.mark.parametrize("mesh", [{"data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "tensor": 4}, {"fsdp": 4, "sequence": 2}], ids=str)
 def test_a_step_of_dpo(llama, mesh):
     """Prompts shared by their answers, one device and eight, also where the heads' number is not divided by the mesh's."""
     batch, config = tiny.make_batch(llama), tiny.config()
