@@ -28,6 +28,8 @@ REFUSED = {
     "pool": ("llava_next_video", lambda hf: setattr(hf, "spatial_pool_mode", "conv"), "spatial_pool_mode 'conv' of the llava_next_video config"),
     "prompt": ("paligemma", lambda hf: setattr(hf.text_config, "model_type", "llama"), "paligemma checkpoint with a 'llama' part"),
     "text": ("llava", lambda hf: setattr(hf.text_config, "model_type", "lama"), "llava checkpoint with a 'lama' part is not supported"),
+    "hearing": ("qwen2_audio", lambda hf: setattr(hf.audio_config, "model_type", "whisper"), "qwen2_audio checkpoint with a 'whisper' part"),
+    "sound": ("qwen2_audio", lambda hf: setattr(hf.audio_config, "activation_function", "mish"), "activation_function 'mish' of the audio"),
     "unknown": ("gemma3", lambda hf: setattr(hf.vision_config, "num_channels", 4) or setattr(hf.text_config, "use_bidirectional_attention", True),
                 "use_bidirectional_attention"),
 }  # fmt: skip
