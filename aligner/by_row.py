@@ -25,7 +25,7 @@ def add_arguments(top: argparse.ArgumentParser, doing: str, batch: str) -> None:
     add("--out", required=True, help="file to write, .jsonl; must not exist yet")
     add("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
     add("--formatter", default="auto", help="how a row is read, as in configs (default: %(default)s)")
-    add("--image-folder", default="", help="images and videos named in the rows are looked up here (default: the folder of the file)")
+    add("--image-folder", default="", help="images, clips and sounds named in rows are looked up here (default: the folder of the file)")
     add("--video-frames", type=int, default=8, help="frames taken of a video, evenly (default: %(default)s)")
     add("--size", type=int, help=f"{doing} only the first rows")
     add("--batch-size", type=int, default=16, help=f"{batch} at once on all devices (default: %(default)s)")

@@ -1,5 +1,5 @@
-"""What the model will really see: rows as tokens coloured by what is trained, images and frames of videos as fed, drops and why, as one
-HTML page.
+"""What the model will really see: rows as tokens coloured by what is trained, images, frames of videos and spectrograms of
+sounds as fed, drops and why, as one HTML page.
 
     python -m aligner.preview --config configs/dpo_llava.py:tiny --workdir runs/quickstart --out page.html
 
@@ -36,12 +36,13 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bott
 .prompt { background: #eceff1 } .common { border-bottom: 2px solid #d99a00 }
 .trained1 { background: #bfe8c5 } .trained2 { background: #f7c6c5 }
 .trained3 { background: #c9d8f5 } .untrained { background: #eee; color: #888 } .media { background: #d9d2f2 }
-.note { color: #666; font-size: .9em } img { image-rendering: pixelated; max-height: 14rem; min-height: 6rem; margin: .3rem .5rem .3rem 0 }
+.note { color: #666; font-size: .9em }
+img { image-rendering: pixelated; max-height: 14rem; min-height: 6rem; max-width: 100%; margin: .3rem .5rem .3rem 0 }
 table { border-collapse: collapse } td, th { text-align: left; padding: .15rem .8rem .15rem 0 } .bar { background: #7aa6d8; height: .8rem }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; white-space: pre-wrap }
 """
 LEGEND = (
-    '<p class="text"><span class="prompt">prompt, read only</span>  <span class="media">features of an image or a video</span>  '
+    '<p class="text"><span class="prompt">prompt, read only</span>  <span class="media">features of an image, a video or a sound</span>  '
     '<span class="trained1">first answer, trained</span>  <span class="trained2">second answer, trained</span>  '
     '<span class="untrained">answer, not trained</span>  <span class="common">start that all answers share</span></p>'
 )
@@ -129,9 +130,14 @@ def show_row(row: Mapping[str, np.ndarray], model: Model) -> str:
 
 
 def stills(row: Mapping[str, np.ndarray], model: Model) -> Iterator[np.ndarray]:
-    """The images, tiles and frames of a row, [H,W,3] each; from patches they are put together again."""
+    """The images, tiles and frames of a row, [H,W,3] each; from patches they are put together again. A sound is a picture with time to the
+    right and pitch upwards."""
     real = row["image_mask"]
     pixels, side = row["pixel_values"][real], model.media.height
+    if model.media.kind == "audio":
+        for spectrogram, frames in zip(pixels, row["frames"][real]):
+            yield np.repeat(spectrogram[:frames, ::-1, None], 3, axis=-1).swapaxes(0, 1)
+        return
     if "patch_grid" not in row:
         yield from pixels if pixels.ndim == 4 else ()
         return

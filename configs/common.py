@@ -362,16 +362,18 @@ def finish(config: ConfigDict, preset: str, family: str, rows: str = "pairs") ->
     Args:
         config: of `experiment`.
         preset: "" or "tiny".
-        family: whose small random checkpoint is made: llama, qwen, llava; or a demo of online training, sums or colours.
-        rows: the demo set of a text family (scripts/text_demo.py): sft, pairs, unpaired, ranked, text. A LLaVA's are pairs about pictures.
+        family: whose small random checkpoint is made: llama, qwen, llava, qwen2_audio; or a demo of online training, sums or colours.
+        rows: the demo set of a text family (scripts/text_demo.py): sft, pairs, unpaired, ranked, text. A LLaVA's are pairs about pictures,
+            a Qwen2-Audio's about sounds (scripts/audio_demo.py).
     """
     if preset not in ("", "tiny"):
         raise ValueError(f"unknown preset {preset!r}; there is tiny")
     if not preset:
         return config
-    seeing, online = family == "llava", family in PROMPTS
+    seeing, online = family in ("llava", "qwen2_audio"), family in PROMPTS
+    script = "online_demo" if online else "audio_demo" if family == "qwen2_audio" else "make_tiny_checkpoint"
     prefix, ending = ("" if seeing or online else f"{rows}_"), "txt" if rows == "text" else "jsonl"
-    config.setup = f"scripts.{'online_demo:setup_' + family if online else f'make_tiny_checkpoint:setup_{family}_demo'}"
+    config.setup = f"scripts.{script}:setup_{family}{'' if online else '_demo'}"
     config.model.path = "{workdir}/demo/model"
     config.model.dtype = "float32"
     for split, file in zip(("train", "eval"), PROMPTS.get(family, ("train", "heldout"))):

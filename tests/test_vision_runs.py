@@ -1,4 +1,4 @@
-"""DPO runs with every vision-language family, from a folder and rows of pictures and clips to an exported folder."""
+"""DPO runs with every family that sees or hears, from a folder and rows of pictures, clips or sounds to an exported folder."""
 
 import json
 import math
@@ -21,7 +21,7 @@ def test_dpo_runs(family, tmp_path, monkeypatch):
     quick = tiny.QUICK | {"xla_allow_excess_precision": False}
     monkeypatch.setattr(run, "jit", lambda function, **options: jax.jit(function, compiler_options=quick, **options))
     folder = vision_folders.save(tmp_path, "llava", 4) if family == "pixtral" else vision_folders.save(tmp_path, family)
-    data = vision_folders.rows(tmp_path / "rows", videos=family in VIDEOS)
+    data = vision_folders.rows(tmp_path / "rows", videos=family in VIDEOS, sounds=family == "qwen2_audio")
     config = tiny.config(model__path=str(folder), data__max_length=512, data__pad_to_multiple=8, data__batch_size=4, data__workers=2, data__video_frames=3,
                          train__steps=2, log__every=1, optim__learning_rate=1e-2, optim__warmup=0.0, checkpoint__export=True,
                          mesh__data=1)  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from aligner.data import layout, mixture, modalities, packing, tokens, turns
+from aligner.data import audio, layout, mixture, modalities, packing, tokens, turns
 from aligner.data.census import check_census, describe, take_census
 from aligner.data.kinds import ANSWERS, ENCODERS, Kind
 from aligner.data.samples import Bad
@@ -154,7 +154,8 @@ def load_dataset(
     fill = float(lengths.sum() / (T * len(plan)))
     report = [*describe(census, rows, name, rows.formatter, model)]
     report += ["  every pair makes two rows, one for each answer"] if rows.pairs else []
-    report += [f"  every row: T={T} columns, S={S} scored positions, I={I} images"]
+    shown = "image" if model.media is None else model.media.kind
+    report += [f"  every row: T={T} columns, S={S} scored positions, I={I} {shown}s"]
     if needs == "text" or data.get("packing", False):
         report += [f"  packed into {len(plan)} rows of at most {G} examples; {fill:.1%} of their columns are filled"]
     return Dataset(
@@ -264,9 +265,13 @@ def check_assets(model: Model) -> None:
         raise UserError("the model brings no tokenizer; put tokenizer.json and tokenizer_config.json into the checkpoint folder.")
     if model.media is None:
         return
-    if assets.processor is None or getattr(assets.processor, "image_processor", None) is None:
-        missing = f"{assets.folder} has no image processor; put preprocessor_config.json into it"
-        raise UserError(f"the {model.family} model takes images, but {missing}.")
+    kind, processor = model.media.kind, modalities.processor(model)
+    if processor is None:
+        missing = f"{assets.folder} has no {kind} processor; put preprocessor_config.json into it"
+        raise UserError(f"the {model.family} model takes {kind}s, but {missing}.")
+    if kind == "audio" and processor.sampling_rate != audio.RATE:
+        rate = f"{processor.sampling_rate}, {audio.RATE} is implemented"
+        raise UserError(f"sampling_rate in preprocessor_config.json of {assets.folder} is {rate}; choose a checkpoint that has it.")
     for kind, placeholder in model.media.tokens.items():
         token, (shown, picture) = media_token(assets, kind), modalities.probe(kind, model)
         written = assets.tokenizer(shown.text or token, add_special_tokens=False)["input_ids"]
@@ -278,9 +283,10 @@ def check_assets(model: Model) -> None:
         found, wanted = picture.arrays["pixel_values"].shape[1:], blank(model.media, 1, 1)["pixel_values"].shape[1:]
         if found != wanted:
             size = lambda shape: " x ".join(map(str, shape[:2] if shape[2:] == (3,) else shape))
+            settings = "feature_size and chunk_length" if kind == "audio" else "size and crop_size"
             raise UserError(
-                f"the {kind} processor gives {kind}s of {size(found)}, the model's vision tower takes {size(wanted)}; set size and "
-                f"crop_size in {'video_' if kind == 'video' else ''}preprocessor_config.json."
+                f"the {kind} processor gives {kind}s of {size(found)}, the model's {'audio' if kind == 'audio' else 'vision'} tower takes "
+                f"{size(wanted)}; set {settings} in {'video_' if kind == 'video' else ''}preprocessor_config.json."
             )
 
 

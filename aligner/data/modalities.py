@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from aligner.data import audio, video
 from aligner.data import media as files
-from aligner.data import video
+from aligner.data.samples import Bad
 from aligner.models import pictures
 from aligner.types import Media, Model
 
@@ -27,25 +28,45 @@ def looking_in(model: Model, folder: str | Path | None, frames: int | None = Non
     return dataclasses.replace(model, media=dataclasses.replace(model.media, folder=folder, frames=frames))
 
 
+def processor(model: Model) -> Any:
+    """The checkpoint's own processor of what the model takes, for its settings; None where there is none."""
+    return getattr(model.assets.processor, "feature_extractor" if model.media.kind == "audio" else "image_processor", None)
+
+
 def shown(found: Found, assets: Any, media: Media | None) -> list[pictures.Shown]:
-    """How each of these stands in the text. Files are opened only where sizes matter."""
+    """How each of these stands in the text. Files are opened only where sizes matter.
+
+    Raises:
+        Bad: a file cannot be read, or there is too much or too little of it for the model.
+    """
     images = sum(kind == "image" for kind, _ in found)
 
     def one(kind: str, reference: Any) -> pictures.Shown:
         if kind == "video":
             return media.show_clip(video.load_clip(reference, media.folder, media.frames, pixels=False), assets)
+        if kind == "audio":
+            return hear(audio.load_audio(reference, media.folder))
         if media.show is None:
             return pictures.Shown(1, (media.features,))
         return media.show(files.image_size(reference, media.folder), assets, images)
+
+    def hear(samples: np.ndarray) -> pictures.Shown:
+        made = media.show((audio.frames(samples, assets.processor.feature_extractor), media.width), assets, len(found))
+        if not sum(made.runs):
+            raise Bad("audio too short", f"{len(samples) / audio.RATE:.3f} seconds have no feature")
+        return made
 
     return [one(*medium) for medium in found]
 
 
 def check(kind: str, reference: Any, folder: str | Path) -> bytes:
     """Know cheaply that a file can be read. Returns sha256 of its bytes. Raises Bad where it cannot."""
-    if kind == "video":  # `shown` has decoded it
-        return hashlib.sha256(files.encoded_bytes(reference, folder, kind)).digest()
-    return files.check_image(reference, folder)
+    if kind == "image":
+        return files.check_image(reference, folder)
+    # `shown` has decoded the others
+    if isinstance(reference, dict) and reference.get("array") is not None:
+        return hashlib.sha256(audio.load_audio(reference, folder).tobytes()).digest()
+    return hashlib.sha256(files.encoded_bytes(reference, folder, kind)).digest()
 
 
 def load(found: Found, model: Model) -> list[pictures.Picture]:
@@ -58,16 +79,23 @@ def load(found: Found, model: Model) -> list[pictures.Picture]:
     images = [files.open_image(reference, media.folder) for kind, reference in found if kind == "image"]
     ready = iter(files.read_pictures(images, media, model.assets.processor.image_processor) if images else ())
     clip = lambda reference: _picture(video.load_clip(reference, media.folder, media.frames), model)
-    return [clip(reference) if kind == "video" else next(ready) for kind, reference in found]
+
+    def sound(reference: Any) -> pictures.Picture:
+        [picture] = pictures.read(media, audio.features(audio.load_audio(reference, media.folder), processor(model)))
+        return picture
+
+    makers = {"image": lambda reference: next(ready), "video": clip, "audio": sound}
+    return [makers[kind](reference) for kind, reference in found]
 
 
 def probe(kind: str, model: Model) -> tuple[pictures.Shown, pictures.Picture]:
-    """What a small, wide, black one of a kind becomes, to see that the files of a checkpoint fit each other."""
+    """What a small, wide, black or silent one of a kind becomes, to see that the files of a checkpoint fit each other."""
     size = model.media.height, 2 * model.media.width
     if kind == "video":
         clip = pictures.Clip(np.zeros(1), 1.0, size, np.zeros((1, *size, 3), np.uint8))
         return model.media.show_clip(clip, model.assets), _picture(clip, model)
-    found = [(kind, Image.new("RGB", size[::-1]))]
+    silence = {"array": np.zeros(audio.RATE), "sampling_rate": audio.RATE}
+    found = [(kind, silence if kind == "audio" else Image.new("RGB", size[::-1]))]
     return shown(found, model.assets, model.media)[0], load(found, model)[0]
 
 

@@ -1,4 +1,4 @@
-"""Pictures and videos on the host: how many tokens each takes, which slots of a row's pixels it fills, which feature stands at which token.
+"""Pictures, videos and sounds on the host: how many tokens each takes, which slots of a row it fills, which feature stands at which token.
 
 Token counts differ from one to the next; all of it is settled here in NumPy, so that what reaches the device are arrays of a few
 fixed shapes and gather indices.
@@ -40,7 +40,7 @@ class Shown(NamedTuple):
         slots: how many slots of a row's pixels it fills.
         runs: how many placeholders each of its tokens becomes.
         text: what is written for it instead of one token of its kind, with such a token for every run; None writes that one token.
-        kind: "image" or "video".
+        kind: "image", "video" or "audio".
     """
 
     slots: int
@@ -57,7 +57,7 @@ class Picture(NamedTuple):
         index: [placeholders] the feature that stands at each: slot * P + p within the picture, or -1 - n for the n-th leading one.
         turned: what `turned` gives, where positions go by rows and columns.
         taps: (features around each placeholder [placeholders, X], their weights), where one is a mixture of several.
-        kind: "image" or "video", which says what token it stands at.
+        kind: "image", "video" or "audio", which says what token it stands at.
         stills: how many images its slots are to a tower that takes patches, evenly; a video's frames do not see each other there.
     """
 
@@ -144,7 +144,7 @@ def deal(batch: Mapping[str, Any], processed: Mapping[str, Any], media: Media) -
     ends, total = np.cumsum([0, *takes]), np.cumsum([0, *counts])  # of pictures and of rows, in placeholders
     if ends[-1] != total[-1] or not np.isin(total, ends).all():
         raise UserError(
-            f"{len(pictures)} images, which take {takes} placeholders, do not fit placeholder counts {counts.tolist()} of the rows"
+            f"{len(pictures)} {media.kind}s, which take {takes} placeholders, do not fit placeholder counts {counts.tolist()} of the rows"
         )
     borders = np.searchsorted(ends, total)
     groups = [pictures[first:last] for first, last in pairwise(borders)]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from aligner.data import loader, media, mixture, modalities, templates
 from aligner.data.census import check_census, describe, take_census
 from aligner.data.kinds import ENCODERS
-from aligner.data.samples import as_prompt
+from aligner.data.samples import article, as_prompt
 from aligner.data.together import Steps, encoder
 from aligner.generation.engine import Prompt
 from aligner.types import Model, UserError
@@ -81,8 +81,9 @@ def load_prompts(config: Any, split: str, model: Model, cache_dir: str | Path | 
     order = order.repeat()
 
     def source(index: int, prompt: Any, encoded: templates.Encoded) -> tuple[Any, list[Any]]:
-        if any(kind != "image" for kind, _ in encoded.media):
-            raise UserError(f"config.generation.server: row {rows.name(index)} holds a video, but only images can be sent; leave it empty.")
+        for other in (kind for kind, _ in encoded.media if kind != "image"):
+            held = f"row {rows.name(index)} holds {article(other)}"
+            raise UserError(f"config.generation.server: {held}, but only images can be sent; leave it empty.")
         return prompt, [media.open_image(reference, rows.folder(index)) for _, reference in encoded.media]
 
     def item(place: int) -> Item:

@@ -32,6 +32,27 @@ def test_the_spectrogram_is_whispers(mels):
     assert np.allclose(audio.mel_filters(mels), extractor.mel_filters.T, atol=1e-8)
 
 
+@pytest.mark.parametrize("settings", [dict(feature_size=128), dict(feature_size=6, chunk_length=1, hop_length=800, n_fft=1600)])
+def test_features_are_the_extractors(settings):
+    from transformers import WhisperFeatureExtractor
+
+    extractor = WhisperFeatureExtractor(**settings)
+    for count in (1, 800, 801, 16000):
+        samples = np.random.default_rng(count).normal(size=count).astype(np.float32)
+        ours = audio.features(samples, extractor)
+        theirs = extractor(samples, sampling_rate=16000, padding="max_length", return_attention_mask=True, return_tensors="np")
+        assert np.array_equal(ours["feature_attention_mask"], theirs["attention_mask"])
+        np.testing.assert_allclose(ours["input_features"], theirs["input_features"], atol=2e-5)
+        assert audio.frames(samples, extractor) == theirs["attention_mask"].sum()
+
+
+def test_a_sound_is_not_cut():
+    from transformers import WhisperFeatureExtractor
+
+    with pytest.raises(Bad, match=r"audio too long: 1.5 seconds, the model hears 1 at most"):
+        audio.frames(tone(16000, 1.5), WhisperFeatureExtractor(chunk_length=1))
+
+
 @shared
 def test_the_filters_are_whispers():
     stored = np.load(SHARED / "audio" / "mel_filters.npz")

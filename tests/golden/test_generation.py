@@ -11,7 +11,7 @@ import aligner
 from aligner.generation import engine
 from aligner.generation.engine import Prompt, generate_all, make_engine
 from aligner.generation.sampling import Sampling
-from aligner.models.pictures import read, whole
+from aligner.models.pictures import whole
 from tests.golden import test_vision_families as vision
 from tests.golden.checkpoints import EOS, IMAGE, LLAVA, load_hf, save_llava
 from tests.golden.test_text_families import load_torch, save_checkpoint
@@ -108,5 +108,5 @@ def test_vision_families(family, n, tmp_path):
         options = dict(do_sample=False, max_new_tokens=NEW, eos_token_id=None, pad_token_id=0, suppress_tokens=media)
         with torch.no_grad():
             wanted.append(their_model.generate(**tensors, **options)[0, made["input_ids"].shape[1] :].tolist())
-        prompts.append(Prompt(made["input_ids"][0].astype(np.int32), read(model.media, made) if "pixel_values" in made else ()))
+        prompts.append(Prompt(made["input_ids"][0].astype(np.int32), vision.seen(model, made)))
     assert ours(model, params, prompts, n=2) == [[row, row] for row in wanted]

@@ -28,6 +28,8 @@ REFUSED = {
     "pool": ("llava_next_video", lambda hf: setattr(hf, "spatial_pool_mode", "conv"), "spatial_pool_mode 'conv' of the llava_next_video config"),
     "prompt": ("paligemma", lambda hf: setattr(hf.text_config, "model_type", "llama"), "paligemma checkpoint with a 'llama' part"),
     "text": ("llava", lambda hf: setattr(hf.text_config, "model_type", "lama"), "llava checkpoint with a 'lama' part is not supported"),
+    "hearing": ("qwen2_audio", lambda hf: setattr(hf.audio_config, "model_type", "whisper"), "qwen2_audio checkpoint with a 'whisper' part"),
+    "sound": ("qwen2_audio", lambda hf: setattr(hf.audio_config, "activation_function", "mish"), "activation_function 'mish' of the audio"),
     "unknown": ("gemma3", lambda hf: setattr(hf.vision_config, "num_channels", 4) or setattr(hf.text_config, "use_bidirectional_attention", True),
                 "use_bidirectional_attention"),
 }  # fmt: skip
@@ -47,7 +49,7 @@ def test_what_is_not_implemented_is_refused_by_name(name):
 def test_a_dpo_step_on_eight_devices_gives_what_one_gives(family, tmp_path):
     """Tensor 2 x fsdp 4, on rows of no, one and two pictures, and clips, as the loader gives them."""
     model = model_from_folder(vision_folders.save(tmp_path, family))
-    rows = vision_folders.rows(tmp_path / "rows", videos=family in VIDEOS)
+    rows = vision_folders.rows(tmp_path / "rows", videos=family in VIDEOS, sounds=family == "qwen2_audio")
     dataset = loader.load_dataset(data_tiny.config(rows, image_folder=str(rows.parent)), "train", model)
     made = [dataset.row(i) for i in range(8)]
     made = {name: np.stack([row[name] for row in made]) for name in made[0]}

@@ -1,4 +1,4 @@
-"""A tiny checkpoint folder of every vision-language family, with what its rows need: tokenizer, chat template, image processor. No PyTorch."""
+"""A tiny checkpoint folder of every family that sees or hears, with what its rows need: tokenizer, chat template, processor. No PyTorch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WORDS[START], WORDS[END], WORDS[IMG], WORDS[61] = "<start>", "<end>", "<image>",
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}ASSISTANT: {% else %}USER: {% endif %}"
     "{% if message['content'] is string %}{{ message['content'] }} {% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}MARK {% elif part['type'] == 'video' %}<video> {% else %}{{ part['text'] }} {% endif %}{% endfor %}"
+    "{% if part['type'] in ('image', 'audio') %}MARK {% elif part['type'] == 'video' %}<video> {% else %}{{ part['text'] }} {% endif %}{% endfor %}"
     "{% endif %}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}"
 )
@@ -52,6 +52,7 @@ VIDEO_PROCESSORS: dict[str, dict] = {
     "llava_next_video": _CLIP | dict(do_center_crop=True, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.4]),
     **{family: dict(size={"shortest_edge": 16, "longest_edge": 128}, image_mean=[0.4, 0.5, 0.6]) for family in QWEN},
 }
+EXTRACTOR = dict(feature_size=6, chunk_length=1, hop_length=800, n_fft=1600)  # a window of twenty frames
 PIXTRAL = ("pixtral", "Pixtral", dict(patch_size=2, size={"longest_edge": 8}))
 
 
@@ -84,12 +85,17 @@ def describe(folder: Path, family: str, n: int = 0) -> Path:
     """Write all of the family's n-th case but its weights to `folder`."""
     hf = hf_config(family, CASES[family][n])
     hf.save_pretrained(folder / "config")
-    pixtral = hf.vision_config.model_type == "pixtral"
-    module, prefix, settings = PIXTRAL if pixtral else PROCESSORS[family]
-    words = tokenizer(family, "[IMG]" if pixtral else "<image>")
-    words.save_pretrained(folder / "config")
-    made = importlib.import_module(f"transformers.models.{module}.image_processing_pil_{module}")
-    getattr(made, prefix + "ImageProcessorPil")(**settings).save_pretrained(folder / "config")
+    audio, pixtral = hasattr(hf, "audio_config"), hf.to_dict().get("vision_config", {}).get("model_type") == "pixtral"
+    words = tokenizer(family, "[IMG]" if pixtral else "<|AUDIO|>" if audio else "<image>")
+    if audio:
+        from transformers import Qwen2AudioProcessor, WhisperFeatureExtractor
+
+        Qwen2AudioProcessor(WhisperFeatureExtractor(**EXTRACTOR), words, words.chat_template).save_pretrained(folder / "config")
+    else:
+        module, prefix, settings = PIXTRAL if pixtral else PROCESSORS[family]
+        words.save_pretrained(folder / "config")
+        made = importlib.import_module(f"transformers.models.{module}.image_processing_pil_{module}")
+        getattr(made, prefix + "ImageProcessorPil")(**settings).save_pretrained(folder / "config")
     if family in VIDEO_PROCESSORS:
         (folder / "config" / "video_preprocessor_config.json").write_text(json.dumps(VIDEO_PROCESSORS[family]))
     extra = dict(patch_size=2, vision_feature_select_strategy=getattr(hf, "vision_feature_select_strategy", "default"),
@@ -114,24 +120,28 @@ def clip(frames: np.ndarray, rate: int = 10) -> bytes:
     return buffer.getvalue()
 
 
-def rows(folder: Path, count: int = 8, videos: bool = False) -> Path:
+def rows(folder: Path, count: int = 8, videos: bool = False, sounds: bool = False) -> Path:
     """Preference rows with no, one and two pictures of several sizes, as JSON lines with the pictures beside them.
 
-    Where asked for, every second row also has a clip, before or after its pictures.
+    Where asked for, every second row also has a clip, before or after its pictures; or sounds of several lengths stand for the pictures.
     """
+    import soundfile
     from PIL import Image
 
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for number in range(count):
-        names = [f"{number}.{i}.png" for i in range(number % 3)]
+        names = [f"{number}.{i}.{'wav' if sounds else 'png'}" for i in range(number % 3)]
         for name in names:
+            if sounds:
+                soundfile.write(folder / name, rng.normal(scale=0.1, size=rng.integers(1500, 8000)), 8000)
+                continue
             height, width = rng.integers(6, 21, 2)
             Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / name)
         words = lambda n: " ".join(f"t{i}" for i in rng.integers(24, 58, n))
-        content = [{"type": "image"} for _ in names] + [{"type": "text", "text": words(4)}]
-        seen = {"images": names}
+        content = [{"type": "audio" if sounds else "image"} for _ in names] + [{"type": "text", "text": words(4)}]
+        seen = {"audios" if sounds else "images": names}
         if videos and number % 2:
             height, width = 2 * rng.integers(5, 11, 2)
             frames = np.repeat(rng.integers(0, 256, (5 + number, 1, 1, 3), dtype=np.uint8), height, axis=1).repeat(width, axis=2)
