@@ -37,9 +37,9 @@ def load_clip(reference: Any, folder: str | Path, count: int | None = None, fps:
         times, size = _look(av, data)
         seconds = times[-1] * len(times) / max(1, len(times) - 1)  # the last frame is shown as long as the others
         wanted = sample(len(times), count if fps is None else max(1, int(seconds * fps + 1e-6)))
-        frames = []
         if not pixels:
             return Clip(times[wanted], seconds, size)
+        frames = []
         with av.open(io.BytesIO(data)) as container:
             place = 0
             for number, frame in enumerate(container.decode(video=0)):
@@ -48,9 +48,9 @@ def load_clip(reference: Any, folder: str | Path, count: int | None = None, fps:
                     place += 1
                 if place == len(wanted):
                     break
+        return Clip(times[wanted], seconds, size, np.stack(frames))
     except (av.FFmpegError, ValueError, IndexError) as error:
         raise Bad("unreadable video", str(error)) from error
-    return Clip(times[wanted], seconds, size, np.stack(frames))
 
 
 def _look(av: Any, data: bytes) -> tuple[np.ndarray, tuple[int, int]]:

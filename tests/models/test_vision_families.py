@@ -16,7 +16,7 @@ from aligner.types import UserError
 from tests.data import tiny as data_tiny
 from tests.invariance import step
 from tests.models import tiny, vision_folders
-from tests.models.vision_configs import CASES, Case, batch, hf_config
+from tests.models.vision_configs import CASES, VIDEOS, Case, batch, hf_config
 
 REFUSED = {
     "tower": ("llava", lambda hf: setattr(hf.vision_config, "model_type", "vit"), "llava checkpoint with a 'vit' part is not supported"),
@@ -47,9 +47,9 @@ def test_what_is_not_implemented_is_refused_by_name(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", CASES)
 def test_a_dpo_step_on_eight_devices_gives_what_one_gives(family, tmp_path):
-    """Tensor 2 x fsdp 4, on rows of no, one and two pictures as the loader gives them."""
+    """Tensor 2 x fsdp 4, on rows of no, one and two pictures, and clips, as the loader gives them."""
     model = model_from_folder(vision_folders.save(tmp_path, family))
-    rows = vision_folders.rows(tmp_path / "rows", sounds=family == "qwen2_audio")
+    rows = vision_folders.rows(tmp_path / "rows", videos=family in VIDEOS, sounds=family == "qwen2_audio")
     dataset = loader.load_dataset(data_tiny.config(rows, image_folder=str(rows.parent)), "train", model)
     made = [dataset.row(i) for i in range(8)]
     made = {name: np.stack([row[name] for row in made]) for name in made[0]}
