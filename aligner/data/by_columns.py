@@ -97,7 +97,7 @@ def safe_rlhf_cost(row: dict[str, Any]) -> Preference:
 def _safe_rlhf(row: dict[str, Any], chosen: int) -> Preference:
     if chosen not in (0, 1):
         raise Bad("unexpected value", f"the id of the chosen response is {chosen!r}, neither 0 nor 1")
-    order = (chosen, 1 - chosen)
+    order = (int(chosen), 1 - int(chosen))
     safe = tuple(0 if row.get(f"is_response_{i}_safe") is None else 1 if row[f"is_response_{i}_safe"] else -1 for i in order)
     answers = ([assistant(row[f"response_{i}"])] for i in order)
     return Preference(place_media(messages_of(row["prompt"], role="user"), media_in(row)), *answers, safe=safe)

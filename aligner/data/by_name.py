@@ -87,7 +87,7 @@ def number(column: str, first: int) -> Choice:
 
     def choice(row: Mapping[str, Any]) -> int:
         value = row[column]
-        if value is None or int(value) - first not in (0, 1):
+        if value is None or float(value) - first not in (0, 1):
             raise Bad("tie", f"{column} is {value!r}: neither answer is better")
         return int(value) - first
 

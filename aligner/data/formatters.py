@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from aligner.data.conversations import MARK, assistant, messages_of, place_images, place_media, split_prompt, user, without_none
-from aligner.data.samples import Bad, Document, Preference, Prompt, Ranked, Supervised, Unpaired, check, is_conversation
+from aligner.data.samples import PARTS, Bad, Document, Preference, Prompt, Ranked, Supervised, Unpaired, check, is_conversation
 from aligner.types import UserError
 
 __all__ = ["MARK", "assistant", "find_formatter", "formatter", "known", "messages_of", "place_images", "place_media",
@@ -43,6 +43,7 @@ class Variant(NamedTuple):
 
 _FORMATTERS: dict[str, list[Variant]] = {}
 
+_OURS = ("add_generation_prompt", "continue_final_message", "conversation", "assets", "shown")  # arguments of `render`, no template's
 PAIRS = (Preference, Ranked)
 PROMPTS = (Prompt, Supervised, Preference, Ranked, Unpaired, Document)  # whatever holds something to answer
 
@@ -87,6 +88,8 @@ def find_formatter(
     Returns:
         (name, function from row to sample). The function raises Bad for a row that it cannot use.
     """
+    if ours := set(template or ()).intersection(_OURS):
+        raise UserError(f"config.{where}.template sets {', '.join(sorted(ours))}, which is decided where a template is used; remove it.")
     guard = functools.partial(_guard, template=dict(template or {}))
     if ":" in name:
         return name, guard(_import(name, where))
@@ -131,9 +134,12 @@ def _import(name: str, where: str) -> Formatter:
     module_name, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+        found = found() if inspect.isclass(found) else found
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"config.{where}.formatter: {name} cannot be imported ({error}).") from None
-    return found() if inspect.isclass(found) else found
+    if not callable(found):
+        raise UserError(f"config.{where}.formatter: {name} is a {type(found).__name__}, no function from a row to a sample.")
+    return found
 
 
 def _guard(function: Formatter, template: Mapping[str, Any]) -> Formatter:
@@ -159,6 +165,15 @@ def _with_options(sample: Any, row: Mapping[str, Any], template: Mapping[str, An
     options = {**template, **(row.get("chat_template_kwargs") or {})}
     if tools:
         options["tools"] = without_none(json.loads(tools) if isinstance(tools, str) else tools)
-    if not options or not any(is_conversation(getattr(sample, field, None)) for field in ("prompt", "conversation")):
-        return sample
-    return dataclasses.replace(sample, template=options)
+    if ours := set(options).intersection(_OURS):
+        raise Bad("unexpected value", f"chat_template_kwargs sets {', '.join(sorted(ours))}, which is decided where a template is used")
+    return _told(sample, options) if options else sample
+
+
+def _told(sample: Any, options: Mapping[str, Any]) -> Any:
+    """The sample, or the samples in it, with options for the chat template; plain text has none."""
+    if parts := {name: _told(getattr(sample, name), options) for name in PARTS if hasattr(sample, name)}:
+        return dataclasses.replace(sample, **parts)
+    if hasattr(sample, "template") and any(is_conversation(getattr(sample, field, None)) for field in ("prompt", "conversation")):
+        return dataclasses.replace(sample, template={**sample.template, **options})
+    return sample

@@ -24,6 +24,7 @@ class Kind(NamedTuple):
         last: score the last token of each answer alone, as reward heads do.
         prompt: score the prompt's tokens too.
         mismatched: put another row's answer beside each row's own.
+        names: what people call the answers, in their order.
     """
 
     takes: tuple[type, ...]
@@ -32,6 +33,7 @@ class Kind(NamedTuple):
     last: bool = False
     prompt: bool = False
     mismatched: bool = False
+    names: tuple[str, ...] = ()
 
 
 @encoder
@@ -72,7 +74,7 @@ def _two_sided(sample: Any, model: Model, data: Any) -> Steps:
 def _triple(sample: Any, model: Model, data: Any) -> Steps:
     sample = samples.as_triple(sample)
     answers = (sample.pair.chosen, sample.pair.rejected, sample.gold)
-    return (yield from templates.encode_answers.steps(sample.pair.prompt, answers, model.assets, model.media))
+    return (yield from templates.encode_answers.steps(sample.pair.prompt, answers, model.assets, model.media, sample.pair.template))
 
 
 @encoder
@@ -96,18 +98,19 @@ def _prompt(sample: Any, model: Model, data: Any) -> Steps:
     return (yield from templates.encode_prompt.steps(sample.prompt, model.assets, model.media, sample.template))
 
 
+_PAIR = ("chosen", "rejected")
 ENCODERS = {
     "supervised": Kind((Supervised, Document, Preference, Ranked), _supervised),  # R=1
     "text": Kind((Document,), _document),  # R=1; cut into full rows
-    "preference": Kind((Preference, Ranked), _preference),  # R=2: chosen, rejected
-    "preference_prompt": Kind((Preference, Ranked), _preference, prompt=True),  # R=2
-    "preference_last": Kind((Preference, Ranked), _preference, {"margin": ()}, last=True),
-    "cost_last": Kind((Preference,), _cost, {"safe": (2,)}, last=True),
+    "preference": Kind((Preference, Ranked), _preference, names=_PAIR),  # R=2
+    "preference_prompt": Kind((Preference, Ranked), _preference, prompt=True, names=_PAIR),  # R=2
+    "preference_last": Kind((Preference, Ranked), _preference, {"margin": ()}, last=True, names=_PAIR),
+    "cost_last": Kind((Preference,), _cost, {"safe": (2,)}, last=True, names=_PAIR),
     # R=2: the row's answer, another row's to the same prompt
     "unpaired": Kind((Unpaired, Preference, Ranked), _unpaired, {"label": ()}, mismatched=True),
     "unpaired_alone": Kind((Unpaired, Preference, Ranked), _unpaired, {"label": ()}),  # R=1
     "two_sided": Kind((TwoSided,), _two_sided),  # R=4: chosen, rejected under a good principle, then under a bad one
-    "triple": Kind((Triple,), _triple),  # R=3: chosen, rejected, gold
+    "triple": Kind((Triple,), _triple, names=(*_PAIR, "gold")),  # R=3
     "ranked": Kind((Ranked, Preference), _ranked),  # as many as the longest list has; shorter ones lack the last
     "ranked_last": Kind((Ranked, Preference), _ranked, last=True),
     "prompt": Kind(PROMPTS, _prompt),  # R=0: what is answered in training

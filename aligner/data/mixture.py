@@ -82,7 +82,7 @@ def open_samples(section: Any, name: str, kind: Kind, seed: int, unpaired: bool 
     """
     if not section.get("mixture", ()):
         share = (section.get("fraction", None), None)
-        return _all([_open(section, name, kind, unpaired)], [_checked(share, name)], [section.get("seed", None) or seed], name)
+        return _all([_open(section, name, kind, unpaired)], [_checked(share, name)], [_seed(section, seed)], name)
     if section.path:
         raise UserError(f"config.{name}.path and config.{name}.mixture are both set; put the path into the mixture.")
     sections = [_section(entry, section, f"{name}.mixture[{i}]") for i, entry in enumerate(section.mixture)]
@@ -91,7 +91,7 @@ def open_samples(section: Any, name: str, kind: Kind, seed: int, unpaired: bool 
     if len({weight is None for _, weight in shares}) > 1:
         raise UserError(f"config.{name}.mixture: some datasets have a weight and some have none; give all of them one, or none.")
     parts = [_open(one, where, kind, unpaired) for one, where in zip(sections, names)]
-    seeds = [seed + i if one.get("seed", None) is None else one.seed for i, one in enumerate(sections)]
+    seeds = [_seed(one, seed + i) for i, one in enumerate(sections)]
     return _all(parts, shares, seeds, name)
 
 
@@ -109,6 +109,11 @@ def _section(entry: Any, default: Any, where: str) -> Any:
         raise UserError(f"config.{where} has no path; every dataset of a mixture needs one.")
     whole = {key: value for key, value in default.to_dict().items() if key != "mixture"}
     return ConfigDict({**whole, "weight": None, **entry}, type_safe=False)
+
+
+def _seed(section: Any, default: int) -> int:
+    """The section's own seed, 0 included, else the default."""
+    return default if section.get("seed", None) is None else section.seed
 
 
 def _checked(share: tuple[float | None, float | None], where: str) -> tuple[float | None, float | None]:

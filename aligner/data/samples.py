@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MEDIA = ("image", "audio", "video")
+PARTS = ("good", "bad", "pair")  # fields of samples that hold samples
 Text = Any  # a conversation, a string, or a list of parts
 
 
@@ -130,14 +131,15 @@ def check(sample: Any) -> Any:
     Raises:
         Bad: something else stands where a text should.
     """
-    for name in ("prompt", "conversation", "chosen", "rejected", "completion", "text"):
+    for name in ("prompt", "conversation", "chosen", "rejected", "completion", "text", "gold"):
         if hasattr(sample, name):
             _check_text(getattr(sample, name), name)
-    for text in getattr(sample, "completions", ()):
-        _check_text(text, "completions")
-    if isinstance(sample, TwoSided):
-        check(sample.good)
-        check(sample.bad)
+    for name in ("completions", "steps"):
+        for text in getattr(sample, name, ()):
+            _check_text(text, name)
+    for name in PARTS:
+        if hasattr(sample, name):
+            check(getattr(sample, name))
     return sample
 
 
@@ -202,7 +204,8 @@ def as_preference(sample: Any) -> Preference:
         Bad: the sample holds no pair, an answer is empty, or both answers are the same.
     """
     if isinstance(sample, Ranked):
-        sample = Preference(sample.prompt, as_ranked(sample).completions[0], sample.completions[-1], template=sample.template)
+        sample = as_ranked(sample)
+        sample = Preference(sample.prompt, sample.completions[0], sample.completions[-1], template=sample.template)
     if not isinstance(sample, Preference):
         raise Bad("not a pair", f"the formatter returned a {type(sample).__name__}, not a Preference or Ranked")
     for name in ("chosen", "rejected"):
@@ -214,10 +217,10 @@ def as_preference(sample: Any) -> Preference:
 
 
 def as_ranked(sample: Any) -> Ranked:
-    """The ranking in a sample: a Ranked as it is, a Preference as one of two.
+    """The ranking in a sample: a Ranked, best first; a Preference as one of two.
 
     Raises:
-        Bad: fewer than two answers, one is empty, or two are the same.
+        Bad: fewer than two answers, one is empty, two are the same, or the scores of all are.
     """
     if isinstance(sample, Preference):
         sample = Ranked(sample.prompt, (sample.chosen, sample.rejected), template=sample.template)
@@ -230,7 +233,23 @@ def as_ranked(sample: Any) -> Ranked:
         raise Bad("empty answer", f"answer {next(i for i, answer in enumerate(answers, start=1) if is_blank(answer))} is empty")
     if any(answer in answers[:i] for i, answer in enumerate(answers)):
         raise Bad("answers are equal", "two of the ranked answers are the same")
+    sample = best_first(sample)
+    if sample.scores and sample.scores[0] == sample.scores[-1]:
+        raise Bad("tie", f"all {len(answers)} answers have the score {sample.scores[0]}: none is better")
     return sample
+
+
+def best_first(sample: Ranked) -> Ranked:
+    """Its answers by their scores, where it has scores; they may come in any order.
+
+    Raises:
+        Bad: the scores are not one finite number for each answer.
+    """
+    if not sample.scores:
+        return sample
+    order = sorted(range(len(as_scored(sample).scores)), key=lambda i: -sample.scores[i])
+    pick = lambda values: tuple(values[i] for i in order)
+    return dataclasses.replace(sample, completions=pick(sample.completions), scores=pick(sample.scores))
 
 
 def as_two_sided(sample: Any) -> TwoSided:
@@ -306,7 +325,7 @@ def as_supervised(sample: Any) -> Supervised:
         Bad: the sample holds neither, or nothing but white space.
     """
     if isinstance(sample, Ranked) and sample.completions:
-        sample = Supervised(sample.completions[0], sample.prompt, sample.template)
+        sample = Supervised(best_first(sample).completions[0], sample.prompt, sample.template)
     if isinstance(sample, Preference):
         sample = Supervised(sample.chosen, sample.prompt, sample.template)
     if isinstance(sample, Document):

@@ -5,20 +5,26 @@ import pytest
 from aligner.data.by_columns import question
 from aligner.data.formatters import find_formatter, place_images, split_prompt
 from aligner.data.kinds import ENCODERS
+from aligner.data.mixture import open_samples
 from aligner.data.samples import (
     Bad,
     Document,
     Preference,
     Ranked,
+    Stepwise,
     Supervised,
     Triple,
+    TwoSided,
     Unpaired,
     as_preference,
     as_ranked,
     as_supervised,
+    as_triple,
+    check,
     unpair,
 )
 from aligner.types import UserError
+from tests.data import tiny
 
 
 def user(content):
@@ -274,6 +280,86 @@ def test_samples_from_others():
     for other in (Unpaired("p", "c", True), None):
         with pytest.raises(Bad, match="nothing to imitate"):
             as_supervised(other)
+
+
+def test_scores_decide_whatever_the_order_and_ties_are_no_pair():
+    """A formatter of a user's may give answers in any order."""
+    ranking = Ranked("p", ("a", "b", "c"), (1.0, 3.0, 2.0))
+    assert as_ranked(ranking).completions == ("b", "c", "a") and as_ranked(ranking).scores == (3.0, 2.0, 1.0)
+    assert as_preference(ranking) == Preference("p", "b", "a") and as_supervised(ranking) == Supervised("b", "p")
+    for scores, reason in (((2.0, 2.0), "tie: all 2 answers have the score 2.0"), ((1.0, float("nan")), "not finite"), ((1.0,), "1 scores for 2")):
+        with pytest.raises(Bad, match=reason):
+            as_preference(Ranked("p", ("a", "b"), scores))
+    row = {"prompt": "q", "completions": ["a", "b"], "scores": [4, 4]}
+    with pytest.raises(Bad, match="tie"):
+        as_preference(sample(row, "preference")[1])
+
+
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+def test_options_reach_the_samples_within_a_sample():
+    """Tools of rows for TPO and SSO are not lost."""
+    talk = lambda answer: [user("q"), assistant(answer)]
+    row = {"chosen": talk("a"), "rejected": talk("b"), "reference": talk("c"), "tools": TOOLS}
+    assert find_formatter("tpo", [*row], "data.train", (Triple,))[1](row).pair.template == {"tools": TOOLS}
+    row = {"p_system": "+", "n_system": "-", "chosen": talk("a"), "rejected": talk("b"), "raw": talk("c"), "tools": TOOLS}
+    found = find_formatter("sso", [*row], "data.train", (TwoSided,), {"thinking": False})[1](row)
+    assert found.good.template == found.bad.template == {"thinking": False, "tools": TOOLS}
+    model = tiny.text_model("{{ tools | length }}" + tiny.CHATML)
+    triple = as_triple(Triple(Preference([user("q")], [assistant("a")], [assistant("b")], template={"tools": TOOLS}), [assistant("c")]))
+    encoded = ENCODERS["triple"].encode(triple, model, {})
+    assert model.assets.tokenizer.decode(encoded.prompt).startswith("1")
+
+
+def test_options_that_are_not_the_templates():
+    row = {"prompt": [user("q")], "chosen": "a", "rejected": "b", "chat_template_kwargs": {"add_generation_prompt": True}}
+    with pytest.raises(Bad, match="unexpected value: chat_template_kwargs sets add_generation_prompt"):
+        sample(row, "preference")
+    with pytest.raises(UserError, match=r"config.data.train.template sets shown"):
+        find_formatter("auto", ["text"], "data.train", (Document,), {"shown": 1})
+
+
+def test_half_a_character_in_any_part_of_a_sample():
+    for broken in (Triple(Preference("p", "a", "b"), "\ud800"), Triple(Preference("p", "\ud800", "b"), "c"), Stepwise("p", ("\ud800",), (True,))):
+        with pytest.raises(Bad, match="half a character"):
+            check(broken)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (":x", "cannot be imported"),
+        ("nowhere:x", "cannot be imported"),
+        ("math:nothing", "cannot be imported"),
+        ("math:pi", "is a float, no function"),
+        ("fractions:Fraction.x", "cannot be imported"),
+        ("aligner.data.samples:Document", "cannot be imported"),
+    ],
+)
+def test_a_formatter_that_is_none(name, message):
+    with pytest.raises(UserError, match=rf"config.data.train.formatter: {name} {message}"):
+        find_formatter(name, ["text"], "data.train")
+
+
+def test_ids_that_are_numbers_of_another_type():
+    """Tables write whole numbers with a point where one is missing."""
+    row = {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 1.0}
+    assert sample(row, "preference")[1] == Preference([user("q")], [assistant("b")], [assistant("a")])
+    with pytest.raises(Bad, match="tie"):
+        find_formatter("PKUSafeRLHF", [*row], "data.train")[1](row | {"better_response_id": 0.5})
+
+
+def test_a_seed_of_zero_is_a_seed(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"text": "{i}"}}\n' for i in range(50)))
+
+    def taken(own, seed):
+        section = tiny.source(path, fraction=0.2, seed=own)
+        rows = open_samples(section, "data.train", ENCODERS["text"], seed)
+        return [rows.read(i).text for i in range(len(rows))]
+
+    assert taken(0, 7) == taken(0, 8) == taken(None, 0) != taken(None, 7)
 
 
 def test_a_formatter_of_another_kind():
