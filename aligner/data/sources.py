@@ -27,6 +27,7 @@ from aligner.types import UserError
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".array_record", ".txt")
 _TEXTS = (".json", ".jsonl", ".csv", ".tsv", ".txt")  # may also be compressed, with .gz behind
 SAMPLE_BY = ("line", "paragraph", "document")
+csv.field_size_limit(1 << 30)  # of a cell: a document may be longer than Python's 131,072 characters
 _SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "eval")
 
 
@@ -333,10 +334,10 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3:
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3 and value.shape[-1] in (1, 3, 4):
         from PIL import Image
 
-        return Image.fromarray(value)
+        return Image.fromarray(value.squeeze(-1) if value.shape[-1] == 1 else value)  # greys have a channel too
     if isinstance(value, (np.ndarray, np.generic)):
         return _plain(value.tolist())
     if isinstance(value, bytes):
@@ -349,54 +350,77 @@ def _plain(value: Any) -> Any:
 
 def _hub(source: Any, name: str) -> Rows:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
-    streaming = source.get("streaming", False)
+    load = lambda **options: load_dataset(source.path, name=source.subset, split=source.split, **options)
     try:
-        data = load_dataset(source.path, name=source.subset, split=source.split, **({"streaming": True} if streaming else {}))
-        data = _spooled(data, source) if streaming else data
+        data = _spooled(lambda: load(streaming=True), source) if source.get("streaming", False) else load()
     except UserError:
         raise
     except Exception as error:  # offline, unknown id, unknown split or subset: `datasets` says which
+        error = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         raise UserError(
             f"config.{name}.path: {source.path} is no file or folder here{_nearest(Path(source.path))}, "
             f"and as a Hub dataset (subset {source.subset}, split {source.split}) it cannot be loaded: {_first_line(error)}"
         ) from None
     rows = _datasets(data, Path.cwd(), f"{source.path} ({source.split})")
 
-    def with_bytes(value: Any) -> Any:
-        # The Hub's image folders give paths into the download cache, outside of any image folder: read them here.
-        if isinstance(value, dict) and value.keys() == {"bytes", "path"} and value["bytes"] is None and value["path"]:
-            return {"bytes": Path(value["path"]).read_bytes(), "path": value["path"]}
-        return [with_bytes(item) for item in value] if isinstance(value, list) else value
-
-    return dataclasses.replace(rows, read=lambda index: {key: with_bytes(value) for key, value in rows.read(index).items()})
+    return dataclasses.replace(rows, read=lambda index: {key: _with_bytes(value) for key, value in rows.read(index).items()})
 
 
-def _spooled(stream: Any, source: Any) -> Any:
-    """The first rows of a stream, written once to an Arrow file in the cache of `datasets`: only what is used is downloaded."""
+def _with_bytes(value: Any) -> Any:
+    """The value with its encoded media: some datasets give paths, into the download cache or on the Hub, outside of any image folder."""
+    from datasets.utils.file_utils import xopen
+
+    if isinstance(value, dict) and value.keys() == {"bytes", "path"} and value["bytes"] is None and value["path"]:
+        with contextlib.suppress(OSError), xopen(value["path"], "rb") as file:  # else the row is dropped where its media are opened
+            return {"bytes": file.read(), "path": value["path"]}
+    return [_with_bytes(item) for item in value] if isinstance(value, list) else value
+
+
+def _spooled(open_stream: Callable[[], Any], source: Any) -> Any:
+    """The first rows of a stream, written once to an Arrow file in the cache of `datasets`: only what is used is downloaded, and what has
+    been downloaded opens offline."""
     import datasets
 
     words = json.dumps([source.path, source.subset, source.split, source.size])
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "aligner" / hashlib.sha256(words.encode()).hexdigest()[:16]
     if not folder.exists():
+        stream = _encoded(open_stream())
         rows = stream if source.size is None else stream.take(source.size)
+        whole = lambda: ({key: _with_bytes(value) for key, value in row.items()} for row in rows)
+        features = stream.features and datasets.Features({key: _as_file(feature) for key, feature in stream.features.items()})
         part = folder.with_name(f"{folder.name}.{os.getpid()}")
-        datasets.Dataset.from_generator(lambda: iter(rows), features=stream.features).save_to_disk(part)
+        datasets.Dataset.from_generator(whole, features=features).save_to_disk(part)
         with contextlib.suppress(OSError):  # another process was first
             os.rename(part, folder)
     return datasets.load_from_disk(folder)
 
 
 def _datasets(data: Any, folder: Path, description: str) -> Rows:
-    """Rows of a `datasets.Dataset`, media left encoded: they are decoded once, by `aligner.data.modalities`."""
+    """Rows of a `datasets.Dataset`, media left encoded."""
+    data = _encoded(data)
+    return Rows(lambda index: data[index], len(data), folder, description, f"datasets:{data._fingerprint}")
+
+
+def _as_file(feature: Any) -> Any:
+    """What holds encoded media; `datasets` wants PyTorch to write sounds as what they are."""
+    from datasets import Audio, Image, List, Value, Video
+
+    file, item = {"bytes": Value("binary"), "path": Value("string")}, getattr(feature, "feature", feature)
+    return feature if not isinstance(item, (Audio, Image, Video)) else file if item is feature else List(file)
+
+
+def _encoded(data: Any) -> Any:
+    """A `datasets.Dataset` or stream whose media stay encoded: they are decoded once, by `aligner.data.modalities`."""
     from datasets import Audio, Image, List, Video
 
-    for column, feature in data.features.items():
+    for column, feature in (data.features or {}).items():
         item = getattr(feature, "feature", feature)
         if isinstance(item, (Audio, Image, Video)):
             encoded = dataclasses.replace(item, decode=False)
             data = data.cast_column(column, encoded if item is feature else List(encoded))
-    return Rows(lambda index: data[index], len(data), folder, description, f"datasets:{data._fingerprint}")
+    return data
 
 
 def _first_line(error: Exception) -> str:

@@ -170,6 +170,11 @@ def test_tables(tmp_path):
         open_rows(source(tmp_path / "d.jsonl.gz"))
 
 
+def test_a_long_document_in_a_table(tmp_path):
+    (tmp_path / "a.csv").write_text(f"text\n{'word ' * 40_000}\n")
+    assert len(open_rows(source(tmp_path / "a.csv"))[0]["text"]) == 200_000
+
+
 def test_array_records(tmp_path, monkeypatch):
     write_records(tmp_path / "a.array_record", [b"{", b"3"])
     rows = open_rows(source(tmp_path / "a.array_record"))
@@ -187,6 +192,10 @@ def test_tensorflow_datasets(monkeypatch):
     fake = SimpleNamespace(data_source=lambda name, **options: asked.append((name, options)) or [example])
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", fake)
     rows = open_rows(source("tfds:some_set/config:1.0.0@/data", split="train[:5]"))
+    example["grey"] = np.zeros((2, 3, 1), np.uint8)
+    example["mask"] = np.zeros((1, 1, 2), np.uint8)
+    assert rows[0]["grey"].mode == "L" and rows[0]["grey"].size == (3, 2) and rows[0]["mask"] == [[[0, 0]]]
+    del example["grey"], example["mask"]
     image = rows[0].pop("image")
     assert rows[0] | {"image": None} == {"question": "q", "ids": [0, 1], "image": None, "raw": b"\xff", "nested": {"n": 3}}
     assert image.size == (3, 2)
@@ -214,6 +223,27 @@ def test_the_first_rows_of_a_stream(tmp_path, monkeypatch):
         rows = open_rows(source("owner/set", streaming=True, size=5))
         assert [rows[i]["prompt"] for i in range(len(rows))] == [f"q{i}" for i in range(5)]
     assert len(read) < 20, "read once, and no more than asked for"
+
+    def offline(*args, **options):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    assert len(open_rows(source("owner/set", streaming=True, size=5))) == 5, "what is here needs no network"
+    with pytest.raises(UserError, match="cannot be loaded: offline"):
+        open_rows(source("owner/set", streaming=True, size=6))
+
+
+def test_pictures_of_a_stream_stay_encoded(tmp_path, monkeypatch):
+    import datasets
+
+    (tmp_path / "a.png").write_bytes(b"no image")
+    features = datasets.Features({"image": datasets.Image(), "sound": datasets.Audio(), "images": datasets.List(datasets.Image())})
+    file, named = {"bytes": b"no image", "path": None}, {"bytes": None, "path": str(tmp_path / "a.png")}
+    table = datasets.Dataset.from_list([{"image": named, "sound": file, "images": [file, named]}]).cast(features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: table.to_iterable_dataset())
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    row = open_rows(source("owner/set", streaming=True))[0]
+    assert [one["bytes"] for one in (row["image"], row["sound"], *row["images"])] == [b"no image"] * 4
 
 
 def test_what_is_odd_in_a_file_is_told(tmp_path):
