@@ -20,10 +20,10 @@ import numpy as np
 
 from aligner.commandline import check_out
 from aligner.data import filters, formatters, sources
-from aligner.data.samples import Bad, Document, Preference, Prompt, Ranked, Supervised, Unpaired
+from aligner.data.samples import Bad, Document, Preference, Prompt, Ranked, Stepwise, Supervised, Triple, TwoSided, Unpaired
 from aligner.types import UserError
 
-TAKES = (Preference, Ranked, Unpaired, Supervised, Prompt, Document)
+TAKES = (Preference, Ranked, Unpaired, Supervised, Prompt, Document, Stepwise, Triple, TwoSided)
 
 
 def parser() -> argparse.ArgumentParser:

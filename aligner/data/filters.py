@@ -13,14 +13,30 @@ from typing import Any
 
 import numpy as np
 
-from aligner.data.samples import Document, Preference, Prompt, Ranked, Stepwise, Supervised, Unpaired, is_conversation, parts_of
+from aligner.data.samples import (
+    Bad,
+    Document,
+    Preference,
+    Prompt,
+    Ranked,
+    Stepwise,
+    Supervised,
+    Triple,
+    TwoSided,
+    Unpaired,
+    best_first,
+    is_conversation,
+    parts_of,
+)
 
 _PRIME = (1 << 31) - 1
+_ALONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff"  # Chinese and Japanese characters: no spaces part their words
+_WORD = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+")
 
 
 def words_of(text: str) -> list[str]:
-    """Words in lower case, without punctuation; what duplicates and overlaps are judged by."""
-    return re.findall(r"\w+", text.lower())
+    """Words in lower case, without punctuation, each Chinese or Japanese character one; what duplicates and overlaps are judged by."""
+    return _WORD.findall(text.lower())
 
 
 def plain(text: Any) -> str:
@@ -49,6 +65,11 @@ def texts_of(sample: Any) -> tuple[str, str]:
             return plain(sample.prompt), ""
         case Stepwise():
             return plain(sample.prompt), "\n".join(sample.steps)
+        case Triple(pair=pair, gold=gold):
+            asked, answered = texts_of(pair)
+            return asked, f"{answered}\n{plain(gold)}"
+        case TwoSided(good=good, bad=bad):
+            return tuple(map("\n".join, zip(texts_of(good), texts_of(bad))))
     raise TypeError(f"no sample: {type(sample).__name__}")
 
 
@@ -102,11 +123,9 @@ def ngrams(words: Sequence[str], size: int) -> set[str]:
 
 def without_words(texts: Iterable[str], words: Iterable[str]) -> np.ndarray:
     """Keep texts in which none of the words or phrases stands, in any case, as whole words."""
-    phrases = [r"\W+".join(map(re.escape, words_of(word))) for word in words if words_of(word)]
-    if not phrases:
-        return np.array([True for _ in texts], bool)
-    pattern = re.compile(rf"\b(?:{'|'.join(phrases)})\b", re.IGNORECASE)
-    return np.array([pattern.search(text) is None for text in texts], bool)
+    padded = lambda words: f" {' '.join(words)} "
+    phrases = [padded(found) for word in words if (found := words_of(word))]
+    return np.array([not any(phrase in text for phrase in phrases) for text in (padded(words_of(text)) for text in texts)], bool)
 
 
 def mostly_ascii(texts: Iterable[str], most: float = 0.05) -> np.ndarray:
@@ -129,10 +148,13 @@ def not_in(texts: Iterable[str], benchmark: Iterable[str], size: int = 13) -> np
 
 
 def pair_of(sample: Ranked, least: float = 0.0) -> Preference | None:
-    """The best and the worst of scored answers; None where they do not differ by more than `least`."""
-    if len(sample.scores) < 2 or sample.scores[0] - sample.scores[-1] <= least:
+    """The best and the worst of scored answers; None where they do not differ by more than `least` or have no scores."""
+    try:
+        sample = best_first(sample)
+    except Bad:
         return None
-    margin = sample.scores[0] - sample.scores[-1]
+    if len(sample.scores) < 2 or (margin := sample.scores[0] - sample.scores[-1]) <= least:
+        return None
     return Preference(sample.prompt, sample.completions[0], sample.completions[-1], margin, template=sample.template)
 
 

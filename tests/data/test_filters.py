@@ -34,7 +34,17 @@ def test_words_scripts_and_benchmarks():
     assert filters.not_in(texts, [question, "What is two plus two?"]).tolist() == [False, True, False, False]
 
 
+def test_characters_are_words_where_no_spaces_part_them():
+    assert filters.words_of("这是猫 and カフェ2") == ["这", "是", "猫", "and", "カ", "フ", "ェ", "2"]
+    texts = ["我是ChatGPT。", "这是一只猫", "猫和狗在房子里一起睡觉", "昨天猫和狗在房子里一起睡觉了"]
+    assert filters.without_words(texts, ["chatgpt", "一只猫"]).tolist() == [False, False, True, True]
+    assert filters.not_in(texts, [texts[2]], 11).tolist() == [True, True, False, False]
+    assert filters.first_of_similar(texts, 0.6).tolist() == [True, True, True, False]
+
+
 def test_pairs_of_scored_answers():
+    assert filters.pair_of(Ranked("p", ("a", "b"), (1.0, 2.0))).chosen == "b"
+    assert filters.pair_of(Ranked("p", ("a", "b"))) is None and filters.pair_of(Ranked("p", ("a", "b"), (1.0, float("nan")))) is None
     pair = filters.pair_of(Ranked("p", ("a", "b", "c"), (3.0, 2.0, 1.0)))
     assert (pair.chosen, pair.rejected, pair.margin) == ("a", "c", 2.0)
     assert filters.pair_of(Ranked("p", ("a", "b"), (1.0, 1.0))) is None and filters.pair_of(Ranked("p", ("a", "b"), (2.0, 1.0)), 1.0) is None
@@ -69,6 +79,19 @@ def test_the_command(tmp_path, capsys):
     assert [json.loads(line) for line in out.read_text().splitlines()] == [rows[0], rows[6]]
     assert main(command) == 2 and "is there already" in capsys.readouterr().err
     assert main([str(tmp_path / "rows.jsonl")]) == 2 and "nothing to do" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "asked"),
+    [
+        ({"prompt": "1 + 1", "completions": ["one", "and one"], "labels": [True, False]}, "Stepwise", 2),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "reference": "the gold one"}, "Triple", 1),
+    ],
+)
+def test_the_command_reads_every_type_of_sample(row, kind, asked, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    assert main([str(tmp_path / "rows.jsonl"), "--stats"]) == 0
+    assert f'samples: {{"{kind}": 1}}' in (told := capsys.readouterr().out) and f'words asked: {{"least": {asked},' in told
 
 
 def test_the_command_makes_pairs(tmp_path, capsys):
