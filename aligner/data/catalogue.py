@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +86,7 @@ NAMED = {
     "glm4": Roles(("<|user|>\n", ""), "<|assistant|>\n", **_GLM, tool=("<|observation|>\n", "")),
     "intern": Roles(("<|User|>:", "\n"), "<|Bot|>:", "<eoa>", ("<|System|>:", "\n"), start="{bos}", gap="\n"),
     "intern2": _chatml(start="{bos}"),
+    "internlm2": _chatml(start="{bos}"),
     "llama2": Roles(("{bos}[INST] ", " [/INST]"), "", " {eos}", SYS, merged=True),
     "llama2_hf": Roles(("{bos}[INST] ", " [/INST]"), "", " {eos}", SYS, merged=True, lead=" "),
     "llama2_zh": Roles(("{bos}[INST] ", " [/INST]"), "", " {eos}", SYS, "You are a helpful assistant. 你是一个乐于助人的助手。",
@@ -167,8 +169,9 @@ def find(value: str, key: str) -> str:
     Raises:
         UserError: neither.
     """
-    if value in NAMED:
-        return template(value)
+    bare = lambda name: re.sub("[-_.]", "", name.lower())
+    if named := next((name for name in NAMED if bare(name) == bare(value)), None):
+        return template(named)
     if "{%" in value or "{{" in value:
         return value
     if Path(value).expanduser().is_file():

@@ -250,7 +250,7 @@ def _rendered(conversation: list[dict], assets: Any, marks: bool, options: Mappi
         return found
     except TemplateSyntaxError as error:
         raise UserError(f"the chat template is no Jinja, line {error.lineno}: {error.message}; set config.data.chat_template.") from None
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise Bad("chat template", f"the chat template refuses the conversation: {error}") from error
 
 

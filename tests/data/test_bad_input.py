@@ -67,6 +67,7 @@ def test_a_template_that_fails_to_render(tmp_path):
     path = write(tmp_path, {"prompt": [{"role": "user", "content": "q"}], "chosen": "a", "rejected": "b"})
     refuses = "{{ raise_exception('no users here') }}"
     assert "the chat template refuses the conversation: no users here" in told(path, tiny.text_model(refuses))
+    assert "refuses the conversation: integer division or modulo by zero" in told(path, tiny.text_model("{{ 1 // 0 }}"))
     assert "line 1: " in told(path, tiny.text_model("{% for %}")) and "config.data.chat_template" in told(path, tiny.text_model("{% for %}"))
 
 
@@ -78,4 +79,4 @@ def test_mixed_schemas(tmp_path):
 
 def test_sounds_for_a_model_that_hears_nothing(tmp_path):
     rows = {"messages": [{"role": "user", "content": "<audio>what?"}, {"role": "assistant", "content": "a"}], "audios": ["a.wav"]}
-    assert "row 0 of" in (sentence := told(write(tmp_path, rows), needs="supervised")) and "holds audio or video" in sentence
+    assert "row 0 of" in (sentence := told(write(tmp_path, rows), needs="supervised")) and "holds an audio" in sentence

@@ -87,6 +87,11 @@ def test_the_order_of_templates(tmp_path):
         find("zephir", "data.chat_template")
 
 
+@pytest.mark.parametrize(("written", "name"), [("llama-3", "llama3"), ("GLM-4", "glm4"), ("DeepSeek-V3", "deepseek_v3"), ("internlm2", "intern2")])
+def test_names_as_people_write_them(written, name):
+    assert render([SYSTEM, *TALK], tiny.text_model(find(written, "data.chat_template")).assets) == EXPECTED[name]
+
+
 def test_a_broken_template_is_named():
     with pytest.raises(UserError, match="the chat template is no Jinja, line 1: "):
         render(TALK, tiny.text_model("{% if %}").assets)
