@@ -13,7 +13,7 @@ import html
 import io
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bott
 .trained3 { background: #c9d8f5 } .untrained { background: #eee; color: #888 } .media { background: #d9d2f2 }
 .note { color: #666; font-size: .9em }
 img { image-rendering: pixelated; max-height: 14rem; min-height: 6rem; max-width: 100%; margin: .3rem .5rem .3rem 0 }
-table { border-collapse: collapse } td, th { text-align: left; padding: .15rem .8rem .15rem 0 } .bar { background: #7aa6d8; height: .8rem }
+table { border-collapse: collapse; margin: 1rem 0 } td, th { text-align: left; padding: .15rem .8rem .15rem 0 } .bar { background: #7aa6d8; height: .8rem }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; white-space: pre-wrap }
 """
 LEGEND = (
@@ -48,7 +48,7 @@ LEGEND = (
 )
 
 
-def page(config: Any, model: Model, datasets: Iterable[Any], rows: int) -> str:
+def page(config: Any, model: Model, datasets: Iterable[Any], rows: int, names: Sequence[str] = ()) -> str:
     """The whole page as HTML text; it loads nothing from anywhere.
 
     Args:
@@ -56,6 +56,7 @@ def page(config: Any, model: Model, datasets: Iterable[Any], rows: int) -> str:
         model: for its assets and media sizes.
         datasets: from `aligner.data.loader.load_dataset`.
         rows: how many rows of each to show, evenly spaced.
+        names: what the answers of an example are called, such as chosen and rejected.
     """
     from aligner.data.templates import chat_template
 
@@ -66,7 +67,7 @@ def page(config: Any, model: Model, datasets: Iterable[Any], rows: int) -> str:
         parts.append(drops(dataset))
         shown = [dataset.row(int(i)) for i in np.linspace(0, dataset.size - 1, min(rows, dataset.size))]
         parts.append(histogram(dataset))
-        parts += [show_row(row, model) for row in shown]
+        parts += [show_row(row, model, names) for row in shown]
     template = chat_template(model.assets)
     parts.append("<h2>Chat template</h2><pre>" + html.escape(template or "none: raw text") + "</pre>")
     title = html.escape(f"aligner preview: {config.model.path}")
@@ -106,7 +107,7 @@ def histogram(dataset: Any, bins: int = 16) -> str:
     return f"<table><tr><th>tokens of a row</th><th>rows</th><th></th></tr>{lines}</table>{note}"
 
 
-def show_row(row: Mapping[str, np.ndarray], model: Model) -> str:
+def show_row(row: Mapping[str, np.ndarray], model: Model, names: Sequence[str] = ()) -> str:
     """One row: its images, then for each segment the prompt and its answers side by side."""
     pictures = "".join(map(picture, stills(row, model))) if "pixel_values" in row else ""
     # the columns whose token is trained: the one after a scored position in the same answer, or the first of an answer
@@ -121,7 +122,8 @@ def show_row(row: Mapping[str, np.ndarray], model: Model) -> str:
         answers = [here & (row["role"] == role) for role in roles]
         shared = common_start([row["tokens"][columns] for columns in answers])
         texts = [tokens_html(row, columns, trained, model, shared) for columns in answers]
-        cells = [f"<div><h3>answer {role}</h3>{text}</div>" for role, text in zip(roles, texts)]
+        named = [names[role - 1] if role <= len(names) else f"answer {role}" for role in roles]
+        cells = [f"<div><h3>{name}</h3>{text}</div>" for name, text in zip(named, texts)]
         blocks.append(f'<h3>prompt{of(segment)}</h3>{prompt}<div class="answers">{"".join(cells)}</div>')
     used, scored = int((row["segment_ids"] > 0).sum()), int((row["score_segment"] > 0).sum())
     ids = ", ".join(str(i) for i in row["example_id"] if i >= 0)
@@ -225,6 +227,7 @@ def main(argv: list[str]) -> None:
     from aligner.console import say
     from aligner.data import loader
     from aligner.data.catalogue import with_template
+    from aligner.data.kinds import ENCODERS
     from aligner.main import CONFIG, WORKDIR
     from aligner.run import call_setup, eval_splits
 
@@ -243,7 +246,7 @@ def main(argv: list[str]) -> None:
     datasets = [loader.load_dataset(config, split, model, needs) for split in ("train", *eval_splits(config).values())]
     for dataset in datasets:
         say(*dataset.report)
-    out.write_text(page(config, model, datasets, ROWS.value), encoding="utf-8")
+    out.write_text(page(config, model, datasets, ROWS.value, ENCODERS[needs].names), encoding="utf-8")
     print(f"{out}: {len(datasets)} datasets, {ROWS.value} rows each; open it in a browser")
 
 

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from aligner import preview
 from aligner.convert import model_from_folder
+from aligner.data.kinds import ENCODERS
 from aligner.data.loader import load_dataset
 from tests.data import tiny
 from tests.models import vision_folders
@@ -26,7 +27,8 @@ def test_a_page(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = tiny.text_model()
     dataset = load_dataset(tiny.config(path), "train", model, progress=False)
-    shown = preview.page(ConfigDict({"model": {"path": "some/model"}}), model, [dataset], rows=2)
+    shown = preview.page(ConfigDict({"model": {"path": "some/model"}}), model, [dataset], rows=2, names=ENCODERS["preference"].names)
+    assert shown.count("<h3>chosen</h3>") == shown.count("<h3>rejected</h3>") == 2 and "<h3>answer" not in shown
     assert "6 of 8 rows kept" in shown and shown.count('<div class="row">') == 2
     assert "answers are equal" in shown and "p &lt;b&gt;" in shown and "<b>" not in shown.replace("&lt;b&gt;", "")
     assert f"6 rows, {dataset.fill:.1%} of their {dataset.shape[0]} columns are filled" in shown
