@@ -20,6 +20,7 @@ from aligner import algorithms, convert, lora, optim, quant, sharding, state
 from aligner.convert import peft
 from aligner.data.kinds import ANSWERS, ENCODERS
 from aligner.data.layout import empty_row
+from aligner.models import attention
 from aligner.train_step import jit_train_step
 from aligner.types import Algorithm, Model, Params, UserError
 
@@ -43,6 +44,7 @@ class Step(NamedTuple):
     batch: dict[str, jax.ShapeDtypeStruct]
     params: Params
     mesh: Mesh
+    attention: str
 
 
 class TooLarge(Exception):
@@ -119,7 +121,8 @@ def make_step(config: Any, model: Model, devices: list[Any], row: Row) -> Step:
     optimizer = optim.make_optimizer(config.optim, schedule, model.trained_layers)
     train_state = state.abstract_create(trainable, optimizer, algorithm.carry, mesh, own_reference=algorithm.sync is not None)
     program = jit_train_step(config, algorithm, optimizer, schedule, train_state, mesh)
-    return Step(program, train_state, fixed, abstract_batch(config, model, algorithm, params, row, mesh), params, mesh)
+    backend = attention.chosen(mesh, config.model.attention)
+    return Step(program, train_state, fixed, abstract_batch(config, model, algorithm, params, row, mesh), params, mesh, backend)
 
 
 def abstract_batch(config: Any, model: Model, algorithm: Algorithm, params: Params, row: Row, mesh: Mesh) -> dict:
@@ -147,7 +150,7 @@ def compile_step(step: Step) -> Any:
         TooLarge: the compiler says that it needs more than the chip has.
     """
     try:
-        with jax.set_mesh(step.mesh):
+        with jax.set_mesh(step.mesh), attention.BACKEND(step.attention):
             return step.program.lower(step.state, step.fixed, step.batch).compile()
     except jax.errors.JaxRuntimeError as error:
         if sizes := re.search(r"Used ([\d.]+)([KMGT])[^ ]* of ([\d.]+)([KMGT])", str(error)):

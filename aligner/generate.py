@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> Path:
     from aligner.data import formatters, loader, sources
     from aligner.generation import engine as engines
     from aligner.generation import sampling
+    from aligner.models import attention
     from aligner.rl.reward_model import make_reward_model
 
     out = Path(args.out)
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> Path:
     mesh = sharding.make_mesh({"data": -1, "fsdp": args.fsdp})
     width = -(-args.batch_size // mesh.size) * mesh.size
     text = lambda tokens: model.assets.tokenizer.decode(tokens, skip_special_tokens=True)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), attention.BACKEND(attention.chosen(mesh)):
         shardings = sharding.param_shardings(convert.abstract_params(model), model.sharding_rules, mesh)
         engine = engines.make_engine(model, manner, rows=width, dtype=args.dtype, detokenize=text)
         params = engine.prepare(convert.load_params(model, disk, args.dtype, shardings))

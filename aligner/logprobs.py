@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from aligner.losses.distillation import generalized_jsd, generalized_jsd_gradient
 from aligner.losses.partial_distillation import few_tokens_jsd, likeliest
 from aligner.matmul import dot, dot_turned, weight_gradient
+from aligner.sharding import constrain
 from aligner.types import Head
 
 CHUNK_ELEMENTS = 2**26  # logits held at once, per part of the batch: 256 MiB in float32
@@ -149,6 +150,8 @@ def _batch_parts(rows: int) -> int:
 
 def _logits(static: _Static, hidden, weight, bias):
     """Logits of a chunk in float32 or wider: [..., V]."""
+    if hidden.ndim == 3:
+        hidden = constrain(hidden, "batch", "length", None)
     logits = dot_turned(hidden, weight) if static.transposed else dot(hidden, weight, ((hidden.ndim - 1,), (0,)))
     if bias is not None:
         logits = logits + bias

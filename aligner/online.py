@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from aligner import algorithms, checkpoint, convert, lora, metrics, optim, sharding, state, workdir
 from aligner.algorithms import ppo
 from aligner.algorithms.grpo import PENALISED, reference_params
+from aligner.check import check_config
 from aligner.console import progress, say, short, tracing
 from aligner.convert import peft
 from aligner.data import loader
@@ -26,6 +27,7 @@ from aligner.generation.engine import make_engine
 from aligner.generation.sampling import Sampling, stop_tokens
 from aligner.generation.sampling import check as check_sampling
 from aligner.likelihood import cast
+from aligner.models import attention
 from aligner.rl import advantages, mixture, rollouts, table
 from aligner.rl.engines import Local, Server
 from aligner.rl.environments import find_environment
@@ -34,7 +36,6 @@ from aligner.rl.rewards import make_rewards
 from aligner.run import (
     attach,
     call_setup,
-    check_config,
     check_finite,
     exported,
     finish,
@@ -70,6 +71,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     config = workdir.resolve(config, directory)
     c, mesh = config.algorithm, sharding.make_mesh(config.mesh)
     check_config(config, mesh)
+    backend = attention.chosen(mesh, config.model.attention)
     if jax.process_count() > 1:
         raise UserError("online training runs in one process; its devices may be many")
     notes = workdir.check(config, directory)
@@ -109,9 +111,14 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     model.assets.copy_to(directory / workdir.ASSETS)
     workdir.record(config, directory)
     say(f"{model.family}, {c.name}: {steps} steps on {mesh.size} {jax.devices()[0].platform} device{'s' * (mesh.size > 1)}; a rollout of "
-        f"{size} prompts x {c.num_generations} answers serves {updates} of them")  # fmt: skip
+        f"{size} prompts x {c.num_generations} answers serves {updates} of them; attention: {backend}")  # fmt: skip
 
-    with jax.set_mesh(mesh), catch_signals() as check_stop, checkpoint.open_checkpoints(directory, config.checkpoint.keep) as checkpoints:
+    with (
+        jax.set_mesh(mesh),
+        attention.BACKEND(backend),
+        catch_signals() as check_stop,
+        checkpoint.open_checkpoints(directory, config.checkpoint.keep) as checkpoints,
+    ):
         params = load(config, model, disk, mesh, trained)
         if adapters:
             params = attach(config, model, params, adapters, start, mesh)

@@ -73,7 +73,7 @@ def plan(config: Any, devices: list[Any], **row: int | None) -> dict[str, Any]:
         row: tokens, scored, images, examples, as `aligner.ahead.row_of` takes them.
     """
     from aligner import ahead, algorithms, convert
-    from aligner.run import check_config
+    from aligner.check import check_config
     from aligner.sharding import make_mesh
 
     check_config(config, make_mesh(config.mesh, devices))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
-import re
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,12 +14,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from aligner import algorithms, checkpoint, convert, lora, metrics, optim, quant, sharding, state, workdir
+from aligner.check import check_config
 from aligner.console import progress, say, short, tracing
 from aligner.convert import peft
 from aligner.data import loader
 from aligner.data.catalogue import with_template
 from aligner.data.mixture import is_set
 from aligner.likelihood import cast
+from aligner.models import attention
 from aligner.prepare import compute_columns, fingerprint
 from aligner.stopping import Stopped, catch_signals, watchdog
 from aligner.train_step import jit, jit_train_step, make_eval_step
@@ -46,6 +46,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     config = workdir.resolve(config, directory)
     mesh = sharding.make_mesh(config.mesh)
     check_config(config, mesh)
+    backend = attention.chosen(mesh, config.model.attention)
     notes = workdir.check(config, directory)
     if config.setup:
         call_setup(config)
@@ -78,9 +79,15 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))
     count_trained = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
     say(f"{model.family} with {count / 1e6:,.1f} M parameters, {count_trained / 1e6:,.1f} M train; {steps} steps of "
-        f"{config.data.batch_size} examples on {mesh.size} {jax.devices()[0].platform} device{'s' * (mesh.size > 1)}")  # fmt: skip
+        f"{config.data.batch_size} examples on {mesh.size} {jax.devices()[0].platform} device{'s' * (mesh.size > 1)}, "
+        f"attention: {backend}")  # fmt: skip
 
-    with jax.set_mesh(mesh), catch_signals() as check_stop, checkpoint.open_checkpoints(directory, config.checkpoint.keep) as checkpoints:
+    with (
+        jax.set_mesh(mesh),
+        attention.BACKEND(backend),
+        catch_signals() as check_stop,
+        checkpoint.open_checkpoints(directory, config.checkpoint.keep) as checkpoints,
+    ):
         params = load(config, model, disk, mesh, trained)
         if adapters:
             params = attach(config, model, params, adapters, start, mesh)
@@ -214,68 +221,6 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             convert.save(model, exported(model, disk, train_state.trainable, adapters, mesh), Path(directory) / "export")
         finish(config, directory, steps, last, time.monotonic() - started)
     return last
-
-
-# Smallest value of each number that has one.
-AT_LEAST = {
-    1: ("data.batch_size", "data.max_length", "data.pad_to_multiple", "train.steps", "train.accumulate", "train.max_nonfinite",
-        "checkpoint.every", "checkpoint.keep", "log.every"),
-    0: ("data.max_bad_fraction", "data.workers", "optim.learning_rate", "optim.warmup", "optim.weight_decay", "optim.max_grad_norm",
-        "train.eval_every", "train.watchdog", "checkpoint.requeue_code", "profile", "seed"),
-}  # fmt: skip
-
-
-def check_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
-    """What can be known to be wrong from the config alone."""
-    if not config.model.path:
-        raise UserError("config.model.path is empty: give a checkpoint folder or Hub id, --config.model.path=DIR")
-    if not is_set(config.data.train):
-        raise UserError("config.data.train.path is empty: give a file, folder or Hub dataset, --config.data.train.path=rows.jsonl")
-    kinds = ("precomputed", "copy", "base")
-    if config.reference.kind not in kinds:
-        raise UserError(f"config.reference.kind is {config.reference.kind!r}; it must be one of {', '.join(kinds)}")
-    lora.check(config)
-    quant.check(config)
-    if config.reference.kind == "base" and (not config.lora.rank or config.reference.model):
-        other = "config.reference.model is set" if config.lora.rank else "config.lora.rank is 0"
-        raise UserError(f'config.reference.kind is "base", the model with its adapters off, but {other}; use "precomputed" or "copy"')
-    for key in ("dtype", "param_dtype"):
-        if config.model[key] not in ("float32", "bfloat16", "float64"):
-            raise UserError(f"config.model.{key} is {config.model[key]!r}; it must be float32, bfloat16 or float64")
-        if config.model[key] == "float64" and not jax.config.jax_enable_x64:
-            raise UserError(f"config.model.{key} float64 needs the environment variable JAX_ENABLE_X64=1; set it, or choose float32")
-    values = workdir.flat(config.to_dict())
-    for least, keys in AT_LEAST.items():
-        for key in keys:
-            if values[key] is not None and not least <= values[key] < math.inf:
-                raise UserError(f"config.{key} is {values[key]}; it must be at least {least}" + " and finite" * (values[key] == math.inf))
-    if config.train.steps is None and config.train.epochs <= 0:
-        raise UserError(f"config.train.epochs is {config.train.epochs}; it must be above 0 where config.train.steps is not set")
-    if config.checkpoint.requeue_code > 255:
-        raise UserError(f"config.checkpoint.requeue_code is {config.checkpoint.requeue_code}; an exit status is from 0 to 255")
-    if config.data.max_bad_fraction > 1:
-        raise UserError(f"config.data.max_bad_fraction is {config.data.max_bad_fraction}; it is a fraction, from 0 to 1")
-    for group in config.optim.groups:
-        if not (isinstance(group, list | tuple) and len(group) == 2 and isinstance(group[1], Mapping)):
-            pair = '(regex, {"learning_rate": factor, "weight_decay": factor})'
-            raise UserError(f"config.optim.groups holds {group!r}; each must be a pair {pair}")
-    for key, patterns in (("freeze", config.optim.freeze), ("groups", [pattern for pattern, _ in config.optim.groups])):
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError) as error:
-                raise UserError(f"config.optim.{key} has {pattern!r}, which is no regex on tree paths: {error}") from None
-    optim.make_schedule(config.optim, steps=1)
-    from aligner.models.layers import REMAT
-
-    if config.train.remat not in REMAT:
-        raise UserError(f"config.train.remat is {config.train.remat!r}; it must be one of {', '.join(REMAT)}")
-    size, parts, accumulate = config.data.batch_size, sharding.batch_parts(mesh), config.train.accumulate
-    if size % (parts * accumulate):
-        raise UserError(
-            f"config.data.batch_size {size} cannot be divided: config.train.accumulate={accumulate} micro-batches over {parts} parts of "
-            f"the mesh (data x fsdp) need a multiple of {parts * accumulate}"
-        )
 
 
 def check_answers(config: ConfigDict, dataset: loader.Dataset) -> None:

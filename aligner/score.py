@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> Path:
     from aligner.data import loader, sources
     from aligner.data.formatters import find_formatter
     from aligner.data.samples import Preference, Ranked, Supervised, Unpaired
+    from aligner.models import attention
 
     out = Path(args.out)
     by_row.check(args, ("max_length",))
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> Path:
 
     mesh = sharding.make_mesh({"data": -1, "fsdp": args.fsdp})
     size = -(-args.batch_size // mesh.size) * mesh.size
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), attention.BACKEND(attention.chosen(mesh)):
         shardings = sharding.param_shardings(convert.abstract_params(model), model.sharding_rules, mesh)
         params = convert.load_params(model, disk, args.dtype, shardings)
         score = make_score(model, args.kind)

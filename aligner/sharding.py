@@ -12,23 +12,25 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from aligner.types import Params, UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "sequence", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 LOGICAL: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES,
     "layers": None,
-    "embed": "fsdp",
+    "length": "sequence",  # columns of a row, but within attention
+    "embed": ("fsdp", "sequence"),
     "heads": "tensor",
+    "attended": ("tensor", "sequence"),  # heads within attention, which needs whole rows
     "mlp": "tensor",
     "vocab": "tensor",
     "expert": "fsdp",
-    "rows": ("tensor", "fsdp"),  # of a table that is looked up: sharding its width would gather it whole
+    "rows": ("tensor", "fsdp", "sequence"),  # of a table that is looked up: sharding its width would gather it whole
 }
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices` (default: all) with the axes `data, fsdp, tensor`; one size may be -1, "what is left"."""
+    """A mesh over `devices` (default: all) with the axes `data, fsdp, sequence, tensor`; one size may be -1, "what is left"."""
     devices = list(jax.devices() if devices is None else devices)
     shape = [int(sizes.get(axis, 1)) for axis in AXES]
     if any(size == 0 or size < -1 for size in shape) or shape.count(-1) > 1:
@@ -97,7 +99,7 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
 
 
 def per_device(
-    function: Callable[..., jax.Array], into: Sequence[Sequence[str | None]], out: Sequence[str | None], summed: str
+    function: Callable[..., jax.Array], into: Sequence[Sequence[str | None]], out: Sequence[str | None], summed: str | None = None
 ) -> Callable[..., jax.Array]:
     """`function` on every device by itself: on its part of the arguments along their logical axes, gathered along all others.
 
@@ -108,7 +110,7 @@ def per_device(
         function: of arrays, to one array.
         into: logical axes of every argument.
         out: of the result.
-        summed: a logical axis that the function contracts.
+        summed: a logical axis that the function contracts; None where it contracts none.
     """
 
     def run(*arguments: jax.Array) -> jax.Array:
@@ -117,9 +119,10 @@ def per_device(
             return function(*arguments)
         specs = tuple(spec_for(logical, x.shape, mesh) for logical, x in zip(into, arguments, strict=True))
         shape = jax.eval_shape(function, *arguments).shape
-        is_split = any(axis == summed and part for logical, spec in zip(into, specs) for axis, part in zip(logical, spec))
-        local = (lambda *parts: jax.lax.psum(function(*parts), LOGICAL[summed])) if is_split else function
-        return jax.shard_map(local, in_specs=specs, out_specs=spec_for(out, shape, mesh))(*arguments)
+        parts = [part for logical, spec in zip(into, specs) for axis, part in zip(logical, spec) if summed and axis == summed]
+        local = (lambda *parts: jax.lax.psum(function(*parts), LOGICAL[summed])) if any(parts) else function
+        # Pallas' kernels do not say along which axes their results differ, so that it cannot be checked where nothing is summed
+        return jax.shard_map(local, in_specs=specs, out_specs=spec_for(out, shape, mesh), check_vma=summed is not None)(*arguments)
 
     return run
 

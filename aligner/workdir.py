@@ -20,7 +20,9 @@ ASSETS = "assets"
 SOURCE = "source.json"  # which weights the run started from
 
 # On a restart these may differ from what the workdir was started with; they are reported. Anything else is another run.
-MAY_DIFFER = ("mesh", "train.steps", "train.eval_every", "train.watchdog", "checkpoint", "log", "profile", "data.workers")
+MAY_DIFFER = (
+    *("mesh", "model.attention", "train.steps", "train.eval_every", "train.watchdog", "checkpoint", "log", "profile", "data.workers"),
+)
 
 
 def resolve(config: ConfigDict, workdir: str | Path) -> ConfigDict:

@@ -78,7 +78,7 @@ def aligner_step(folder: Path) -> Callable[[], float]:
     from aligner.rl.engines import Local
     from aligner.rl.prompts import Item
     from aligner.rl.rewards import Reward
-    from aligner.train_step import jit, make_train_step
+    from aligner.train_step import jit_train_step
     from configs import common
 
     config = common.base()
@@ -94,7 +94,7 @@ def aligner_step(folder: Path) -> Callable[[], float]:
     optimizer = optim.make_optimizer(config.optim, schedule)
     train_state = state.create(params, optimizer, algorithm.carry, 0, mesh)
     del params
-    step = jit(make_train_step(algorithm, optimizer, dtype="float32", schedule=schedule), donate_argnums=0)
+    step = jit_train_step(config, algorithm, optimizer, schedule, train_state, mesh)
     engine = make_engine(model, Sampling(max_new_tokens=NEW), rows=PROMPTS * ANSWERS)
     writer = rollouts.Writer(Local(engine, jax.random.key(0)), model.assets.tokenizer.decode, [Reward("even", even)], np.ones(1), 60.0)
     item = lambda i, ids: Item(i, as_text(ids), Encoded(ids, ()), Prompt(ids), {})

@@ -223,6 +223,9 @@ def base() -> ConfigDict:
     config.model.dtype = "bfloat16"  # dtype of the computation
     config.model.param_dtype = "float32"  # dtype of the master parameters that train; frozen ones are kept in `dtype`
 
+    # reference: plain; pallas: kernels for TPUs, an error where they cannot do what a model needs; auto: on TPUs those where they can
+    config.model.attention = "auto"
+
     config.reference = ConfigDict()
     # precomputed: log-probabilities once before training (online algorithms: as copy); copy: a frozen copy in memory; base: the base
     # with its adapters off
@@ -302,7 +305,8 @@ def base() -> ConfigDict:
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # -1: all devices that the other axes leave
-    config.mesh.fsdp = 1
+    config.mesh.fsdp = 1  # weights are spread over it
+    config.mesh.sequence = 1  # long rows are cut over it, and weights spread
     config.mesh.tensor = 1
 
     config.checkpoint = ConfigDict()

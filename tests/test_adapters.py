@@ -9,9 +9,9 @@ import optax
 import pytest
 
 from aligner import algorithms, convert, lora, metrics, sharding, state
+from aligner.check import check_config
 from aligner.convert import peft
 from aligner.likelihood import cast, make_likelihood
-from aligner.run import check_config
 from aligner.train_step import jit, make_train_step
 from aligner.types import UserError
 from tests.invariance.step import keep_gradient, one_device, put

@@ -86,7 +86,7 @@ FITTING = [dict(data=8), dict(data=-1), dict(data=-1, fsdp=2, tensor=2), dict(da
 @pytest.mark.parametrize("sizes", FITTING, ids=str)
 def test_make_mesh(sizes):
     mesh = sharding.make_mesh(sizes)
-    assert mesh.axis_names == ("data", "fsdp", "tensor") and mesh.size == 8
+    assert mesh.axis_names == ("data", "fsdp", "sequence", "tensor") and mesh.size == 8
     assert all(mesh.shape[axis] == size for axis, size in sizes.items() if size > 0)
     assert sharding.batch_parts(mesh) == mesh.shape["data"] * mesh.shape["fsdp"]
 

@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from aligner.generation.sampling import Sampling, sample
 from aligner.logprobs import dense_logits
-from aligner.models.decoder import Cache, DecoderConfig, empty_cache
+from aligner.models.cache import Cache, empty_cache
+from aligner.models.decoder import DecoderConfig
 from aligner.models.pictures import blank
 from aligner.types import Batch, Model, Params
 
@@ -94,7 +95,7 @@ def fill(model: Model, params: Params, state: State, batch: Batch, source: Int[A
     """Run prompts and let them take the places of finished rows.
 
     Args:
-        model, params: params may have their layers apart (`aligner.models.decoder.unroll`).
+        model, params: params may have their layers apart (`aligner.models.cache.unroll`).
         state: which rows are finished.
         batch: [U, T] prompts, moved to the right: their last tokens stand in the last column.
         source: for every row of the state the prompt that it takes, -1 to leave it as it is. Samples of one prompt share its pass.

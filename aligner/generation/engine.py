@@ -15,7 +15,7 @@ from aligner.generation import decoding
 from aligner.generation.sampling import Sampling
 from aligner.likelihood import cast
 from aligner.matmul import turn
-from aligner.models.decoder import unroll
+from aligner.models.cache import unroll
 from aligner.models.pictures import Picture, blank, fill, placeholders
 from aligner.train_step import jit
 from aligner.types import Model, Params
@@ -175,14 +175,16 @@ def generate_all(
     return [[found[place, sample] for sample in range(n)] for place in range(len(prompts))]
 
 
-def bucket(size: int) -> int:
-    """The least of 16, 24, 32, 48, 64, 96, .. that is not below `size`: few shapes, of which none is half empty."""
+def bucket(size: int, parts: int = 2) -> int:
+    """The least size from 16 on that is not below `size`, of those that cut every doubling in `parts`: 16, 24, 32, 48, 64, 96, .. in two.
+
+    Few shapes, of which none is filled to less than parts / (parts + 1).
+    """
     power = 16
-    while power < size:
-        if size <= power * 3 // 2:
-            return power * 3 // 2
+    while 2 * power <= size:
         power *= 2
-    return power
+    step = max(1, power // parts)
+    return max(power, -(-size // step) * step)
 
 
 def slot_bucket(slots: int) -> int:

@@ -1,6 +1,7 @@
 """Attention, one entry: `attention(q, k, v, spec)`.
 
-A spec says who sees whom by a few small arrays; only the reference backend turns it into a dense mask.
+A spec says who sees whom by a few small arrays; only the reference backend turns it into a dense mask. Which backend there is, is said
+where a program is built, `with BACKEND("pallas"):`. It is for a decoder's attention among its own columns; all other is the reference's.
 """
 
 from __future__ import annotations
@@ -11,10 +12,17 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from aligner.types import Batch
+from aligner.models.flash import flash
+from aligner.sharding import constrain, per_device
+from aligner.types import Batch, UserError
 
+BACKENDS = ("auto", "reference", "pallas")
+# reference; pallas: the kernels of `aligner.models.flash`, or an error where they cannot do a spec; auto: them where they can
+BACKEND = jax.make_user_context("reference")
 BLOCK, MAX_BLOCKS = 128, 8  # queries that are multiplied with their keys at once, and how many such products there are at most
 
 
@@ -32,6 +40,7 @@ class Spec:
         key_positions: [B, C] of the columns of a cache, -1 where nothing stands; the keys are then those, one text a row, of which a
             query sees all that are not later. None: the keys are the batch's own columns.
         key_media: [B, C], `media` of a cache's columns.
+        window: what `mask` was made with.
         causal: False lets everything in a segment see everything; there are no roles then.
     """
 
@@ -43,6 +52,7 @@ class Spec:
     media: Bool[Array, "B T"] | None = None
     key_positions: Int[Array, "B C"] | None = None
     key_media: Bool[Array, "B C"] | None = None
+    window: Int[Array, ""] | None = None
     causal: bool = struct.field(pytree_node=False, default=True)
     unlimited: bool = struct.field(pytree_node=False, default=False)
 
@@ -56,12 +66,27 @@ def spec_of(batch: Batch) -> Spec:
     return Spec(batch["segment_ids"], batch["role"], batch["positions"])
 
 
+def chosen(mesh: Mesh, wanted: str = "auto") -> str:
+    """What BACKEND is to be for programs on a mesh: with "auto" the kernels where there are TPUs, for which they are.
+
+    Raises:
+        UserError: no such backend, or not on these devices.
+    """
+    platform = mesh.devices.flat[0].platform
+    if wanted not in BACKENDS:
+        raise UserError(f"config.model.attention is {wanted!r}; it must be one of {', '.join(BACKENDS)}")
+    if wanted == "pallas" and platform != "tpu":
+        raise UserError(f"config.model.attention is 'pallas', whose kernels are for TPUs; on this {platform} set 'auto'")
+    return wanted if platform == "tpu" else "reference"
+
+
 def dense(spec: Spec, window: int | None = None) -> Spec:
-    """Fill in the dense mask. Padding (segment 0) sees padding, so that no row of the mask is empty.
+    """Fill in the dense mask and the window. Padding (segment 0) sees padding, so that no row of the mask is empty.
 
     Args:
         window: a key further back than this many positions (not columns) is not visible; None has no limit.
     """
+    spec = spec.replace(window=jnp.asarray(jnp.iinfo(jnp.int32).max if window is None else window, jnp.int32))
     if spec.key_positions is not None:
         distance = spec.positions[:, :, None] - spec.key_positions[:, None, :]
         visible = (spec.key_positions[:, None, :] >= 0) & (distance >= 0)
@@ -120,25 +145,73 @@ def attention(
         q = (q * jnp.asarray(scale, q.dtype)).reshape(batch, length, k.shape[2], groups, width)
         q = q.transpose(0, 2, 3, 1, 4)  # [B,K,G,T,H]: with heads leading the products need no copies of their own
         k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
-        if spec is None:
-            out = _attend(q, k, v, (), None, softcap)
-        else:
-            mask = (spec if spec.mask is not None else dense(spec)).mask
-            keys = spec.positions if spec.key_positions is None else spec.key_positions
-            media = spec.media if spec.key_media is None else spec.key_media
-            slopes = None if slopes is None else jnp.asarray(slopes, jnp.float32).reshape(-1, groups, 1, 1)
-            # where no query sees a later column, each block of queries is multiplied by the columns up to its end alone
-            size = max(BLOCK, -(-length // MAX_BLOCKS)) if spec.backwards else length
-            ends = [min(start + size, length) for start in range(0, length, size)]
-            blocks = []
-            for start, end in zip([0, *ends], ends):
-                here, upto = slice(start, end), slice(0, end if spec.backwards else k.shape[2])
-                part = mask[..., here, upto]
-                seen = (part,) if spec.media is None else apart(part, spec.media[:, here], media[:, upto])
-                bias = None if slopes is None else bend(slopes, spec.positions[:, here], keys[:, upto])
-                blocks.append(_attend(q[..., here, :], k[:, :, upto], v[:, :, upto], seen, bias, softcap))
-            out = jnp.concatenate(blocks, axis=3) if len(blocks) > 1 else blocks[0]
+        if spec is not None and spec.causal and spec.key_positions is None:
+            q, k, v = _whole_rows(q, k, v)
+        out = _by_kernel(q, k, v, spec, softcap) if by_kernel(spec, slopes) else _reference(q, k, v, spec, softcap, slopes)
         return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+
+
+def _whole_rows(q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"]) -> tuple[Array, Array, Array]:
+    """Rows that are cut over devices become whole, and their heads are cut instead (DeepSpeed-Ulysses, arXiv 2309.14509)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else mesh.shape["sequence"] * mesh.shape["tensor"]
+    if not mesh.empty and mesh.shape["sequence"] > 1 and k.shape[1] % parts:
+        raise UserError(
+            f"config.mesh has tensor x sequence = {parts} devices for the heads of a row, and the model {k.shape[1]} heads of keys; "
+            "make the product a divisor of them"
+        )
+    heads = ("batch", "attended", None, None)
+    return constrain(q, *heads, None), constrain(k, *heads), constrain(v, *heads)
+
+
+def by_kernel(spec: Spec | None, slopes: Sequence[float] | None) -> bool:
+    """Whether the kernels of `aligner.models.flash` do it; they are refused what they cannot do."""
+    if BACKEND.value == "reference" or spec is None or spec.window is None or not spec.causal or spec.key_positions is not None:
+        return False
+    cannot = {"tokens that see each other both ways": spec.blocks, "text and media read apart": spec.media, "ALiBi": slopes}
+    cannot = [name for name, wanted in cannot.items() if wanted is not None]
+    if cannot and BACKEND.value == "pallas":
+        raise UserError(f"config.model.attention is 'pallas', whose kernels cannot do {', '.join(cannot)}, as this model needs; set 'auto'")
+    return not cannot
+
+
+def _by_kernel(q: Array, k: Array, v: Array, spec: Spec, softcap: float | None) -> Float[Array, "B K G T H"]:
+    heads, tokens = ("batch", "attended", None, None), ("batch", None)
+    run = per_device(
+        lambda q, k, v, segment, role, positions, window: flash(q, k, v, segment, role, positions, window, softcap),
+        ((*heads, None), heads, heads, tokens, tokens, tokens, ()),
+        (*heads, None),
+    )
+    return run(q, k, v, spec.segment_ids, spec.role, spec.positions, spec.window)
+
+
+def _reference(
+    q: Float[Array, "B K G T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    spec: Spec | None,
+    softcap: float | None,
+    slopes: Sequence[float] | None,
+) -> Float[Array, "B K G T H"]:
+    """By a dense mask, a block of queries after the other."""
+    if spec is None:
+        return checkpoint_name(_attend(q, k, v, (), None, softcap), "context")
+    mask = (spec if spec.mask is not None else dense(spec)).mask
+    keys = spec.positions if spec.key_positions is None else spec.key_positions
+    media = spec.media if spec.key_media is None else spec.key_media
+    slopes = None if slopes is None else jnp.asarray(slopes, jnp.float32).reshape(*q.shape[1:3], 1, 1)
+    # where no query sees a later column, each block of queries is multiplied by the columns up to its end alone
+    length = q.shape[3]
+    size = max(BLOCK, -(-length // MAX_BLOCKS)) if spec.backwards else length
+    ends = [min(start + size, length) for start in range(0, length, size)]
+    blocks = []
+    for start, end in zip([0, *ends], ends):
+        here, upto = slice(start, end), slice(0, end if spec.backwards else k.shape[2])
+        part = mask[..., here, upto]
+        seen = (part,) if spec.media is None else apart(part, spec.media[:, here], media[:, upto])
+        bias = None if slopes is None else bend(slopes, spec.positions[:, here], keys[:, upto])
+        blocks.append(_attend(q[..., here, :], k[:, :, upto], v[:, :, upto], seen, bias, softcap))
+    return checkpoint_name(jnp.concatenate(blocks, axis=3) if len(blocks) > 1 else blocks[0], "context")
 
 
 def bend(slopes: Float[Array, "K G 1 1"], queries: Int[Array, "B t"], keys: Int[Array, "B s"]) -> Float[Array, "B K G t s"]:

@@ -11,13 +11,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
-from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from aligner.matmul import Turned
 from aligner.models import cross, moe, rope
 from aligner.models.attention import Spec, alibi_slopes, attention, dense, spec_of
+from aligner.models.cache import Cache, remember, unroll
 from aligner.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear, RMSNorm, at_least_float32, pick, rngs, stack
 from aligner.sharding import constrain
 from aligner.types import Batch, Conversion, Head, Model, Output, Params
@@ -87,63 +86,6 @@ class DecoderConfig:
     deepstack: int = 0  # so many first layers are each followed by features of their own, which come beside those that are merged in
 
 
-@struct.dataclass
-class Cache:
-    """Keys and values of the tokens so far, for writing one text a row token by token.
-
-    Attributes:
-        keys, values: of every layer, [B, K, C, H] each: one array a layer, so that a step writes into it where it lies.
-        positions: [B, C] of the columns, -1 where nothing stands.
-        column: where the next tokens go.
-        media: [B, C] which columns are media, where text and media are read apart; else None.
-        seen: what the next token sees of pictures through cross layers; None where there are none of them.
-    """
-
-    keys: tuple[Float[Array, "B K C H"], ...]
-    values: tuple[Float[Array, "B K C H"], ...]
-    positions: Int[Array, "B C"]
-    column: Int[Array, ""]
-    media: Bool[Array, "B C"] | None = None
-    seen: cross.Seen | None = None
-
-
-def empty_cache(config: DecoderConfig, rows: int, columns: int, dtype: Any, looks: int = 0) -> Cache:
-    """A cache in which nothing stands.
-
-    Args:
-        config: the decoder's.
-        rows: texts.
-        columns: room for so many tokens of each. With 0, the pass that is given the cache is the prompts': its mask is the same as
-            without a cache, and the cache that it returns has its columns.
-        dtype: of keys and values.
-        looks: room for so many features of a row's pictures, where layers look at those.
-    """
-    shape = lambda count: (rows, config.num_key_value_heads, count, config.head_dim)
-    zeros = lambda count: constrain(jnp.zeros(shape(count), dtype), "batch", "heads", None, None)
-    layers = range(config.num_hidden_layers if columns else 0)
-    return Cache(
-        keys=tuple(zeros(columns) for _ in layers),
-        values=tuple(zeros(columns) for _ in layers),
-        positions=jnp.full((rows, columns), -1, jnp.int32),
-        column=jnp.zeros((), jnp.int32),
-        media=jnp.zeros((rows, columns), bool) if config.split_media else None,
-        seen=cross.unseen(tuple((zeros(looks), zeros(looks)) for _ in config.cross_layers)) if looks else None,
-    )
-
-
-def unroll(params: Params) -> Params:
-    """The tree of a decoder, or of a model that has one, with the decoder's layers apart instead of stacked, as a cached pass reads them.
-
-    A tree that already is so is returned as it is.
-    """
-    if not {"embed_tokens", "layers"} <= params.keys():
-        return {name: unroll(child) if isinstance(child, Mapping) else child for name, child in params.items()}
-    if "0" in params["layers"]:
-        return params
-    apart = lambda stacked: {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(jax.tree.leaves(stacked)[0].shape[0])}
-    return {name: apart(child) if name in ("layers", "cross_layers") else child for name, child in params.items()}
-
-
 def make_norm(config: DecoderConfig, name: str) -> nn.Module:
     """The family's norm under a name."""
     if config.norm == "layer":
@@ -160,7 +102,7 @@ class Attention(nn.Module):
         c = self.config
 
         def project(name: str, heads: int, norm: str | None = None) -> Float[Array, "B T N H"]:
-            y = constrain(Linear(heads * c.head_dim, c.qkv_bias, c.initializer_range, name=name)(x), "batch", None, "heads")
+            y = constrain(Linear(heads * c.head_dim, c.qkv_bias, c.initializer_range, name=name)(x), "batch", "length", "heads")
             y = make_norm(c, norm)(y) if norm and c.qk_norm == "full" else y
             y = y.reshape(*x.shape[:2], heads, c.head_dim)
             return make_norm(c, norm)(y) if norm and c.qk_norm == "head" else y
@@ -175,23 +117,7 @@ class Attention(nn.Module):
         scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
         slopes = alibi_slopes(c.num_attention_heads) if c.alibi else None
         out = attention(q, k, v, spec, scale=scale, softcap=c.attention_softcap, slopes=slopes)
-        out = checkpoint_name(out.reshape(*x.shape[:2], -1), "context")
-        return Linear(c.hidden_size, c.o_bias, c.initializer_range, name=c.o_name)(out), memory
-
-
-def remember(memory: tuple, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    """(keys and values to attend to [B,S,K,H], those to keep [B,K,S,H]).
-
-    Args:
-        memory: () keeps the new ones alone; (keys, values, column) writes them there.
-        k, v: the new ones.
-    """
-    new = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    if not memory:
-        return (k, v), new
-    *kept, column = memory
-    kept = [jax.lax.dynamic_update_slice(old, part.astype(old.dtype), (0, 0, column, 0)) for old, part in zip(kept, new)]
-    return tuple(y.swapaxes(1, 2) for y in kept), tuple(kept)
+        return Linear(c.hidden_size, c.o_bias, c.initializer_range, name=c.o_name)(out.reshape(*x.shape[:2], -1)), memory
 
 
 @functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
@@ -209,7 +135,7 @@ class MLP(nn.Module):
         *into, out = c.mlp_names
         y = [Linear(c.intermediate_size, c.mlp_bias, c.initializer_range, name=name)(x) for name in into]
         y = gate(c.hidden_act, *y)
-        return Linear(c.hidden_size, c.mlp_bias, c.initializer_range, name=out)(constrain(y, "batch", None, "mlp"))
+        return Linear(c.hidden_size, c.mlp_bias, c.initializer_range, name=out)(constrain(y, "batch", "length", "mlp"))
 
 
 class SparseMLP(nn.Module):
@@ -252,7 +178,7 @@ class Layer(nn.Module):
         y, memory = Attention(c, name="self_attn")(into, pick(specs, window), cos, sin, memory)
         if c.parallel:
             x = x + y + MLP(c, name="mlp")(normed(c.mlp_norm, x) if c.mlp_norm else into)
-            return constrain(x, "batch", None, None), memory
+            return constrain(x, "batch", "length", None), memory
         x = add(x, y, c.attention_out_norm)
         into, load = normed(c.mlp_norm, x), None
         if c.experts:
@@ -262,7 +188,7 @@ class Layer(nn.Module):
         x = add(x, y, c.mlp_out_norm)
         if deep is not None:
             x = x + pick((*deep, jnp.zeros_like(deep[0])), jnp.minimum(number, len(deep)))
-        return constrain(x, "batch", None, None), load if memory is None else memory
+        return constrain(x, "batch", "length", None), load if memory is None else memory
 
 
 class Unrolled(nn.Module):
@@ -338,7 +264,7 @@ class DecoderModel(nn.Module):
             x = x + table(positions + c.position_offset)  # beyond the table lies NaN, which no one overlooks
         if c.embedding_norm:
             x = make_norm(c, c.embedding_norm)(x)
-        return constrain(x, "batch", None, None)
+        return constrain(x, "batch", "length", None)
 
     def crossed(
         self, x: Float[Array, "B T D"], states: Float[Array, "B S D"] | None, batch: Batch, cache: Cache | None

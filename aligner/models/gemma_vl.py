@@ -101,5 +101,6 @@ def make(hf: Any) -> Model:
         conversion=vlm.conversion(hf, config.text_config, vlm.llava_names, [towers.names("siglip_vision_model", _PATH + "/", disk)],
                                   **vlm.llava_renames(disk)),
         media=Media(config.image_token_index, config.features, tower.image_size, tower.image_size, show=show if gemma3 else None),
+        trained_layers=vlm.tower_layers(_PATH, tower, (vision.NORMED,)),
         roles=None if gemma3 else roles,
     )  # fmt: skip

@@ -33,7 +33,7 @@ def clip(hf: Any) -> VisionConfig:
 
 
 def siglip(hf: Any) -> VisionConfig:
-    return common(hf, class_token="", patch_bias=True, pre_norm=False)
+    return common(hf, class_token="", patch_bias=True, pre_norm=False, pooling_head=getattr(hf, "vision_use_head", True))
 
 
 def dinov2(hf: Any) -> VisionConfig:
@@ -202,9 +202,9 @@ IGNORED = (r"embeddings\.position_ids$", r"^(.*\.)?vision_(tower|model)\.(vision
 
 # Fields of a tower's config that need not be read here: they are the business of what uses its features, of pre-training, or of dropout.
 UNREAD = families.UNREAD | {
-    *("vision_use_head", "projection_dim", "initializer_factor", "layerscale_value", "layer_scale_init_value", "vocab_size"),
-    *("out_features", "out_indices", "stage_names", "apply_layernorm", "reshape_hidden_states", "head_dim"),
-    *("drop_path_rate", "attention_probs_dropout_prob", "hidden_dropout_prob", "projection_dropout"),
+    *("projection_dim", "initializer_factor", "layerscale_value", "layer_scale_init_value", "vocab_size"),
+    *("out_features", "out_indices", "_out_features", "_out_indices", "stage_names", "apply_layernorm", "reshape_hidden_states"),
+    *("head_dim", "drop_path_rate", "attention_probs_dropout_prob", "hidden_dropout_prob", "projection_dropout"),
     *("hidden_size", "out_hidden_size", "spatial_merge_size", "window_size", "tokens_per_second", "deepstack_visual_indexes"),
 }
 

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from aligner.matmul import matmul
@@ -62,6 +61,7 @@ class VisionConfig:
     gated: bool = False  # attention and MLP by one number each, through tanh
     groups_of_layer: tuple[int, ...] = ()  # which of `Patches.groups` each layer attends within; () means all the first
     mask_token: bool = False  # a leaf that only pre-training reads
+    pooling_head: bool = False  # leaves that make one vector of an image (SigLIP), which nothing here reads
     places_by_fraction: bool = False  # which row of the table a patch has goes by fractions of the image's sides (NaViT)
 
     @property
@@ -177,8 +177,7 @@ class Attention(nn.Module):
         if tables is not None:
             q, k = (rope.rotate(y, *tables) for y in (q, k))
         out = attention(q, k, v, spec, scale=shape[-1] ** -0.5)
-        out = checkpoint_name(out.reshape(x.shape), "context")
-        return Linear(c.hidden_size, c.o_bias, c.initializer_range, name="out_proj")(out)
+        return Linear(c.hidden_size, c.o_bias, c.initializer_range, name="out_proj")(out.reshape(x.shape))
 
 
 class MLP(nn.Module):
@@ -249,7 +248,36 @@ class VisionTransformer(nn.Module):
         last, states = Encoder(c, self.remat, self.collect, name="encoder")(x, specs, tables)
         if self.is_initializing() and c.post_norm:  # a leaf of the checkpoint that few hidden states pass through
             make_norm(c, "post_layernorm")(last)
+        if self.is_initializing() and c.pooling_head:
+            PoolingHead(c, name="head")(last[:, :1])
         return x, last, states
+
+
+class PoolingHead(nn.Module):
+    """SigLIP's pooling: no feature passes through it, its leaves are there to be kept as they are."""
+
+    config: VisionConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "N 1 D"]):
+        c = self.config
+        leaf(self, "probe", nn.initializers.normal(c.initializer_range), (1, 1, x.shape[-1]))
+        JointAttention(c, name="attention")(x)
+        make_norm(c, "layernorm")(x)
+        MLP(c, name="mlp")(x)
+
+
+class JointAttention(nn.Module):
+    """The leaves of torch's `MultiheadAttention`, as it stores them."""
+
+    config: VisionConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "N 1 D"]):
+        width, deviation = x.shape[-1], self.config.initializer_range
+        leaf(self, "in_proj_weight", nn.initializers.normal(deviation), (3 * width, width))
+        leaf(self, "in_proj_bias", nn.initializers.zeros, (3 * width,))
+        Linear(width, True, deviation, name="out_proj")(x)
 
 
 def turns(config: VisionConfig, grid: Int[Array, "N P 2"], dtype: Any) -> tuple[Array, Array]:

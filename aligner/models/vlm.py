@@ -207,4 +207,5 @@ def flat_images(batch: Mapping[str, Array], dtype: Any) -> Array:
 def tower_layers(path: str, config: vision.VisionConfig, layers: tuple) -> dict[str, int]:
     """`Model.trained_layers` of a tower of which these hidden states are used."""
     trained = {f"{path}/encoder/layers": vision.layers_run(config, layers)}
+    trained |= {f"{path}/head": 0} if config.pooling_head else {}
     return trained | ({f"{path}/post_layernorm": 0} if config.post_norm and vision.NORMED not in layers else {})

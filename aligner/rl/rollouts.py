@@ -112,7 +112,7 @@ def lay_out(groups: Sequence[Group], model: Model, shared: bool, multiple: int) 
         answers, own = (tuple(getattr(answer, name) for answer in group.answers) for name in ("tokens", "written"))
         encoded.append(group.item.encoded._replace(answers=answers, scored=own))
     T, S, I = (max(sizes) for sizes in zip(*(layout.shape_of(one, shared) for one in encoded)))
-    T, S = (layout.round_up(bucket(size), multiple) for size in (T, S))
+    T, S = (layout.round_up(bucket(size, 8), multiple) for size in (T, S))  # the update is what costs: little is padded
     rows = []
     for group, one in zip(groups, encoded):
         row = layout.pair_row(one, T, S, I, model.media, shared, group.item.row)

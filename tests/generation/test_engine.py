@@ -73,6 +73,8 @@ def test_programs_are_as_many_as_buckets_of_lengths(llama):
 def test_buckets_waste_at_most_half():
     for size in range(1, 400):
         assert size <= bucket(size) <= max(16, 1.5 * size)
+        assert size <= bucket(size, 8) <= max(16, 9 / 8 * size)
+    assert len({bucket(size, 8) for size in range(513, 1025)}) == 8
 
 
 @pytest.mark.slow

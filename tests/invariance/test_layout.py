@@ -3,10 +3,13 @@
 import functools
 import re
 
+import jax
 import numpy as np
 import pytest
 
-from aligner import logprobs, sharding
+from aligner import ahead, logprobs, sharding
+from aligner.models import from_hf
+from aligner.types import UserError
 from tests.invariance.step import ZERO_GRADIENT, Result, loss_and_gradients, one_device
 from tests.models import tiny
 
@@ -60,6 +63,39 @@ def test_same_loss_and_gradients(name, variant, monkeypatch):
         monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk * tiny.TEXT["vocab_size"] * (2 if mesh else 8))
     found = compute(name, batch, config, mesh)
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("llava", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shared,changes,chunk", [(True, {}, None), pytest.param(False, dict(train__remat="full"), 4, marks=pytest.mark.slow)])
+def test_rows_cut_over_devices(name, shared, changes, chunk, monkeypatch):
+    """Columns over the axis `sequence`, whole rows for each of its parts of the heads within attention."""
+    options = dict(shared=shared, per_row=2)
+    made = tiny.make_batch(tiny.family(name), **options)
+    options["more"] = (made["tokens"].shape[1] % 2, made["score_from"].shape[1] % 2, 0)  # what is odd would stay whole
+    expected = baseline(name)
+    if chunk:
+        monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk * tiny.TEXT["vocab_size"])
+    assert_same(compute(name, options, changes, dict(data=2, fsdp=2, sequence=2)), expected)
+
+
+@pytest.mark.slow
+def test_rows_cut_over_devices_take_less_memory_and_work_of_each():
+    model = from_hf(tiny.llama_config(num_attention_heads=8, num_key_value_heads=4, head_dim=16, hidden_size=64, intermediate_size=256))
+
+    def measured(sequence):
+        config = tiny.config(mesh__data=1, mesh__sequence=sequence, data__batch_size=2)
+        step = ahead.make_step(config, model, jax.devices()[:sequence], ahead.Row(tokens=1024, scored=512))
+        program = ahead.compile_step(step)
+        return program.memory_analysis().temp_size_in_bytes, program.cost_analysis()["flops"], program.as_text()
+
+    (whole, work, _), (part, less, text) = measured(1), measured(4)
+    assert "all-to-all" in text
+    assert part < 0.4 * whole and less < 0.4 * work, (part / whole, less / work)
+
+
+def test_a_mesh_that_cannot_cut_rows_is_refused():
+    with pytest.raises(UserError, match=r"tensor x sequence = 4 .* 2 heads of keys"):
+        compute("llama", mesh=dict(data=2, sequence=4))
 
 
 @pytest.mark.parametrize("name", ["llama", "llava"])

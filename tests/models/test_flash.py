@@ -1,0 +1,149 @@
+"""The kernels against the reference: values and gradients, in Pallas' interpreter, and that a TPU's compiler takes them."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aligner import sharding
+from aligner.models.attention import BACKEND, Spec, attention, chosen, dense
+from aligner.types import UserError
+from tests.invariance import step
+from tests.models import tiny
+
+HEADS, GROUPS, WIDTH = 4, 2, 16
+
+
+def rows(length):
+    """Two rows: packed prompts with two answers each and padding on the right; one with padding on the left."""
+    arrays = {name: np.zeros((2, length), np.int32) for name in ("segment_ids", "role", "positions")}
+
+    def put(row, start, prompt, answers, segment):
+        for role, count in enumerate((prompt, *answers)):
+            here = slice(start, start + count)
+            arrays["segment_ids"][row, here], arrays["role"][row, here] = segment, role
+            arrays["positions"][row, here] = np.arange(count) + (prompt if role else 0)
+            start += count
+        return start
+
+    end = put(0, 0, length // 6, (length // 5, length // 8), 1)
+    put(0, end, length // 4, (length // 20, length // 10), 2)
+    put(1, length // 16, length // 3, (length // 3, length // 4), 1)
+    return Spec(**{name: jnp.asarray(array) for name, array in arrays.items()})
+
+
+def compare(length, window, softcap, dtype="float32", bar=1e-5):
+    spec = rows(length)
+    rng = np.random.default_rng(0)
+    draw = lambda heads: jnp.asarray(rng.normal(size=(2, length, heads, WIDTH)), dtype)
+    q, k, v, weight = draw(HEADS), draw(GROUPS), draw(GROUPS), draw(HEADS)
+    real = (spec.segment_ids > 0)[..., None, None]
+
+    def total(q, k, v):
+        out = jnp.where(real, attention(q, k, v, dense(spec, window), scale=0.3, softcap=softcap), 0)
+        return jnp.sum(out.astype(jnp.float32) * weight), out
+
+    found = {}
+    for backend in ("reference", "pallas"):
+        with BACKEND(backend):
+            found[backend] = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    for expected, got in zip(*map(jax.tree.leaves, found.values())):
+        expected, got = (np.asarray(x, np.float32) for x in (expected, got))
+        np.testing.assert_allclose(got, expected, atol=bar * max(1, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("window,softcap", [(None, None), (17, 3.0)])
+def test_one_block(window, softcap):
+    compare(100, window, softcap)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [200, 640])
+@pytest.mark.parametrize("window,softcap", [(None, None), (None, 3.0), (50, None), (150, 3.0)])
+def test_many_blocks(length, window, softcap):
+    compare(length, window, softcap)
+
+
+@pytest.mark.slow
+def test_bfloat16():
+    compare(640, None, None, "bfloat16", bar=2e-2)
+
+
+def test_blocks_of_which_nothing_is_seen_are_passed_over():
+    """The answers of a long prompt: a third of the causal half is neither one's."""
+    from aligner.models.flash import _tokens
+
+    length, block = 1536, 128
+    role = np.repeat([0, 1, 2], 512)[None]
+    positions = np.concatenate([np.arange(1024), np.arange(512, 1024)])[None]
+    live = lambda segment, window=None: np.asarray(_tokens(*map(jnp.asarray, (segment, role, positions)), window, block).live)[0]
+    own, answers = 4 * 5 // 2, 4 * 4
+    assert live(np.ones((1, length), int)).sum() == 3 * own + 2 * answers
+    assert live(np.repeat([1, 2, 3], 512)[None]).sum() == 3 * own
+    assert live(np.repeat([1, 1, 0], 512)[None]).sum() == 2 * own + answers
+    assert live(np.ones((1, length), int), 1).sum() < live(np.ones((1, length), int), 600).sum() < 3 * own + 2 * answers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "tensor": 4}, {"fsdp": 4, "sequence": 2}], ids=str)
+def test_a_step_of_dpo(llama, mesh):
+    """Prompts shared by their answers, one device and eight, also where the heads' number is not divided by the mesh's."""
+    batch, config = tiny.make_batch(llama), tiny.config()
+    devices = jax.devices()[: int(np.prod(list(mesh.values())))]
+    expected = step.loss_and_gradients(llama, batch, config, step.one_device())
+    with BACKEND("pallas"):
+        found = step.loss_and_gradients(llama, batch, config, sharding.make_mesh(mesh, devices))
+    assert found.metrics["loss"] == pytest.approx(expected.metrics["loss"], rel=1e-5)
+    for path, gradient in expected.gradients.items():
+        np.testing.assert_allclose(found.gradients[path], gradient, atol=1e-5 * np.abs(gradient).max(), err_msg=path)
+
+
+def test_what_it_cannot_do_is_refused_or_left_to_the_reference():
+    spec, x = dense(rows(20)), jnp.ones((2, 20, 2, 4))
+    run = lambda **options: jax.eval_shape(lambda: attention(x, x, x, spec.replace(**options), scale=1.0))
+    with BACKEND("pallas"):
+        with pytest.raises(UserError, match="see each other both ways"):
+            run(blocks=jnp.ones((2, 20), jnp.int32))
+        with pytest.raises(UserError, match="text and media read apart"):
+            run(media=jnp.ones((2, 20), bool))
+        with pytest.raises(UserError, match="ALiBi"):
+            jax.eval_shape(lambda: attention(x, x, x, spec, scale=1.0, slopes=(0.5, 0.25)))
+    with BACKEND("auto"):
+        assert "pallas_call" not in str(jax.make_jaxpr(lambda: attention(x, x, x, spec, scale=1.0, slopes=(0.5, 0.25)))())
+        assert "pallas_call" in str(jax.make_jaxpr(lambda: attention(x, x, x, spec, scale=1.0))())
+    mesh = step.one_device()
+    assert chosen(mesh) == "reference"
+    with pytest.raises(UserError, match="are for TPUs"):
+        chosen(mesh, "pallas")
+    with pytest.raises(UserError, match="must be one of auto, reference, pallas"):
+        chosen(mesh, "flash")
+
+
+TPU = """
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from aligner.models.flash import flash
+place = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0])
+for dtype, (B, K, G, T, H) in ((jnp.bfloat16, (2, 2, 4, 4096, 128)), (jnp.bfloat16, (1, 2, 1, 1000, 80)), (jnp.float32, (1, 1, 2, 640, 64))):
+    array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    q, k, numbers = array((B, K, G, T, H), dtype), array((B, K, T, H), dtype), array((B, T), jnp.int32)
+    total = lambda q, k, v, *rest: jnp.sum(flash(q, k, v, *rest, 512, 30.0).astype(jnp.float32))
+    program = jax.jit(jax.value_and_grad(total, (0, 1, 2))).lower(q, k, k, numbers, numbers, numbers).compile()
+    assert program.as_text().count("tpu_custom_call") >= 3
+print("compiled")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU's compiler, jax[tpu]")
+def test_a_tpus_compiler_takes_them():
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    told = subprocess.run([sys.executable, "-c", TPU], cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
+    assert told.returncode == 0 and "compiled" in told.stdout, told.stderr[-3000:]
