@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from aligner.data.samples import MEDIA
 from aligner.types import UserError
 
 
@@ -24,7 +25,8 @@ def add_arguments(top: argparse.ArgumentParser, doing: str, batch: str) -> None:
     add("--out", required=True, help="file to write, .jsonl; must not exist yet")
     add("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
     add("--formatter", default="auto", help="how a row is read, as in configs (default: %(default)s)")
-    add("--image-folder", default="", help="images named in the rows are looked up here (default: the folder of the file)")
+    add("--image-folder", default="", help="images, clips and sounds named in rows are looked up here (default: the folder of the file)")
+    add("--video-frames", type=int, default=8, help="frames taken of a video, evenly (default: %(default)s)")
     add("--size", type=int, help=f"{doing} only the first rows")
     add("--batch-size", type=int, default=16, help=f"{batch} at once on all devices (default: %(default)s)")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation (default: %(default)s)")
@@ -35,7 +37,7 @@ def check(args: argparse.Namespace, counts: Sequence[str]) -> None:
     """Raises UserError where the output is there already, or one of the `counts` is below 1."""
     if Path(args.out).exists():
         raise UserError(f"{args.out} is there already; name another file with --out, or remove it")
-    for name in ("batch_size", "fsdp", *counts):
+    for name in ("batch_size", "fsdp", "video_frames", *counts):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
 
@@ -67,6 +69,11 @@ def resume(partial: Path, described: dict[str, Any]) -> int:
         whole = file.read()
         file.truncate(whole.rfind(b"\n") + 1)
     return whole.count(b"\n")
+
+
+def media_columns(record: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a row that say what its text shows: `image`, `images`, `video`, .."""
+    return {name: record[name] for kind in MEDIA for name in (kind, f"{kind}s") if name in record}
 
 
 def json_able(row: dict[str, Any]) -> dict[str, Any]:

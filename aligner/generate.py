@@ -104,7 +104,8 @@ def run(args: argparse.Namespace) -> Path:
         shardings = sharding.param_shardings(convert.abstract_params(model), model.sharding_rules, mesh)
         engine = engines.make_engine(model, manner, rows=width, dtype=args.dtype, detokenize=text)
         params = engine.prepare(convert.load_params(model, disk, args.dtype, shardings))
-        reward = make_reward_model(args.reward_model, dtype=args.dtype, folder=rows.folder) if args.reward_model else None
+        seeing = dict(folder=rows.folder, frames=args.video_frames)
+        reward = make_reward_model(args.reward_model, dtype=args.dtype, **seeing) if args.reward_model else None
         answer = lambda block: answer_rows(block, rows, to_sample, engine, params, reward, args)
         step = max(32, 4 * width // args.n)
         with bar(len(rows), "answering", "row", done) as progress, partial.open("a", encoding="utf-8") as file:
@@ -145,11 +146,11 @@ def answer_rows(block: range, rows: Any, to_sample: Any, engine: Any, params: An
     """A record for every row of the block, in its order: the row, its prompt, its answers and what they are worth."""
     import jax
 
-    from aligner.data import media, templates
+    from aligner.data import modalities, templates
     from aligner.data.samples import Bad, as_prompt
     from aligner.generation.engine import Prompt, generate_all
 
-    model, found, prompts = media.looking_in(engine.model, rows.folder), {}, {}
+    model, found, prompts = modalities.looking_in(engine.model, rows.folder, args.video_frames), {}, {}
     for i in block:
         try:
             sample = as_prompt(to_sample(rows[i]))
@@ -157,9 +158,7 @@ def answer_rows(block: range, rows: Any, to_sample: Any, engine: Any, params: An
             encoded = templates.encode_prompt(sample.prompt, model.assets, model.media, sample.template)
             if len(encoded.prompt) > args.max_prompt_length:
                 raise Bad("too long", f"{len(encoded.prompt)} tokens, --max-prompt-length is {args.max_prompt_length}")
-            images = [media.open_image(image, rows.folder) for image in encoded.images]
-            pictures = media.read_pictures(images, model.media, model.assets.processor.image_processor) if images else ()
-            found[i] = Prompt(encoded.prompt, pictures)
+            found[i] = Prompt(encoded.prompt, modalities.load(encoded.media, model) if encoded.media else ())
         except Bad as bad:
             found[i] = str(bad)
     good = [i for i in block if isinstance(found[i], Prompt)]
@@ -192,7 +191,7 @@ def shape(record: dict[str, Any], args: argparse.Namespace) -> dict[str, Any] | 
     best, worst = max(ranked, key=lambda pair: pair[0]), min(ranked, key=lambda pair: pair[0])
     prompt = record["prompt"]
     message = (lambda text: [{"role": "assistant", "content": text}]) if isinstance(prompt, list) else (lambda text: text)
-    kept = {name: record[name] for name in ("image", "images") if name in record}
+    kept = by_row.media_columns(record)
     if args.write == "best":
         rest = ("completions", "completion_lengths", "stopped", "rewards")
         return {key: value for key, value in record.items() if key not in rest} | {"completion": best[1], "reward": best[0]}
@@ -206,11 +205,10 @@ def shape(record: dict[str, Any], args: argparse.Namespace) -> dict[str, Any] | 
 
 
 def plain(prompt: Any) -> Any:
-    """A prompt as rows hold it: pictures are marked where they stand, the row's own `image` or `images` says which."""
-    from aligner.data.formatters import MARK
+    """A prompt as rows hold it: pictures and videos are marked where they stand, the row's own `image`, `videos`, .. say which."""
     from aligner.data.samples import is_conversation, parts_of
 
-    text = lambda content: "".join(MARK if part["type"] == "image" else part["text"] for part in parts_of(content))
+    text = lambda content: "".join(part["text"] if part["type"] == "text" else f"<{part['type']}>" for part in parts_of(content))
     if prompt is None or isinstance(prompt, str):
         return prompt
     if is_conversation(prompt):

@@ -104,6 +104,7 @@ def write_pairs(path: Path, model: Any, prompts: str, reward_model: str, n: int,
 
 def spin_pair(to_sample: Any, row: dict[str, Any], record: dict[str, Any]) -> dict[str, Any] | None:
     """The answer of a dataset's row and the model's (a line of `aligner.generate`); None where one is missing or both are the same."""
+    from aligner import by_row
     from aligner.data.samples import Bad, as_supervised, is_conversation
 
     try:
@@ -115,8 +116,7 @@ def spin_pair(to_sample: Any, row: dict[str, Any], record: dict[str, Any]) -> di
     if not isinstance(real, str) or written is None or real.strip() == written.strip():
         return None
     message = (lambda text: [{"role": "assistant", "content": text}]) if isinstance(record["prompt"], list) else (lambda text: text)
-    kept = {name: record[name] for name in ("image", "images") if name in record}
-    return {**kept, "prompt": record["prompt"], "chosen": message(real), "rejected": message(written)}
+    return {**by_row.media_columns(record), "prompt": record["prompt"], "chosen": message(real), "rejected": message(written)}
 
 
 def main(argv: list[str]) -> int:

@@ -105,7 +105,8 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     optimizer = optim.make_optimizer(config.optim, schedule, model.trained_layers)
     environment = find_environment(c.environment) if c.environment else None
     names = (*c.reward_funcs, *c.get("cost_funcs", ()))
-    rewards = make_rewards(names, dtype=config.model.dtype, folder=prompts.folder, timeout=c.reward_timeout)
+    seeing = dict(folder=prompts.folder, frames=config.data.video_frames)
+    rewards = make_rewards(names, dtype=config.model.dtype, **seeing, timeout=c.reward_timeout)
     names += ("environment",) if environment else ()
     workdir.check_source(directory, model, convert.fingerprint(disk), adapters)
     model.assets.copy_to(directory / workdir.ASSETS)

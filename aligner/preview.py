@@ -1,4 +1,5 @@
-"""What the model will really see: rows as tokens coloured by what is trained, images as fed, drops and why, as one HTML page.
+"""What the model will really see: rows as tokens coloured by what is trained, images, frames of videos and spectrograms of
+sounds as fed, drops and why, as one HTML page.
 
     python -m aligner.preview --config configs/dpo_llava.py:tiny --workdir runs/quickstart --out page.html
 
@@ -12,7 +13,7 @@ import html
 import io
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,12 +36,13 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bott
 .prompt { background: #eceff1 } .common { border-bottom: 2px solid #d99a00 }
 .trained1 { background: #bfe8c5 } .trained2 { background: #f7c6c5 }
 .trained3 { background: #c9d8f5 } .untrained { background: #eee; color: #888 } .media { background: #d9d2f2 }
-.note { color: #666; font-size: .9em } img { image-rendering: pixelated; max-height: 14rem; min-height: 6rem; margin: .3rem .5rem .3rem 0 }
+.note { color: #666; font-size: .9em }
+img { image-rendering: pixelated; max-height: 14rem; min-height: 6rem; max-width: 100%; margin: .3rem .5rem .3rem 0 }
 table { border-collapse: collapse } td, th { text-align: left; padding: .15rem .8rem .15rem 0 } .bar { background: #7aa6d8; height: .8rem }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; white-space: pre-wrap }
 """
 LEGEND = (
-    '<p class="text"><span class="prompt">prompt, read only</span>  <span class="media">image features</span>  '
+    '<p class="text"><span class="prompt">prompt, read only</span>  <span class="media">features of an image, a video or a sound</span>  '
     '<span class="trained1">first answer, trained</span>  <span class="trained2">second answer, trained</span>  '
     '<span class="untrained">answer, not trained</span>  <span class="common">start that all answers share</span></p>'
 )
@@ -106,8 +108,7 @@ def histogram(dataset: Any, bins: int = 16) -> str:
 
 def show_row(row: Mapping[str, np.ndarray], model: Model) -> str:
     """One row: its images, then for each segment the prompt and its answers side by side."""
-    slots = zip(row.get("pixel_values", ()), row.get("image_mask", ()))
-    pictures = "".join(picture(pixels) for pixels, real in slots if real and pixels.ndim == 3)  # patches alone are no picture
+    pictures = "".join(map(picture, stills(row, model))) if "pixel_values" in row else ""
     # the columns whose token is trained: the one after a scored position in the same answer, or the first of an answer
     trained = trained_columns(row)
     blocks = []
@@ -126,6 +127,27 @@ def show_row(row: Mapping[str, np.ndarray], model: Model) -> str:
     ids = ", ".join(str(i) for i in row["example_id"] if i >= 0)
     note = f'<p class="note">row {ids}: {used} of {len(row["tokens"])} columns, {scored} tokens trained</p>'
     return f'<div class="row">{note}{pictures}{"".join(blocks)}</div>'
+
+
+def stills(row: Mapping[str, np.ndarray], model: Model) -> Iterator[np.ndarray]:
+    """The images, tiles and frames of a row, [H,W,3] each; from patches they are put together again. A sound is a picture with time to the
+    right and pitch upwards."""
+    real = row["image_mask"]
+    pixels, side = row["pixel_values"][real], model.media.height
+    if model.media.kind == "audio":
+        for spectrogram, frames in zip(pixels, row["frames"][real]):
+            yield np.repeat(spectrogram[:frames, ::-1, None], 3, axis=-1).swapaxes(0, 1)
+        return
+    if "patch_grid" not in row:
+        yield from pixels if pixels.ndim == 4 else ()
+        return
+    for number in range(1, 1 + row["image_ids"].max(initial=0)):
+        here = row["image_ids"][real] == number
+        grid = row["patch_grid"][real][here].reshape(-1, 2)
+        first = pixels[here].reshape(len(grid), -1, side, side, 3)[:, 0]  # of the frames that a patch spans
+        still = np.zeros((grid[:, 0].max() + 1, side, grid[:, 1].max() + 1, side, 3), np.float32)
+        still[grid[:, 0], :, grid[:, 1]] = first
+        yield still.reshape(len(still) * side, -1, 3)
 
 
 def trained_columns(row: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -149,16 +171,17 @@ def tokens_html(row: Mapping[str, np.ndarray], columns: np.ndarray, trained: np.
     def kind(place: int) -> str:
         column = where[place]
         if media[column] >= 0:
-            return "media"
+            return kinds[int(row["tokens"][column])]
         role = int(row["role"][column])
         shade = f"trained{min(role, 3) or 1}" if trained[column] else "untrained" if role else "prompt"
         return shade + (" common" if place < shared else "")
 
     where, spans, show = np.flatnonzero(columns), [], shower(model.assets.tokenizer)
+    kinds = {token: medium for medium, token in model.media.tokens.items()} if "media_index" in row else {}
     for name, places in itertools.groupby(range(len(where)), kind):
         ids = [int(row["tokens"][where[place]]) for place in places]
-        if name == "media":
-            spans.append(f'<span class="media">image, {len(ids)} features</span>')
+        if name in kinds.values():
+            spans.append(f'<span class="media">{name}, {len(ids)} features</span>')
             continue
         while ids:
             # a character may be several tokens: the fewest that are no torn one

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> Path:
             for start in range(done, len(rows), ROWS_PER_BLOCK):
                 block = range(start, min(start + ROWS_PER_BLOCK, len(rows)))
                 found: dict[int, dict] = {}
-                for ids, batch in batches(block, rows, to_sample, model, args.max_length, size, found):
+                for ids, batch in batches(block, rows, to_sample, model, args.max_length, size, args.video_frames, found):
                     found |= dict(zip(ids, score(params, jax.device_put(batch, sharding.batch_sharding(mesh)))))
                     progress.update(len(ids))
                 progress.update(block[-1] + 1 - progress.n)  # those that could not be scored
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> Path:
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What decides the numbers, so that a file is not continued with others."""
-    return {name: getattr(args, name) for name in ("kind", "image_folder", "max_length", "dtype")}
+    return {name: getattr(args, name) for name in ("kind", "image_folder", "max_length", "dtype", "video_frames")}
 
 
 def answers_of(sample: Any) -> tuple[Any, tuple]:
@@ -121,15 +121,15 @@ def answers_of(sample: Any) -> tuple[Any, tuple]:
     raise Bad("no answer", "the row does not end with the assistant's message")
 
 
-def batches(block: range, rows: Any, to_sample: Any, model: Any, max_length: int, size: int, found: dict) -> Iterator[tuple]:
+def batches(block: range, rows: Any, to_sample: Any, model: Any, max_length: int, size: int, frames: int, found: dict) -> Iterator[tuple]:
     """(row numbers, batch of `size` rows) for the rows of a block, rows of like length together; what cannot be used goes into `found`."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from aligner.data import layout, media, templates
+    from aligner.data import layout, modalities, templates
     from aligner.data.samples import Bad
     from aligner.models.pictures import fill
 
-    model = media.looking_in(model, rows.folder)
+    model = modalities.looking_in(model, rows.folder, frames)
 
     def encode(i: int):
         try:
@@ -138,8 +138,7 @@ def batches(block: range, rows: Any, to_sample: Any, model: Any, max_length: int
             length = len(encoded.prompt) + max(map(len, encoded.answers))
             if length > max_length:
                 raise Bad("too long", f"{length} tokens, --max-length is {max_length}")
-            pictures = [media.open_image(image, rows.folder) for image in encoded.images]
-            return i, encoded, media.read_pictures(pictures, model.media, model.assets.processor.image_processor) if pictures else []
+            return i, encoded, modalities.load(encoded.media, model) if encoded.media else []
         except Bad as bad:
             found[i] = {"not_scored": str(bad)}
 

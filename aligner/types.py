@@ -28,7 +28,7 @@ Params = Mapping[str, Any]
 #   score_role    [B,S] int32  1..R: which answer of the example; 0 its prompt, where an algorithm learns that as well
 #   example_id    [B,G] int32  the row of the dataset that the example came from; -1 where there is none
 #   pixel_values  [B,I,H,W,3] float32   only for models that see (NHWC): whole images or their tiles; [B,I,...] patches of all images
-#                                       one after another where a model takes them so
+#                                       one after another where a model takes them so; log-mel spectrograms [B,I,frames,bands] of sounds
 #   image_mask    [B,I] bool            which of them are real
 #   media_index   [B,T] int32           -1 for text, else i*P+p: the feature of the row that stands at this token
 #   image_ids     [B,I] int32           of patches: which image of the row they are of, from 1; 0 padding
@@ -128,23 +128,29 @@ class Conversion:
 class Media:
     """What the data side must know of the media a model takes; `None` on text models.
 
-    A picture fills one or more slots of a row's `pixel_values` (itself; its tiles; its patches). `encode` gives P features for each slot,
-    and every placeholder in the text stands for one of them. `aligner.models.pictures` has the types that the functions give.
+    A picture fills one or more slots of a row's `pixel_values` (itself; its tiles; its patches; a video's frames; a sound's spectrogram).
+    `encode` gives P features for each slot, and every placeholder in the text stands for one of them. `aligner.models.pictures` has the
+    types that the functions take and give.
 
     Attributes:
-        placeholder: token id that stands for one feature.
+        placeholder: token id that stands for one feature of what is of `kind`.
         features: P, features of a slot.
-        height, width: of a slot's pixels.
+        height, width: of a slot's pixels; frames and bands of a spectrogram.
         lead: features of a row that come before those of the slots, such as what ends a line of patches.
         slot: array name -> (shape, dtype) of what a slot holds besides, or instead of, `pixel_values` [height, width, 3].
         per_token: array name -> (shape, dtype) of what `arrange` says of every token.
-        show: ((width, height), assets, number of pictures in the row) -> Shown; None where every picture fills one slot and takes P
-            placeholders.
-        pictures: what the image processor returns -> a Picture for each; None where that is `pixel_values` [n,3,height,width].
+        show: ((width, height) or, of a sound, (frames, bands), assets, number of pictures in the row) -> Shown; None where
+            every picture fills one slot and takes P placeholders.
+        pictures: what the processors of images, videos and sounds return -> a Picture for each; None where that is `pixel_values`
+            [n,3,height,width].
         arrange: (row, its Pictures) -> arrays of the row by name; None where there are none.
         together: the image processor is told which pictures are of one row, since it treats several otherwise than one.
-        folder: where paths of pictures are looked up; the data side sets it to ask for their sizes.
-        video: token id that stands for one feature of a video, which fills a slot a frame; None where a model takes none.
+        kind: what `placeholder` stands for, one of `aligner.data.samples.MEDIA`.
+        video: token id that stands for one feature of a video; None where a model takes none.
+        show_clip: (Clip, assets) -> Shown.
+        process_clip: (Clip with its frames, assets) -> what the checkpoint's video processor would return for it.
+        folder: where files are looked up; the data side sets it.
+        frames: how many frames are taken of a video; the data side sets it.
     """
 
     placeholder: int
@@ -158,13 +164,22 @@ class Media:
     pictures: Callable[..., Any] | None = dataclasses.field(default=None, compare=False)
     arrange: Callable[..., Any] | None = dataclasses.field(default=None, compare=False)
     together: bool = False
-    folder: Any = dataclasses.field(default=None, compare=False)
+    kind: str = "image"
     video: int | None = None
+    show_clip: Callable[..., Any] | None = dataclasses.field(default=None, compare=False)
+    process_clip: Callable[..., Any] | None = dataclasses.field(default=None, compare=False)
+    folder: Any = dataclasses.field(default=None, compare=False)
+    frames: int = dataclasses.field(default=8, compare=False)
 
     @property
-    def sizes(self) -> tuple[int, ...]:
+    def tokens(self) -> dict[str, int]:
+        """Each kind of media that the model takes, and the token that stands for one of its features."""
+        return {self.kind: self.placeholder} | ({} if self.video is None else {"video": self.video})
+
+    @property
+    def sizes(self) -> tuple[Any, ...]:
         """What tells one model's media from another's."""
-        return (self.placeholder, self.features, self.height, self.width, self.lead)
+        return (self.placeholder, self.features, self.height, self.width, self.lead, *(() if self.video is None else (self.frames,)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -251,6 +251,7 @@ def base() -> ConfigDict:
     config.data.shuffle = True  # a new order every epoch, a function of `seed`
     config.data.max_bad_fraction = 0.05  # stop when more rows than this are broken, unreadable or too long
     config.data.pad_to_multiple = 64  # rows are padded to the longest of the dataset, rounded up to this
+    config.data.video_frames = 8  # frames taken of a video, evenly; of a shorter one all
     config.data.workers = 8  # threads that read and decode ahead
 
     config.optim = ConfigDict()
@@ -361,16 +362,18 @@ def finish(config: ConfigDict, preset: str, family: str, rows: str = "pairs") ->
     Args:
         config: of `experiment`.
         preset: "" or "tiny".
-        family: whose small random checkpoint is made: llama, qwen, llava; or a demo of online training, sums or colours.
-        rows: the demo set of a text family (scripts/text_demo.py): sft, pairs, unpaired, ranked, text. A LLaVA's are pairs about pictures.
+        family: whose small random checkpoint is made: llama, qwen, llava, qwen2_audio; or a demo of online training, sums or colours.
+        rows: the demo set of a text family (scripts/text_demo.py): sft, pairs, unpaired, ranked, text. A LLaVA's are pairs about pictures,
+            a Qwen2-Audio's about sounds (scripts/audio_demo.py).
     """
     if preset not in ("", "tiny"):
         raise ValueError(f"unknown preset {preset!r}; there is tiny")
     if not preset:
         return config
-    seeing, online = family == "llava", family in PROMPTS
+    seeing, online = family in ("llava", "qwen2_audio"), family in PROMPTS
+    script = "online_demo" if online else "audio_demo" if family == "qwen2_audio" else "make_tiny_checkpoint"
     prefix, ending = ("" if seeing or online else f"{rows}_"), "txt" if rows == "text" else "jsonl"
-    config.setup = f"scripts.{'online_demo:setup_' + family if online else f'make_tiny_checkpoint:setup_{family}_demo'}"
+    config.setup = f"scripts.{script}:setup_{family}{'' if online else '_demo'}"
     config.model.path = "{workdir}/demo/model"
     config.model.dtype = "float32"
     for split, file in zip(("train", "eval"), PROMPTS.get(family, ("train", "heldout"))):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from aligner.models import SUPPORTED, VISION_LANGUAGE
+from aligner.models import SUPPORTED, WITH_MEDIA
 from tests.models import text_configs, vision_configs
 
 README = Path(__file__).parents[1] / "README.md"
@@ -23,13 +23,14 @@ NAMES = [
     ("mixture of experts", ("mixtral", "qwen2_moe", "qwen3_moe"),
      "every layer sparse; no token dropped; load-balance loss if the config has `output_router_logits`"),
     ("LLaVA-1.5; Pixtral", ("llava",), "CLIP, SigLIP, DINOv2 or Pixtral's tower, any text family above"),
-    ("LLaVA-NeXT, LLaVA-NeXT-Video", ("llava_next", "llava_next_video"), "images; videos as the processor gives them, not yet in rows of data"),
-    ("LLaVA-OneVision", ("llava_onevision",), "images; no videos"),
-    ("Qwen2-VL, 2.5-VL, 3-VL", ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "images; no videos"),
+    ("LLaVA-NeXT, LLaVA-NeXT-Video", ("llava_next", "llava_next_video"), "videos: LLaVA-NeXT-Video alone; `data.video_frames` frames of each"),
+    ("LLaVA-OneVision", ("llava_onevision",), ""),
+    ("Qwen2-VL, 2.5-VL, 3-VL", ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "`data.video_frames` frames of each video"),
     ("Gemma 3; PaliGemma 1, 2", ("gemma3", "paligemma"), "each image, or the prompt, sees all of itself; no pan-and-scan"),
-    ("Idefics2, Idefics3, SmolVLM", ("idefics2", "idefics3", "smolvlm"), "images; no videos"),
-    ("Llama 3.2 Vision", ("mllama",), "images"),
-    ("InternVL", ("internvl",), "the `-hf` checkpoints; images"),
+    ("Idefics2, Idefics3, SmolVLM", ("idefics2", "idefics3", "smolvlm"), ""),
+    ("Llama 3.2 Vision", ("mllama",), ""),
+    ("InternVL", ("internvl",), "the `-hf` checkpoints"),
+    ("Qwen2-Audio", ("qwen2_audio",), "any number of sounds, each of up to 30 seconds"),
     ("put together from parts", ("vision_llm",), "`python -m aligner.convert build`; ours alone, with two layers between it is a `llava`"),
 ]  # fmt: skip
 
@@ -39,18 +40,20 @@ def table() -> str:
     missing = set(SUPPORTED) - {kind for _, kinds, _ in NAMES for kind in kinds}
     assert not missing, f"say in NAMES what these are called: {sorted(missing)}"
     compared = {name: len(cases) for name, cases in {**text_configs.CASES, **vision_configs.CASES}.items()}
-    lines = ["| family | `model_type` | sees | configs compared | notes |", "|---|---|---|---|---|"]
+    lines = ["| family | `model_type` | takes | configs compared | notes |", "|---|---|---|---|---|"]
     for name, kinds, note in NAMES:
-        sees = "images" if set(kinds) <= set(VISION_LANGUAGE) else "text"
+        hears, sees = set(kinds) <= {"qwen2_audio"}, set(kinds) <= set(WITH_MEDIA)
+        videos = bool(set(kinds) & set(vision_configs.VIDEOS))
+        takes = ", ".join(["sounds"] if hears else ["images"] * sees + ["videos"] * videos) or "text"
         counts = ", ".join(str(compared[kind]) if kind in compared else "-" for kind in kinds)
-        lines.append(f"| {name} | {', '.join(f'`{kind}`' for kind in kinds)} | {sees} | {counts} | {note} |")
+        lines.append(f"| {name} | {', '.join(f'`{kind}`' for kind in kinds)} | {takes} | {counts} | {note} |")
     return "\n".join(lines)
 
 
 def smallest() -> str:
     """What the smallest vision-language family takes, in lines."""
     folder = README.parent / "aligner" / "models"
-    lines, name = min((len((folder / f"{name}.py").read_text().splitlines()), name) for name in set(VISION_LANGUAGE.values()))
+    lines, name = min((len((folder / f"{name}.py").read_text().splitlines()), name) for name in set(WITH_MEDIA.values()))
     return f"The smallest is `aligner/models/{name}.py` with {lines} lines."
 
 

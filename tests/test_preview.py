@@ -13,8 +13,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from aligner import preview
+from aligner.convert import model_from_folder
 from aligner.data.loader import load_dataset
 from tests.data import tiny
+from tests.models import vision_folders
 
 
 def test_a_page(tmp_path):
@@ -51,6 +53,20 @@ def test_prompts_alone(tmp_path):
         shown = preview.page(ConfigDict({"model": {"path": "some/model"}}), tiny.text_model(), [dataset], rows=3)
         assert re.sub("<.*?>", "", shown).count("what is this, number") == 3
         assert f"row 2: {dataset.lengths[2]} of {dataset.shape[0]} columns, 0 tokens trained" in shown
+
+
+def test_a_sound_is_shown_as_its_spectrogram(tmp_path):
+    """Pitch upwards, as long as it sounds."""
+    model = model_from_folder(vision_folders.describe(tmp_path, "qwen2_audio"))
+    data = vision_folders.rows(tmp_path / "rows", 3, sounds=True)
+    dataset = load_dataset(tiny.config(data), "train", model, progress=False)
+    row = dataset.row(2)
+    first, second = preview.stills(row, model)
+    frames, features = row["frames"].tolist(), [(n + 1) // 4 for n in row["frames"]]
+    assert first.shape == (6, frames[0], 3) and second.shape == (6, frames[1], 3)
+    np.testing.assert_array_equal(first[0, :, 0], row["pixel_values"][0, : frames[0], -1])
+    shown = preview.page(ConfigDict({"model": {"path": "some/model"}}), model, [dataset], rows=3)
+    assert shown.count('<img alt="image as fed"') == 0 + 1 + 2 and f"audio, {sum(features)} features" in shown
 
 
 CONFIG = """

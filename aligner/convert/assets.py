@@ -41,6 +41,7 @@ class Processor(NamedTuple):
     image_processor: Any
     image_token: str
     chat_template: str | None
+    video_token: str = "<video>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +102,22 @@ class Assets:
         except UserError as error:
             if "orchvision" not in str(error.__cause__) and not isinstance(error.__cause__, RecursionError):
                 raise
-        return Processor(self._pretrained(AutoImageProcessor, "image processor"), self._image_token(), self._template())
+        images = self._pretrained(AutoImageProcessor, "image processor")
+        return Processor(images, self._token("image"), self.chat_template or self._template(), self._token("video"))
 
-    def _image_token(self) -> str:
-        """The image token by its id in the config."""
-        ids = [self.config_dict[name] for name in ("image_token_id", "image_token_index") if name in self.config_dict]
-        return self.tokenizer.convert_ids_to_tokens(ids[0]) if ids else "<image>"
+    @functools.cached_property
+    def video_settings(self) -> dict[str, Any]:
+        """What the video processor's files say (`size`, `image_mean`, ..); the image processor's where they are silent."""
+        nested, own = self.folder / "processor_config.json", self.folder / "video_preprocessor_config.json"
+        found = json.loads(nested.read_text()).get("video_processor") if nested.is_file() else None
+        if found is None and own.is_file():
+            found = json.loads(own.read_text())
+        return {**self.processor.image_processor.to_dict(), **(found or {})}
+
+    def _token(self, kind: str) -> str:
+        """The token of a kind of media by its id in the config."""
+        ids = [self.config_dict[name] for name in (f"{kind}_token_id", f"{kind}_token_index") if name in self.config_dict]
+        return self.tokenizer.convert_ids_to_tokens(ids[0]) if ids else f"<{kind}>"
 
     def _template(self) -> str | None:
         """The chat template: its own file, the processor's old one, or the tokenizer's."""

@@ -59,6 +59,37 @@ def _package(name: str) -> Any:
         raise UserError(f"audio needs the package {name}; pip install aligner[audio].") from None
 
 
+def frames(samples: np.ndarray, extractor: Any) -> int:
+    """How many frames of a spectrogram stand for a waveform.
+
+    Args:
+        samples: float [n] at RATE.
+        extractor: the checkpoint's feature extractor, for its settings.
+
+    Raises:
+        Bad: it is longer than what the model hears; nothing of it is cut off unseen.
+    """
+    if len(samples) > extractor.chunk_length * RATE:
+        raise Bad("audio too long", f"{len(samples) / RATE:.1f} seconds, the model hears {extractor.chunk_length} at most")
+    return -(-len(samples) // extractor.hop_length)
+
+
+def features(samples: np.ndarray, extractor: Any) -> dict[str, np.ndarray]:
+    """What a checkpoint's feature extractor (Whisper's) returns for a waveform at RATE, by `log_mel`.
+
+    Returns:
+        `input_features` float32 [1, bands, frames] of its whole window, `feature_attention_mask` int32 [1, frames], 1 where there is sound.
+
+    Raises:
+        Bad: it is too long.
+    """
+    x = extractor
+    heard = frames(samples, x)
+    bands = log_mel(samples, x.feature_size, x.chunk_length, x.n_fft, x.hop_length)
+    mask = np.arange(bands.shape[1]) < heard
+    return {"input_features": bands[None], "feature_attention_mask": mask[None].astype(np.int32)}
+
+
 def log_mel(samples: np.ndarray, mels: int = 80, seconds: float = 30.0, width: int = 400, hop: int = 160) -> np.ndarray:
     """The log-mel spectrogram of a waveform at 16 kHz, cut or padded with silence to `seconds` (arXiv 2212.04356, 2.2).
 

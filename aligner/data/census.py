@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aligner.data import media, templates, tokens
-from aligner.data.samples import Bad
+from aligner.data import modalities, templates, tokens
+from aligner.data.samples import Bad, article
 from aligner.data.together import Steps, together
 from aligner.types import Model, UserError
 
@@ -39,7 +39,7 @@ class Census:
 
     Attributes:
         row_ids: [N] int64, the kept rows.
-        sizes: [N,6] int32: prompt tokens, tokens of all answers, how many of them are scored, answers, slots for images, and 1 where
+        sizes: [N,6] int32: prompt tokens, tokens of all answers, how many of them are scored, answers, slots for media, and 1 where
             every answer ends with EOS.
         dropped: reason -> (count, up to three row numbers).
         details: reason -> what was wrong with its first row.
@@ -83,7 +83,7 @@ def take_census(
         progress: show a bar; None shows it on process 0.
 
     Raises:
-        UserError: a broken file, or images for a model that takes none.
+        UserError: a broken file, or media for a model that takes none of their kind.
     """
     settings = _settings(model)
     inputs = [_VERSION, rows.identity, len(rows), max_length, settings, key]
@@ -97,11 +97,11 @@ def take_census(
                 return _look(index, encoded, rows, model, max_length, cache is not None)
             except Bad as bad:
                 return bad
-        if encoded.reason in (templates.NO_IMAGES, templates.NO_SOUND):
-            held, takes = ("an image", "text only") if encoded.reason == templates.NO_IMAGES else ("audio or video", "neither")
+        if isinstance(encoded, templates.Refused):
+            takes = ", ".join(["text", *(model.media.tokens if model.media is not None else ())])
             raise UserError(
-                f"config.{name}: row {rows.name(index)} of {rows.description} holds {held}, but the {model.family} model takes "
-                f"{takes}; choose a model that does, or rows without."
+                f"config.{name}: row {rows.name(index)} of {rows.description} holds {article(encoded.kind)}, but the {model.family} model "
+                f"takes {takes} only; choose a model that does, or rows without."
             )
         return encoded
 
@@ -131,12 +131,12 @@ def _look(
     for part in (encoded.prompt, *encoded.answers, *(encoded.scored or ())):
         digest.update(part.tobytes())
     digest.update(json.dumps(encoded.values, sort_keys=True, default=str).encode())
-    for image in encoded.images:
-        digest.update(media.check_image(image, rows.folder(index)))
+    for kind, reference in encoded.media:
+        digest.update(modalities.check(kind, reference, rows.folder(index)))
     scored = sum(lengths) if encoded.scored is None else sum(int(mask.sum()) for mask in encoded.scored)
     eos = templates.ends_with_eos(encoded, model.assets.tokenizer)
-    slots = len(encoded.images) if encoded.slots is None else encoded.slots
-    kept = tokens.pack(encoded) if keep and not encoded.images else b""
+    slots = len(encoded.media) if encoded.slots is None else encoded.slots
+    kept = tokens.pack(encoded) if keep and not encoded.media else b""
     return [len(encoded.prompt), sum(lengths), scored, len(lengths), slots, int(eos)], digest.digest(), kept
 
 
@@ -205,12 +205,13 @@ def describe(census: Census, rows: Samples, name: str, formatter: str, model: Mo
     yield f"{name}: {rows.description}, formatter {formatter}: {kept} of {len(rows)} rows kept"
     for line in _reasons(census, rows):
         yield f"  dropped, {line}"
-    prompt, _, scored, answers, images, ends = census.sizes.T
+    prompt, _, scored, answers, slots, ends = census.sizes.T
     answer = f", an answer {scored.sum() / answers.sum():.0f} on average" if answers.any() else ""
     yield f"  prompt {int(np.median(prompt))} tokens (longest {prompt.max()}){answer}"
-    if model.media is not None and not images.all():
-        why = "" if images.any() else ": no row has one in a column `image` or `images`"
-        yield f"  {int((images == 0).sum())} rows without an image{why}"
+    if model.media is not None and not slots.all():
+        columns = " or ".join(f"`{kind}` or `{kind}s`" for kind in model.media.tokens)
+        why = "" if slots.any() else f": no row has one in a column {columns}"
+        yield f"  {int((slots == 0).sum())} rows without {' or '.join(map(article, model.media.tokens))}{why}"
     if not ends.all():
         eos = model.assets.tokenizer.eos_token
         yield f"  {kept - int(ends.sum())} rows where the chat template ends an answer without {eos}: they do not train where to stop"
@@ -241,9 +242,10 @@ def _settings(model: Model) -> list[Any]:
     assets = model.assets
     backend = getattr(assets.tokenizer, "backend_tokenizer", None)
     tokenizer = backend.to_str() if backend is not None else assets.tokenizer.get_vocab()
-    processor = assets.processor.image_processor.to_dict() if model.media is not None else None
+    processor = modalities.processor(model).to_dict() if model.media is not None else None
     media_sizes = model.media.sizes if model.media is not None else None
-    return [templates.chat_template(assets), _sha(tokenizer), assets.tokenizer.special_tokens_map, processor, media_sizes]
+    settings = [templates.chat_template(assets), _sha(tokenizer), assets.tokenizer.special_tokens_map, processor, media_sizes]
+    return [*settings, assets.video_settings] if model.media is not None and model.media.video is not None else settings
 
 
 def _sha(value: Any) -> str:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from aligner.data.samples import MEDIA, Bad, is_conversation, parts_of
+from aligner.data.samples import MEDIA, Bad, article, is_conversation, parts_of
 
 MARK = "<image>"  # where a picture stands in a text, in every dataset we read; the model's own token may be another
 _ROLES = {
@@ -133,7 +133,7 @@ def place_images(text: Any, images: list[Any]) -> Any:
 def _place(text: Any, kind: str, items: list[Any]) -> Any:
     if not items:
         if {"type": kind} in parts_of(text):
-            raise Bad(f"{kind} placeholders", f"the text marks {_article(kind)}, the row has none")
+            raise Bad(f"{kind} placeholders", f"the text marks {article(kind)}, the row has none")
         return text
     if not is_conversation(text):
         return _fill(_split(text, kind), kind, items)
@@ -170,10 +170,6 @@ def _fill(parts: list[dict[str, Any]], kind: str, items: list[Any]) -> list[dict
         raise Bad(f"{kind} placeholders", f"the text marks {empty}, the row has {len(items)} {kind}s")
     rest = iter(items)
     return [{"type": kind, kind: next(rest)} if part == {"type": kind} else part for part in parts]
-
-
-def _article(kind: str) -> str:
-    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def split_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:

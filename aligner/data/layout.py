@@ -14,9 +14,9 @@ Row = dict[str, np.ndarray]
 
 
 def shape_of(encoded: Encoded, shared: bool = True) -> tuple[int, int, int]:
-    """(T, S, I) that an example needs: columns, scored positions, slots for images."""
+    """(T, S, I) that an example needs: columns, scored positions, slots for media."""
     answers = sum(len(answer) for answer in encoded.answers)
-    slots = len(encoded.images) if encoded.slots is None else encoded.slots
+    slots = len(encoded.media) if encoded.slots is None else encoded.slots
     scored = answers if encoded.scored is None else sum(int(mask.sum()) for mask in encoded.scored)
     prompts = 1 if shared else len(encoded.answers)
     return prompts * len(encoded.prompt) + answers, scored, slots
@@ -76,7 +76,7 @@ def lay_out(
         prompt: score the prompt's tokens too, but for the first and for media, with role 0; once, whatever the number of answers.
 
     Returns:
-        Arrays as `empty_row` lists them; `aligner.models.pictures.fill` puts the images in, in the order of the examples. Until then
+        Arrays as `empty_row` lists them; `aligner.models.pictures.fill` puts the media in, in the order of the examples. Until then
         `media_index` numbers the placeholders of all of them.
     """
     row = empty_row(T, S, I, media, G=len(examples) if G is None else G)
@@ -98,8 +98,8 @@ def lay_out(
         row["positions"][span] = position + np.arange(len(tokens))
         row["segment_ids"][span] = segment
         row["role"][span] = role
-        if example.images:
-            places = column + np.flatnonzero(tokens == media.placeholder)
+        if example.media:
+            places = column + np.flatnonzero(pictures.placeholders(tokens, media))
             row["media_index"][places] = feature + np.arange(len(places))
             feature += len(places)
         column = span.stop
@@ -119,8 +119,9 @@ def lay_out(
                 start = put(example.prompt, 0, role=0)
                 before, after_prompt = column - 1, feature
                 if prompt and role == 1:
-                    text = np.flatnonzero(example.prompt[1:] != (media.placeholder if media is not None else -1))
-                    score(start + text, example.prompt[1 + text], role=0)
+                    rest = example.prompt[1:]
+                    text = np.arange(len(rest)) if media is None else np.flatnonzero(~pictures.placeholders(rest, media))
+                    score(start + text, rest[text], role=0)
             feature = after_prompt  # pictures in an answer follow those of its prompt, whatever stands in other answers
             start = put(answer, len(example.prompt), role)
             last_feature = max(last_feature, feature)

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from aligner.data import layout, media, mixture, packing, tokens, turns
+from aligner.data import audio, layout, mixture, modalities, packing, tokens, turns
 from aligner.data.census import check_census, describe, take_census
 from aligner.data.kinds import ANSWERS, ENCODERS, Kind
 from aligner.data.samples import Bad
-from aligner.data.templates import Encoded, image_token
+from aligner.data.templates import Encoded, media_token
 from aligner.data.together import Steps, encoder
 from aligner.models.pictures import blank
 from aligner.models.pictures import fill as fill_slots
@@ -91,10 +91,12 @@ def load_dataset(
         raise UserError(f"config.data.loss_on is {data.loss_on!r}; it must be one of {', '.join(turns.LOSS_ON)}.")
     rows = mixture.open_samples(source, name, kind, seed, unpaired=needs.startswith("unpaired"))
     check_assets(model)
+    model = modalities.looking_in(model, None, data.get("video_frames"))
+    seeing = lambda index: modalities.looking_in(model, rows.folder(index))
 
     @encoder
     def encode(index: int) -> Steps:
-        return (yield from kind.encode.steps(rows.read(index), media.looking_in(model, rows.folder(index)), data))
+        return (yield from kind.encode.steps(rows.read(index), seeing(index), data))
 
     census = take_census(
         encode.steps,
@@ -140,19 +142,20 @@ def load_dataset(
         try:
             examples = [example(int(places[member]), *piece) for member, *piece in members.tolist()]
             made = layout.lay_out(examples, ids, T, S, I, model.media, data.shared_prompt, G, kind.last, kind.prompt)
-            pictures = [media.open_image(image, rows.folder(i)) for i, encoded in zip(ids, examples) for image in encoded.images]
+            pictures = [picture for i, one in zip(ids, examples) for picture in modalities.load(one.media, seeing(i))]
         except Bad as error:
             where = f"row {rows.name(ids[0])}" if len(ids) == 1 else f"one of the rows {', '.join(map(rows.name, ids))}"
             raise UserError(f"{name}, {where} of {rows.description} could be read when the run started, now not: {error}.") from error
         if pictures:
-            fill_slots(made, media.read_pictures(pictures, model.media, model.assets.processor.image_processor), model.media)
+            fill_slots(made, pictures, model.media)
         return made | _values(examples, kind, G, answers)
 
     lengths = np.minimum(T, plan.lengths(_columns(sizes, data)))
     fill = float(lengths.sum() / (T * len(plan)))
     report = [*describe(census, rows, name, rows.formatter, model)]
     report += ["  every pair makes two rows, one for each answer"] if rows.pairs else []
-    report += [f"  every row: T={T} columns, S={S} scored positions, I={I} images"]
+    shown = "image" if model.media is None else model.media.kind
+    report += [f"  every row: T={T} columns, S={S} scored positions, I={I} {shown}s"]
     if needs == "text" or data.get("packing", False):
         report += [f"  packed into {len(plan)} rows of at most {G} examples; {fill:.1%} of their columns are filled"]
     return Dataset(
@@ -262,27 +265,29 @@ def check_assets(model: Model) -> None:
         raise UserError("the model brings no tokenizer; put tokenizer.json and tokenizer_config.json into the checkpoint folder.")
     if model.media is None:
         return
-    if assets.processor is None or getattr(assets.processor, "image_processor", None) is None:
-        missing = f"{assets.folder} has no image processor; put preprocessor_config.json into it"
-        raise UserError(f"the {model.family} model takes images, but {missing}.")
-    from PIL import Image
-
-    probe = Image.new("RGB", (2 * model.media.width, model.media.height))  # wide, to see that it is made square
-    token, [shown] = image_token(assets), media.shown([probe], assets, model.media)
-    written = assets.tokenizer(shown.text or token, add_special_tokens=False)["input_ids"]
-    if written.count(model.media.placeholder) != len(shown.runs):
-        raise UserError(
-            f"the tokenizer in {assets.folder} gives {token} the id {assets.tokenizer.convert_tokens_to_ids(token)}, but image_token_index "
-            f"in its config.json is {model.media.placeholder}; fetch both again from one source."
-        )
-    picture = media.read_pictures([probe], model.media, assets.processor.image_processor)[0]
-    found, wanted = picture.arrays["pixel_values"].shape[1:], blank(model.media, 1, 1)["pixel_values"].shape[1:]
-    if found != wanted:
-        written = lambda shape: " x ".join(map(str, shape[:2] if shape[2:] == (3,) else shape))
-        raise UserError(
-            f"the image processor gives images of {written(found)}, the model's vision tower takes {written(wanted)}; set size and "
-            "crop_size in preprocessor_config.json."
-        )
+    kind, processor = model.media.kind, modalities.processor(model)
+    if processor is None:
+        missing = f"{assets.folder} has no {kind} processor; put preprocessor_config.json into it"
+        raise UserError(f"the {model.family} model takes {kind}s, but {missing}.")
+    if kind == "audio" and processor.sampling_rate != audio.RATE:
+        rate = f"{processor.sampling_rate}, {audio.RATE} is implemented"
+        raise UserError(f"sampling_rate in preprocessor_config.json of {assets.folder} is {rate}; choose a checkpoint that has it.")
+    for kind, placeholder in model.media.tokens.items():
+        token, (shown, picture) = media_token(assets, kind), modalities.probe(kind, model)
+        written = assets.tokenizer(shown.text or token, add_special_tokens=False)["input_ids"]
+        if written.count(placeholder) != len(shown.runs):
+            raise UserError(
+                f"the tokenizer in {assets.folder} gives {token} the id {assets.tokenizer.convert_tokens_to_ids(token)}, but "
+                f"{kind}_token_index in its config.json is {placeholder}; fetch both again from one source."
+            )
+        found, wanted = picture.arrays["pixel_values"].shape[1:], blank(model.media, 1, 1)["pixel_values"].shape[1:]
+        if found != wanted:
+            size = lambda shape: " x ".join(map(str, shape[:2] if shape[2:] == (3,) else shape))
+            settings = "feature_size and chunk_length" if kind == "audio" else "size and crop_size"
+            raise UserError(
+                f"the {kind} processor gives {kind}s of {size(found)}, the model's {'audio' if kind == 'audio' else 'vision'} tower takes "
+                f"{size(wanted)}; set {settings} in {'video_' if kind == 'video' else ''}preprocessor_config.json."
+            )
 
 
 class Batches:

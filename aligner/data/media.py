@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-import dataclasses
 import functools
 import hashlib
 import io
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from PIL import Image, ImageOps
 
 from aligner.data.samples import Bad
 from aligner.models import pictures
-from aligner.types import Media, Model
+from aligner.types import Media
 
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # larger ones are decompression bombs, or nothing a vision tower could use
 # Without Pillow's formats that start other programs or render vector graphics.
@@ -65,27 +63,11 @@ def check_image(reference: Any, folder: str | Path) -> bytes:
     return hashlib.sha256(data).digest()
 
 
-def looking_in(model: Model, folder: str | Path) -> Model:
-    """The model, where sizes of its pictures matter with the folder to look for them in."""
-    if model.media is None or model.media.show is None:
-        return model
-    return dataclasses.replace(model, media=dataclasses.replace(model.media, folder=folder))
-
-
 def image_size(reference: Any, folder: str | Path) -> tuple[int, int]:
     """(width, height) of what `open_image` gives, from the image's header."""
     image = _opened(reference, folder)
     turned = image.getexif().get(274, 1) in (5, 6, 7, 8)  # EXIF orientations that lie on their side
     return (image.height, image.width) if turned else image.size
-
-
-def shown(images: Sequence[Any], assets: Any, media: Media | None) -> list[pictures.Shown]:
-    """How each image stands in the text. Images are opened only where their sizes matter."""
-    if media is None:
-        return []
-    if media.show is None:
-        return [pictures.Shown(1, (media.features,))] * len(images)
-    return [media.show(image_size(image, media.folder), assets, len(images)) for image in images]
 
 
 def read_pictures(images: list[Image.Image], media: Media, image_processor: Any) -> list[pictures.Picture]:

@@ -178,18 +178,14 @@ def parts_of(text: Text) -> list[dict]:
     return list(text)
 
 
-def images_of(text: Text) -> tuple[Any, ...]:
-    """The references of all images in a text, in reading order."""
-    return media_of(text, "image")
+def media_of(text: Text) -> tuple[tuple[str, Any], ...]:
+    """(kind, reference) of all media in a text, in reading order."""
+    return tuple((part["type"], part[part["type"]]) for part in parts_of(text) if part["type"] != "text")
 
 
-def media_of(text: Text, kind: str) -> tuple[Any, ...]:
-    """The references of all media of a kind in a text, in reading order."""
-    if isinstance(text, str):
-        return ()
-    if is_conversation(text):
-        return tuple(reference for message in text for reference in media_of(message["content"], kind))
-    return tuple(part[kind] for part in text if part["type"] == kind)
+def article(kind: str) -> str:
+    """A kind of media with its article: "an image", "a video"."""
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def is_blank(text: Text) -> bool:
@@ -246,7 +242,7 @@ def as_two_sided(sample: Any) -> TwoSided:
     if not isinstance(sample, TwoSided):
         raise Bad("no two pairs", f"the formatter returned a {type(sample).__name__}, not a TwoSided")
     good, bad = as_preference(sample.good), as_preference(sample.bad)
-    if images_of(good.prompt) != images_of(bad.prompt):
+    if media_of(good.prompt) != media_of(bad.prompt):
         raise Bad("image placeholders", "the two prompts show different images")
     return TwoSided(good, bad)
 

@@ -388,14 +388,14 @@ def _spooled(stream: Any, source: Any) -> Any:
 
 
 def _datasets(data: Any, folder: Path, description: str) -> Rows:
-    """Rows of a `datasets.Dataset`, images left encoded: they are decoded once, by `aligner.data.media`."""
-    from datasets import Image, List
+    """Rows of a `datasets.Dataset`, media left encoded: they are decoded once, by `aligner.data.modalities`."""
+    from datasets import Audio, Image, List, Video
 
     for column, feature in data.features.items():
-        if isinstance(feature, Image):
-            data = data.cast_column(column, Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), Image):
-            data = data.cast_column(column, List(Image(decode=False)))
+        item = getattr(feature, "feature", feature)
+        if isinstance(item, (Audio, Image, Video)):
+            encoded = dataclasses.replace(item, decode=False)
+            data = data.cast_column(column, encoded if item is feature else List(encoded))
     return Rows(lambda index: data[index], len(data), folder, description, f"datasets:{data._fingerprint}")
 
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aligner.data import media as media_files
-from aligner.data.samples import Bad, Preference, TwoSided, images_of, is_conversation, media_of, parts_of
+from aligner.data import modalities
+from aligner.data.samples import Bad, Preference, TwoSided, article, is_conversation, media_of, parts_of
 from aligner.data.together import Steps, Texts, encoder
-from aligner.models.pictures import Shown
+from aligner.models.pictures import Shown, in_order, placeholders
 from aligner.types import Media, UserError
 
 # Used where a checkpoint brings no template: Vicuna's manner, as LLaVA-1.5 was trained.
@@ -25,26 +25,31 @@ DEFAULT_TEMPLATE = (
 )
 _PARTS = re.compile(r"\btype\b|content['\"]?\]?\s*\[")  # a template that looks at a part's type, or at a part
 _RENDERING = threading.Lock()
-# Not the row's fault: the census stops at it.
-NO_IMAGES = "the model takes no images"
-NO_SOUND = "the model takes no audio or video"
+
+
+class Refused(Bad):
+    """The model takes no media of a kind that stands in a row. It is not the row's fault, so the census stops there."""
+
+    def __init__(self, kind: str):
+        super().__init__(f"the model takes no {kind}")
+        self.kind = kind
 
 
 class Encoded(NamedTuple):
     """A prompt and its answers as token ids. No token of the prompt is scored.
 
     Attributes:
-        prompt: int32 [n], with every image's placeholders in full number.
+        prompt: int32 [n], with every placeholder in full number.
         answers: int32 [m_r] each, in the order of their roles 1..R.
-        images: references of the images, in reading order.
+        media: (kind, reference) of all that is shown, in the order of their placeholders.
         scored: bool [m_r] each, which tokens of the answers are scored; None scores all.
         values: numbers that belong to the example, by the name of their column in the batch, such as a label.
-        slots: of a row's pixels that its images fill; None is one each.
+        slots: of a row's pixels that its media fill; None is one each.
     """
 
     prompt: np.ndarray
     answers: tuple[np.ndarray, ...]
-    images: tuple[Any, ...] = ()
+    media: tuple[tuple[str, Any], ...] = ()
     scored: tuple[np.ndarray, ...] | None = None
     values: Mapping[str, Any] | None = None
     slots: int | None = None
@@ -73,7 +78,7 @@ def encode_two_sided(sample: TwoSided, assets: Any, media: Media | None = None) 
     return Encoded(
         sides[0].prompt[:shared],
         tuple(np.concatenate(parts) for parts in answers),
-        sides[0].images,
+        sides[0].media,
         slots=sides[0].slots,
         scored=tuple(np.repeat([False, True], [len(part) for part in parts]) for parts in answers),
     )
@@ -99,12 +104,12 @@ def encode_answers(
     Raises:
         Bad: the template refuses the conversation, an answer is empty, or placeholders and images do not match.
     """
-    images, options = check_media(prompt), options or {}
-    shown = media_files.shown(images, assets, media)
+    found, options = check_media(prompt, media), options or {}
+    shown = modalities.shown(found, assets, media)
     if not prompt:
         raise Bad("empty prompt", "nothing stands before the answers")
-    if any(check_media(answer) for answer in answers):
-        raise Bad("image placeholders", "an answer holds an image; images are supported in prompts")
+    for kind, _ in (medium for answer in answers for medium in check_media(answer, media)):
+        raise Bad(f"{kind} placeholders", f"an answer holds {article(kind)}; it must stand in the prompt")
     if is_conversation(prompt) or any(is_conversation(answer) for answer in answers):
         texts = [render(prompt, assets, shown, add_generation_prompt=True, **options)]
         texts += [render(prompt + answer, assets, shown, **options) for answer in answers]
@@ -123,16 +128,19 @@ def encode_answers(
         raise Bad("empty answer", "an answer has no tokens")
     if any(np.array_equal(tail, tails[0]) for tail in tails[1:]):
         raise Bad("answers are equal", "the answers have the same tokens")
-    if any((tail == media.placeholder).any() for tail in tails if media is not None):
-        raise Bad("image placeholders", "an answer's text holds an image token")
-    return Encoded(head[expansion(head, shown, media, len(images))], tails, images, slots=slots_of(shown))
+    if media is not None and any(placeholders(tail, media).any() for tail in tails):
+        raise Bad(f"{media.kind} placeholders", f"an answer's text holds {article(media.kind)} token")
+    places, found = expansion(head, found, shown, media)
+    return Encoded(head[places], tails, found, slots=slots_of(shown))
 
 
-def check_media(text: Any) -> tuple[Any, ...]:
-    """The images of a text; what no model here takes yet is refused."""
-    if any(media_of(text, kind) for kind in ("audio", "video")):
-        raise Bad(NO_SOUND)
-    return images_of(text)
+def check_media(text: Any, media: Media | None) -> tuple[tuple[str, Any], ...]:
+    """(kind, reference) of what a text shows, in reading order; a kind that the model does not take is refused."""
+    found = media_of(text)
+    for kind, _ in found:
+        if media is None or kind not in media.tokens:
+            raise Refused(kind)
+    return found
 
 
 @encoder
@@ -142,8 +150,8 @@ def encode_prompt(prompt: Any, assets: Any, media: Media | None = None, options:
     Raises:
         Bad: the template refuses the conversation, or placeholders and images do not match.
     """
-    images = check_media(prompt)
-    shown = media_files.shown(images, assets, media)
+    found = check_media(prompt, media)
+    shown = modalities.shown(found, assets, media)
     if is_conversation(prompt):
         text = render(prompt, assets, shown, add_generation_prompt=True, **(options or {}))
         special = adds_special_tokens(text, assets)
@@ -155,7 +163,8 @@ def encode_prompt(prompt: Any, assets: Any, media: Media | None = None, options:
         tokens = tokens[:-1]  # some tokenizers end every text
     if not len(tokens):
         raise Bad("empty prompt", "the prompt has no tokens")
-    return Encoded(tokens[expansion(tokens, shown, media, len(images))], (), images, slots=slots_of(shown))
+    places, found = expansion(tokens, found, shown, media)
+    return Encoded(tokens[places], (), found, slots=slots_of(shown))
 
 
 def chat_template(assets: Any) -> str:
@@ -166,9 +175,10 @@ def chat_template(assets: Any) -> str:
     return template
 
 
-def image_token(assets: Any) -> str:
-    """The text that stands for an image in a rendered conversation; with some families what begins an image (Gemma 3)."""
-    return getattr(assets.processor, "boi_token", None) or getattr(assets.processor, "image_token", None) or "<image>"
+def media_token(assets: Any, kind: str) -> str:
+    """The text that stands for a medium in a rendered conversation; with some families what begins an image (Gemma 3)."""
+    begins = getattr(assets.processor, "boi_token", None) if kind == "image" else None
+    return begins or getattr(assets.processor, f"{kind}_token", None) or f"<{kind}>"
 
 
 def ends_with_eos(encoded: Encoded, tokenizer: Any) -> bool:
@@ -177,18 +187,18 @@ def ends_with_eos(encoded: Encoded, tokenizer: Any) -> bool:
 
 
 def slots_of(shown: Sequence[Shown]) -> int:
-    """How many slots all of these pictures fill."""
+    """How many slots all of these fill."""
     return sum(one.slots for one in shown)
 
 
 def write(text: str, assets: Any, shown: Sequence[Shown]) -> str:
-    """The text with each picture written as its model wants it, in place of one image token."""
+    """The text with each picture written as its model wants it, in place of one token of its kind."""
     if not any(one.text for one in shown):
         return text
-    token = image_token(assets)
-    between = text.split(token)  # text that holds fewer or more tokens than pictures is caught where ids are expanded
-    written = [one.text or token for one in shown] + [token] * len(between)
-    return "".join(part for pair in zip(between, [*written[: len(between) - 1], ""]) for part in pair)
+    # text that holds fewer or more tokens than pictures is caught where ids are expanded
+    left = {media_token(assets, kind): iter([one for one in shown if one.kind == kind]) for kind in {one.kind for one in shown}}
+    written = lambda match: getattr(next(left[match[0]], None), "text", None) or match[0]
+    return re.sub("|".join(map(re.escape, left)), written, text)
 
 
 def render(conversation: list[dict], assets: Any, shown: Sequence[Shown] = (), **options: Any) -> str:
@@ -220,9 +230,9 @@ def _rendered(conversation: list[dict], assets: Any, marks: bool, options: Mappi
     for message in conversation:
         content = message["content"]
         if structured:
-            content = [{"type": "image"} if part["type"] == "image" else part for part in parts_of(content)]
+            content = [part if part["type"] == "text" else {"type": part["type"]} for part in parts_of(content)]
         elif not isinstance(content, str):
-            content = _plain(content, assets, after_image="\n")
+            content = _plain(content, assets, after="\n")
         messages.append({**message, "content": content})
     # The tokenizer's tokens will do for processors as well: all that a template needs is the messages and the special tokens.
     options = {**assets.tokenizer.special_tokens_map, **options, "return_assistant_tokens_mask": marks}
@@ -266,8 +276,9 @@ def plain_text(text: Any, assets: Any) -> str:
     return text if text.endswith(eos) else text + eos
 
 
-def _plain(text: Any, assets: Any, after_image: str = "") -> str:
-    return "".join(image_token(assets) + after_image if part["type"] == "image" else part["text"] for part in parts_of(text))
+def _plain(text: Any, assets: Any, after: str = "") -> str:
+    written = lambda part: part["text"] if part["type"] == "text" else media_token(assets, part["type"]) + after
+    return "".join(map(written, parts_of(text)))
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
@@ -276,17 +287,25 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     return int(different.argmax()) if different.any() else length
 
 
-def expansion(tokens: np.ndarray, shown: Sequence[Shown], media: Media | None, images: int) -> np.ndarray:
-    """Indices that repeat every image's placeholder once per feature: what the processor does to the text, without its pixels."""
-    places = np.arange(len(tokens))
-    if media is None:
-        if images:
-            raise Bad(NO_IMAGES)
-        return places
-    marks = tokens == media.placeholder
-    runs = [run for one in shown for run in one.runs]
-    if marks.sum() != len(runs):
-        raise Bad("image placeholders", f"the text holds {marks.sum()} image tokens for {images} images")
+def expansion(
+    tokens: np.ndarray, found: Sequence[tuple[str, Any]], shown: Sequence[Shown], media: Media | None
+) -> tuple[np.ndarray, tuple[tuple[str, Any], ...]]:
+    """Make room for features: what the processor does to the text, without its pixels.
+
+    Returns:
+        (indices that repeat every placeholder once per feature, `found` in the order of their placeholders: some templates write a
+        message's images before its videos, wherever they stand in it).
+    """
     times = np.ones(len(tokens), np.int64)
-    times[marks] = runs
-    return np.repeat(places, times)
+    for kind, token in (media.tokens if media is not None else {}).items():
+        of_kind, marks = [one for one in shown if one.kind == kind], tokens == token
+        runs = [run for one in of_kind for run in one.runs]
+        if marks.sum() != len(runs):
+            raise Bad(f"{kind} placeholders", f"the text holds {marks.sum()} {kind} tokens for {len(of_kind)} {kind}s")
+        times[marks] = runs
+    places = np.repeat(np.arange(len(tokens)), times)
+    if not found:
+        return places, ()
+    marks = tokens[places]
+    order = in_order(marks[placeholders(marks, media)], [(one.kind, sum(one.runs)) for one in shown], media)
+    return places, tuple(found[number] for number in order)

@@ -14,7 +14,7 @@ from aligner.data.templates import Encoded
 
 
 def pack(encoded: Encoded) -> bytes:
-    """An example without images as bytes."""
+    """An example without media as bytes."""
     values = json.dumps(encoded.values).encode()
     lengths = [len(answer) for answer in encoded.answers]
     head = np.array([len(encoded.prompt), len(lengths), encoded.scored is not None, *lengths], np.int32)
@@ -41,7 +41,7 @@ def unpack(data: bytes) -> Encoded:
 
 
 def reader(path: Path, ends: np.ndarray) -> Callable[[int], Encoded | None]:
-    """Place -> the example written there, None where none was (it has images).
+    """Place -> the example written there, None where none was (it has media).
 
     Read by position, not mapped: pages of a mapped file count as this process's memory.
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from aligner.data import media as media_files
-from aligner.data.samples import Bad, Document, Supervised, is_conversation
+from aligner.data import modalities
+from aligner.data.samples import Bad, Document, Supervised, article, is_conversation
 from aligner.data.templates import (
     Encoded,
     adds_special_tokens,
@@ -25,7 +25,7 @@ from aligner.data.templates import (
     write,
 )
 from aligner.data.together import Steps, Texts, encoder
-from aligner.models.pictures import Shown
+from aligner.models.pictures import Shown, placeholders
 from aligner.types import Media
 
 LOSS_ON = ("assistant", "last", "all")
@@ -49,15 +49,14 @@ def encode_supervised(sample: Supervised, assets: Any, media: Media | None = Non
         Bad: nothing would be scored.
     """
     prompt, rest, options = sample.prompt, sample.conversation, sample.template
-    placeholder = None if media is None else media.placeholder
     if prompt and (not is_conversation(rest) or all(message["role"] == "assistant" for message in rest)):
         encoded = yield from encode_answers.steps(prompt, (rest,), assets, media, options)
         if loss_on != "all":
             return encoded
-        return _scored(np.concatenate([encoded.prompt, *encoded.answers]), None, encoded.images, placeholder)._replace(slots=encoded.slots)
+        return _scored(np.concatenate([encoded.prompt, *encoded.answers]), None, media)._replace(media=encoded.media, slots=encoded.slots)
     whole = [*prompt, *rest] if is_conversation(rest) else rest
-    images = check_media(whole)
-    shown = media_files.shown(images, assets, media)
+    found = check_media(whole, media)
+    shown = modalities.shown(found, assets, media)
     if is_conversation(rest):
         ids, mask = yield from _turns(whole, assets, loss_on, shown, options)
         if prompt and loss_on != "all":
@@ -67,11 +66,11 @@ def encode_supervised(sample: Supervised, assets: Any, media: Media | None = Non
     else:
         [(ids, _)] = yield Texts(assets.tokenizer, [write(plain_text(rest, assets), assets, shown)])
         mask = None
-    places = expansion(ids, shown, media, len(images))
+    places, found = expansion(ids, found, shown, media)
     ids, mask = ids[places], None if mask is None else mask[places]
-    if mask is not None and (mask & (ids == placeholder)).any():
-        raise Bad("image placeholders", "an assistant's turn holds an image")
-    return _scored(ids, mask, images, placeholder)._replace(slots=slots_of(shown))
+    if mask is not None and media is not None and (mask & placeholders(ids, media)).any():
+        raise Bad(f"{media.kind} placeholders", f"an assistant's turn holds {article(media.kind)}")
+    return _scored(ids, mask, media)._replace(media=found, slots=slots_of(shown))
 
 
 @encoder
@@ -87,15 +86,15 @@ def piece(encoded: Encoded, start: int, stop: int) -> Encoded:
     return Encoded(tokens[:1], (tokens[1:],))
 
 
-def _scored(ids: np.ndarray, mask: np.ndarray | None, images: tuple[Any, ...] = (), placeholder: int | None = None) -> Encoded:
+def _scored(ids: np.ndarray, mask: np.ndarray | None, media: Media | None = None) -> Encoded:
     """What precedes the first scored token becomes the prompt, the rest the answer. Without a mask all is scored but pictures."""
     if mask is None:
-        mask = np.ones(len(ids), bool) if placeholder is None else ids != placeholder
+        mask = np.ones(len(ids), bool) if media is None else ~placeholders(ids, media)
     mask = mask & (np.arange(len(ids)) > 0)  # nothing predicts the first token
     if not mask.any():
         raise Bad("nothing to imitate", "no token of the row would be scored")
     start = int(mask.argmax())
-    return Encoded(ids[:start], (ids[start:],), images, (mask[start:],))
+    return Encoded(ids[:start], (ids[start:],), scored=(mask[start:],))
 
 
 def _turns(conversation: list[dict], assets: Any, loss_on: str, shown: Sequence[Shown], options: Mapping[str, Any]) -> Steps:

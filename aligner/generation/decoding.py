@@ -136,7 +136,7 @@ def fill(model: Model, params: Params, state: State, batch: Batch, source: Int[A
     ahead = None
     if state.ahead is not None:
         turned = batch.get("rope_positions", batch["positions"][..., None])
-        ahead = choose(state.ahead, (jnp.max(jnp.where(real[..., None], turned, -1), axis=(1, 2)) + 1 - position)[prompt])
+        ahead = choose(state.ahead, (jnp.max(turned[:, -1], axis=-1) + 1 - position)[prompt])
     uniform = jax.vmap(lambda key: jax.random.uniform(key, state.uniform.shape[1:]))(keys)
     return state.replace(
         cache=cache,

@@ -28,7 +28,7 @@ class Prompt(NamedTuple):
 
     Attributes:
         tokens: int32 [n], images' placeholders in full number.
-        pictures: as `aligner.data.media.read_pictures` gives them, or a function that does.
+        pictures: as `aligner.data.modalities.load` gives them, or a function that does.
         source: the conversation and its images (PIL) that it was made of, for a server that reads them itself; None where there is none.
     """
 
@@ -90,8 +90,7 @@ def make_engine(model: Model, sampling: Sampling, *, rows: int = 8, dtype: str =
     if sampling.stop_strings and detokenize is None:
         raise ValueError("stop strings need `detokenize`")
     if model.media:
-        media = [token for token in (model.media.placeholder, model.media.video) if token is not None]
-        sampling = dataclasses.replace(sampling, suppress_tokens=(*sampling.suppress_tokens, *media))
+        sampling = dataclasses.replace(sampling, suppress_tokens=(*sampling.suppress_tokens, *model.media.tokens.values()))
     return Engine(
         model,
         sampling,

@@ -7,17 +7,17 @@ from typing import Any
 from aligner.types import Model, UserError
 
 # model_type -> the file of this package that makes it
-VISION_LANGUAGE = {
+WITH_MEDIA = {
     **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), "llava_next"),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "qwen_vl"),
     **dict.fromkeys(("paligemma", "gemma3"), "gemma_vl"),
     **dict.fromkeys(("idefics3", "smolvlm"), "idefics"),
-    **{name: name for name in ("llava", "idefics2", "internvl", "mllama", "vision_llm")},
+    **{name: name for name in ("llava", "idefics2", "internvl", "mllama", "vision_llm", "qwen2_audio")},
 }
 SUPPORTED = (
     *("baichuan", "bloom", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neox", "granite", "llama", "mistral"),
     *("mixtral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"),
-    *VISION_LANGUAGE,
+    *WITH_MEDIA,
 )
 
 
@@ -41,10 +41,10 @@ def from_hf(hf_config: Any, score_head: bool = False) -> Model:
     if family in families.FAMILIES:
         config = families.FAMILIES[family](hf_config)
         return decoder.make(config, family, families.conversion(family, config))
-    if family not in VISION_LANGUAGE:
+    if family not in WITH_MEDIA:
         near = difflib.get_close_matches(str(family), SUPPORTED, n=1)
         hint = f"; nearest: {near[0]!r}" if near else ""
         raise UserError(f"model_type {family!r} is not supported{hint}; supported are {', '.join(SUPPORTED)}")
     from aligner.models.vlm import UNREAD
 
-    return families.read(importlib.import_module(f"aligner.models.{VISION_LANGUAGE[family]}").make, hf_config, UNREAD)
+    return families.read(importlib.import_module(f"aligner.models.{WITH_MEDIA[family]}").make, hf_config, UNREAD)

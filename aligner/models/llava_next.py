@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from aligner.models import llava, towers, vision, vlm
-from aligner.models.pictures import Picture, Row, Shown
+from aligner.models import clips, llava, towers, vision, vlm
+from aligner.models.pictures import Clip, Picture, Row, Shown
 from aligner.types import Batch, Media, Model, UserError
 
 NEWLINE = -1  # in an index: the first of the features that stand before those of the tiles
@@ -141,7 +141,14 @@ def media(config: LlavaNextConfig) -> Media:
 
     def video(frames: np.ndarray) -> Picture:
         index = np.arange(len(frames))[:, None] * config.features + np.arange(config.frame_features)
-        return Picture({"pixel_values": frames.transpose(0, 2, 3, 1), "pooled": np.ones(len(frames), bool)}, index.reshape(-1), video=True)
+        arrays = {"pixel_values": frames.transpose(0, 2, 3, 1), "pooled": np.ones(len(frames), bool)}
+        return Picture(arrays, index.reshape(-1), kind="video")
+
+    def show_clip(clip: Clip, assets: Any) -> Shown:
+        return Shown(len(clip.times), (len(clip.times) * config.frame_features,), kind="video")
+
+    def process_clip(clip: Clip, assets: Any) -> Mapping[str, Any]:
+        return {"pixel_values_videos": clips.square(clip.frames, assets.video_settings)[None]}
 
     def arrange(row: Row, pictures: Sequence[Picture]) -> Row:
         """Every placeholder's own mixture of features stands at its column."""
@@ -161,7 +168,8 @@ def media(config: LlavaNextConfig) -> Media:
     per_token = {"media_taps": ((4,), np.int32), "media_weights": ((4,), np.float32)} if mixed else {}
     slot = {} if config.video_token_index is None else {"pooled": ((), np.bool_)}
     return Media(config.image_token_index, config.features, size, size, lead=1, slot=slot, per_token=per_token, show=show,
-                 pictures=pictures, arrange=arrange if mixed else None, together=mixed, video=config.video_token_index)  # fmt: skip
+                 pictures=pictures, arrange=arrange if mixed else None, together=mixed, video=config.video_token_index,
+                 show_clip=show_clip, process_clip=process_clip)  # fmt: skip
 
 
 def pool(config: LlavaNextConfig, states: Float[Array, "N P V"]) -> Float[Array, "N P V"]:

@@ -1,4 +1,4 @@
-"""Pictures and videos on the host: how many tokens each takes, which slots of a row's pixels it fills, which feature stands at which token.
+"""Pictures, videos and sounds on the host: how many tokens each takes, which slots of a row it fills, which feature stands at which token.
 
 Token counts differ from one to the next; all of it is settled here in NumPy, so that what reaches the device are arrays of a few
 fixed shapes and gather indices.
@@ -17,18 +17,36 @@ from aligner.types import Media, UserError
 Row = dict[str, np.ndarray]
 
 
+class Clip(NamedTuple):
+    """Some of a video's frames.
+
+    Attributes:
+        times: seconds [F] float64 from its start, ascending.
+        seconds: how long the whole video is shown.
+        size: (height, width) of its frames.
+        frames: uint8 [F,H,W,3]; None where only its size and times are asked for.
+    """
+
+    times: np.ndarray
+    seconds: float
+    size: tuple[int, int]
+    frames: np.ndarray | None = None
+
+
 class Shown(NamedTuple):
     """How a picture stands in the text.
 
     Attributes:
         slots: how many slots of a row's pixels it fills.
-        runs: how many placeholders each of its image tokens becomes.
-        text: what is written for it instead of one image token, with an image token for every run; None writes that one token.
+        runs: how many placeholders each of its tokens becomes.
+        text: what is written for it instead of one token of its kind, with such a token for every run; None writes that one token.
+        kind: "image", "video" or "audio".
     """
 
     slots: int
     runs: tuple[int, ...]
     text: str | None = None
+    kind: str = "image"
 
 
 class Picture(NamedTuple):
@@ -37,21 +55,23 @@ class Picture(NamedTuple):
     Attributes:
         arrays: name -> [slots, ...], what the model reads.
         index: [placeholders] the feature that stands at each: slot * P + p within the picture, or -1 - n for the n-th leading one.
-        grid: its rows and columns of placeholders, where positions go by them.
+        turned: what `turned` gives, where positions go by rows and columns.
         taps: (features around each placeholder [placeholders, X], their weights), where one is a mixture of several.
-        video: it is one, and stands at `Media.video`.
+        kind: "image", "video" or "audio", which says what token it stands at.
+        stills: how many images its slots are to a tower that takes patches, evenly; a video's frames do not see each other there.
     """
 
     arrays: Mapping[str, np.ndarray]
     index: np.ndarray
-    grid: tuple[int, int] | None = None
+    turned: tuple[np.ndarray, np.ndarray] | None = None
     taps: tuple[np.ndarray, np.ndarray] | None = None
-    video: bool = False
+    kind: str = "image"
+    stills: int = 1
 
 
 def placeholders(tokens: np.ndarray, media: Media) -> np.ndarray:
     """Which tokens stand for features, bool of the same shape."""
-    return np.isin(tokens, [token for token in (media.placeholder, media.video) if token is not None])
+    return np.isin(tokens, [*media.tokens.values()])
 
 
 def whole(processed: Mapping[str, Any], features: int) -> list[Picture]:
@@ -82,13 +102,15 @@ def fill(row: Row, pictures: Sequence[Picture], media: Media) -> None:
         media: the model's.
     """
     more = media.arrange(row, pictures) if media.arrange is not None else {}
-    start, order = 0, []
-    for number, picture in enumerate(pictures, start=1):
-        end = start + len(picture.arrays["pixel_values"])
+    start, number, order = 0, 1, []
+    for picture in pictures:
+        slots = len(picture.arrays["pixel_values"])
+        end = start + slots
         for name, array in picture.arrays.items():
             row[name][start:end] = array
         if "image_ids" in row:
-            row["image_ids"][start:end] = number
+            row["image_ids"][start:end] = number + np.arange(slots) * picture.stills // slots
+            number += picture.stills
         row["image_mask"][start:end] = True
         order.append(np.where(picture.index < 0, -1 - picture.index, media.lead + start * media.features + picture.index))
         start = end
@@ -115,12 +137,14 @@ def deal(batch: Mapping[str, Any], processed: Mapping[str, Any], media: Media) -
     """
     text = {name: np.asarray(array) for name, array in batch.items()}
     places = placeholders(text["tokens"], media)
-    pictures = in_order(text["tokens"][places], read(media, processed), media)
+    pictures = read(media, processed)
+    order = in_order(text["tokens"][places], [(picture.kind, len(picture.index)) for picture in pictures], media)
+    pictures = [pictures[number] for number in order]
     counts, takes = places.sum(axis=1), [len(picture.index) for picture in pictures]
     ends, total = np.cumsum([0, *takes]), np.cumsum([0, *counts])  # of pictures and of rows, in placeholders
     if ends[-1] != total[-1] or not np.isin(total, ends).all():
         raise UserError(
-            f"{len(pictures)} images, which take {takes} placeholders, do not fit placeholder counts {counts.tolist()} of the rows"
+            f"{len(pictures)} {media.kind}s, which take {takes} placeholders, do not fit placeholder counts {counts.tolist()} of the rows"
         )
     borders = np.searchsorted(ends, total)
     groups = [pictures[first:last] for first, last in pairwise(borders)]
@@ -136,25 +160,44 @@ def deal(batch: Mapping[str, Any], processed: Mapping[str, Any], media: Media) -
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def in_order(marks: np.ndarray, pictures: Sequence[Picture], media: Media) -> list[Picture]:
-    """Pictures and videos, each in their order, as their placeholders [N] follow each other; what finds none comes last."""
-    waiting = {video: [picture for picture in pictures if picture.video == video] for video in (True, False)}
+def in_order(marks: np.ndarray, takes: Sequence[tuple[str, int]], media: Media) -> list[int]:
+    """How media, of every kind in their order, follow each other in the text.
+
+    Args:
+        marks: the placeholders [N] of a text.
+        takes: (kind, number of placeholders) of each.
+        media: the model's.
+
+    Returns:
+        Their numbers as their placeholders stand; what finds none comes last.
+    """
+    waiting = {token: [number for number, (found, _) in enumerate(takes) if found == kind] for kind, token in media.tokens.items()}
     order, at = [], 0
-    while at < len(marks) and waiting[video := marks[at] == media.video]:
-        order.append(waiting[video].pop(0))
-        at += len(order[-1].index)
-    return [*order, *waiting[True], *waiting[False]]
+    while at < len(marks) and waiting[int(marks[at])]:
+        order.append(waiting[int(marks[at])].pop(0))
+        at += takes[order[-1]][1]
+    return [*order, *(number for left in waiting.values() for number in left)]
+
+
+def turned(rows: int, columns: int, times: Sequence[int] = (0,)) -> tuple[np.ndarray, np.ndarray]:
+    """Where the placeholders of a picture stand, or of a video with frames at these times.
+
+    Returns:
+        ([n,3] how far each is in time, rows and columns from where the text stands, [n] how far the text goes on after each: by the longer
+        side after the last, however long a video is, as `transformers` has it).
+    """
+    offsets = np.stack(np.meshgrid(times, np.arange(rows), np.arange(columns), indexing="ij"), axis=-1).reshape(-1, 3)
+    return offsets, np.append(np.zeros(len(offsets) - 1, int), max(rows, columns))
 
 
 def turning_positions(row: Row, pictures: Sequence[Picture]) -> Row:
     """Positions [T,3] in time, rows and columns for every token (M-RoPE, arXiv 2409.12191): text counts up in all three; a picture's
-    placeholders count its rows and columns from where the text stands, which goes on after the longer side.
+    placeholders count from where the text stands, which goes on after it, as `turned` says.
 
     An answer that shares its prompt with others goes on where the prompt ends.
     """
-    offsets = [np.stack([0 * r, r, c], axis=-1).reshape(-1, 3) for r, c in (np.indices(picture.grid) for picture in pictures)]
-    advance = [np.append(np.zeros(len(inside) - 1, int), inside.max() + 1) for inside in offsets]
-    offsets, advance = np.concatenate([*offsets, np.zeros((1, 3), int)]), np.concatenate([*advance, [0]])
+    offsets, advance = zip(*(picture.turned for picture in pictures), (np.zeros((1, 3), int), [0]))
+    offsets, advance = np.concatenate(offsets), np.concatenate(advance)
     out = np.zeros((len(row["tokens"]), 3), np.int32)
     for segment in np.unique(row["segment_ids"][row["segment_ids"] > 0]):
         inside = row["segment_ids"] == segment

@@ -1,14 +1,16 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL (arXiv 2409.12191, 2502.13923): images of all sizes as patches of a row, merged four to a token;
-positions in time, rows and columns (M-RoPE).
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL (arXiv 2409.12191, 2502.13923): images and videos of all sizes as patches of a row, merged four to a
+token; positions in time, rows and columns (M-RoPE).
 
-2.5: most layers of the tower attend within windows. 3: learned positions interpolated to each image's grid; features of earlier layers are
-added after the decoder's first ones (deepstack).
+2.5: most layers of the tower attend within windows; positions in time go by seconds. 3: learned positions interpolated to each image's
+grid; features of earlier layers are added after the decoder's first ones (deepstack); the time of a video's frames is written before them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from aligner.models import decoder, families, towers, vision, vlm
+from aligner.models import clips, decoder, families, towers, vision, vlm
 from aligner.models.layers import ACTIVATIONS, Linear
-from aligner.models.pictures import Picture, Shown, turning_positions
+from aligner.models.pictures import Clip, Picture, Shown, turned, turning_positions
 from aligner.types import Batch, Media, Model, UserError
 
 _MANY = 1 << 16  # more windows than an image has
+_EDGES = (("min", "shortest_edge"), ("max", "longest_edge"))  # two names of an image's least and most pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +35,11 @@ class QwenVLConfig:
     text_config: decoder.DecoderConfig
     vision_config: vision.VisionConfig
     image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
     spatial_merge_size: int
+    tokens_per_second: float | None  # how far positions in time go on in a second of a video; None: one for each group of frames
     window: int  # side of the tower's windows in merged patches; 0 has none
     deepstack: tuple[int, ...]  # layers of the tower whose features are added later; () has none
     third: bool  # Qwen3-VL's layout of names
@@ -50,7 +57,11 @@ def config_from_hf(hf: Any) -> QwenVLConfig:
         text_config=vlm.read_text(hf, reader, deepstack=len(deepstack)),
         vision_config=towers.read(tower),
         image_token_id=hf.image_token_id,
+        video_token_id=hf.video_token_id,
+        vision_start_token_id=hf.vision_start_token_id,
+        vision_end_token_id=hf.vision_end_token_id,
         spatial_merge_size=tower.spatial_merge_size,
+        tokens_per_second=getattr(tower, "tokens_per_second", None),
         window=tower.window_size // tower.spatial_merge_size // tower.patch_size if hasattr(tower, "window_size") else 0,
         deepstack=deepstack,
         third=third,
@@ -113,28 +124,40 @@ def media(config: QwenVLConfig) -> Media:
         return Shown(units, (units,))
 
     def pictures(processed: Mapping[str, Any]) -> list[Picture]:
-        grids = np.asarray(processed["image_grid_thw"])
-        ends = np.cumsum(grids.prod(axis=1))
-        parts = np.split(np.asarray(processed["pixel_values"]), ends[:-1])
-        return [picture(part, *map(int, grid)) for part, grid in zip(parts, grids)]
+        return [*of_kind(processed, "image", "pixel_values"), *of_kind(processed, "video", "pixel_values_videos")]
 
-    def picture(values: np.ndarray, times: int, rows: int, columns: int) -> Picture:
-        if times != 1:
-            raise UserError(f"a grid of {times} frames is a video; the {width}-pixel patches of images are implemented")
+    def of_kind(processed: Mapping[str, Any], kind: str, values: str) -> Iterator[Picture]:
+        if processed.get(values) is None:
+            return
+        grids = np.asarray(processed[f"{kind}_grid_thw"])
+        parts = np.split(np.asarray(processed[values]), np.cumsum(grids.prod(axis=1))[:-1])
+        steps = np.ones(len(grids))
+        if kind == "video" and config.tokens_per_second is not None:
+            steps = config.tokens_per_second * np.asarray(processed.get("second_per_grid_ts", steps))
+        for part, grid, step in zip(parts, grids, steps):
+            yield picture(kind, part, *map(int, grid), step)
+
+    def picture(kind: str, values: np.ndarray, times: int, rows: int, columns: int, step: float) -> Picture:
         rows, columns = rows // merge, columns // merge
         unit = np.indices((rows, columns)).reshape(2, -1).T  # [n,2]
         inside = np.indices((merge, merge)).reshape(2, -1).T
         grid = unit[:, None] * merge + inside
         # the processor puts channels first, our kernel last
         values = values.reshape(-1, tower.num_channels, tower.frames, tower.patch_size**2).transpose(0, 2, 3, 1)
-        arrays = {"pixel_values": values.reshape(len(unit), merge**2, width), "patch_grid": grid}
+        arrays = {"patch_grid": grid}
         if config.window:
             across = -(-columns // config.window)
             arrays["patch_window"] = unit[:, 0] // config.window * across + unit[:, 1] // config.window
         if tower.positions:
             side = int(tower.num_positions**0.5)
             arrays["patch_places"], arrays["patch_weights"] = taps(grid, (rows * merge, columns * merge), side)
-        return Picture(arrays, np.arange(len(unit)), (rows, columns))
+        arrays = {name: np.concatenate([array] * times) for name, array in arrays.items()}  # each group of frames is an image to the tower
+        arrays["pixel_values"] = values.reshape(times * len(unit), merge**2, width)
+        if config.third:  # each group of frames stands for itself in the text
+            places = tuple(np.concatenate([part] * times) for part in turned(rows, columns))
+        else:
+            places = turned(rows, columns, (np.arange(times, dtype=np.float32) * np.float32(step)).astype(int))
+        return Picture(arrays, np.arange(times * len(unit)), places, kind=kind, stills=times)
 
     slot = {"pixel_values": ((merge**2, width), np.float32), "patch_grid": ((merge**2, 2), np.int32), "image_ids": ((), np.int32)}
     if config.window:
@@ -144,7 +167,47 @@ def media(config: QwenVLConfig) -> Media:
     return Media(
         config.image_token_id, 1, tower.patch_size, tower.patch_size, slot=slot, per_token={"rope_positions": ((3,), np.int32)},
         show=show, pictures=pictures, arrange=turning_positions,
+        video=config.video_token_id, show_clip=functools.partial(show_clip, config), process_clip=functools.partial(process_clip, config),
     )  # fmt: skip
+
+
+def show_clip(config: QwenVLConfig, clip: Clip, assets: Any) -> Shown:
+    """A group of frames after the other: 3 writes its time before each, the mean of its first and its last frame's."""
+    tower = config.vision_config
+    units = math.prod(clip_size(config, clip, assets.video_settings)) // (tower.patch_size * config.spatial_merge_size) ** 2
+    times = np.append(clip.times, [clip.times[-1]] * (-len(clip.times) % tower.frames)).reshape(-1, tower.frames)
+    if not config.third:
+        return Shown(len(times) * units, (len(times) * units,), kind="video")
+    ids = config.vision_start_token_id, config.video_token_id, config.vision_end_token_id
+    group = "".join(map(assets.tokenizer.convert_ids_to_tokens, ids))
+    text = "".join(f"<{(inside[0] + inside[-1]) / 2:.1f} seconds>{group}" for inside in times)
+    return Shown(len(times) * units, (units,) * len(times), text, kind="video")
+
+
+def process_clip(config: QwenVLConfig, clip: Clip, assets: Any) -> Mapping[str, Any]:
+    """What Hugging Face's video processor returns."""
+    tower, size = config.vision_config, clip_size(config, clip, assets.video_settings)
+    pixels = clips.pixels(clip.frames, size, assets.video_settings)
+    values = clips.patches(pixels, tower.patch_size, config.spatial_merge_size, tower.frames)
+    grid = -(-len(clip.times) // tower.frames), *(side // tower.patch_size for side in size)
+    return {"pixel_values_videos": values, "video_grid_thw": [grid], "second_per_grid_ts": [tower.frames * clip.seconds / len(clip.times)]}
+
+
+def clip_size(config: QwenVLConfig, clip: Clip, settings: Mapping[str, Any]) -> tuple[int, int]:
+    """(height, width) that frames are resized to: 2 and 2.5 bound the pixels of each frame, 3 those of all together."""
+    tower, frames, (height, width) = config.vision_config, len(clip.times), clip.size
+    unit = tower.patch_size * config.spatial_merge_size
+    least, most = (settings.get(f"{name}_pixels") or settings["size"][edge] for name, edge in _EDGES)
+    budget = settings.get("max_video_tokens") or (768 if config.third else 128_000)
+    capped = budget * unit**2 if settings.get("cap_pixels_per_frame") else None
+    if not config.third:
+        if capped:
+            most = max(min(most, int(capped * 0.9) * tower.frames // frames), int(least * 1.05))
+        return clips.fitted(clip.size, unit, least, most)
+    if capped:
+        most = max(min(capped, most // frames), int(least * 1.05)) * frames
+    grow = max(1, unit / height, unit / width)
+    return clips.fitted((int(height * grow), int(width * grow)), unit, least, most, frames, tower.frames)
 
 
 def taps(grid: np.ndarray, size: tuple[int, int], side: int) -> tuple[np.ndarray, np.ndarray]:

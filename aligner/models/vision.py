@@ -53,6 +53,7 @@ class VisionConfig:
     pre_norm: bool = True
     post_norm: bool = True
     qkv_bias: bool = True
+    k_bias: bool = True  # where qkv_bias is
     o_bias: bool = True
     mlp_bias: bool = True
     gated_mlp: bool = False
@@ -170,7 +171,8 @@ class Attention(nn.Module):
     def __call__(self, x: Float[Array, "N P D"], spec: Spec | None, tables: tuple[Array, Array] | None) -> Float[Array, "N P D"]:
         c = self.config
         shape = (*x.shape[:2], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
-        q, k, v = (Linear(c.hidden_size, c.qkv_bias, c.initializer_range, name=n)(x) for n in ("q_proj", "k_proj", "v_proj"))
+        biases = {"q_proj": c.qkv_bias, "k_proj": c.qkv_bias and c.k_bias, "v_proj": c.qkv_bias}
+        q, k, v = (Linear(c.hidden_size, bias, c.initializer_range, name=name)(x) for name, bias in biases.items())
         if c.qk_norm:
             q, k = RMSNorm(c.layer_norm_eps, name="q_norm")(q), RMSNorm(c.layer_norm_eps, name="k_norm")(k)
         q, k, v = (y.reshape(shape) for y in (q, k, v))

@@ -47,21 +47,23 @@ def read_text(
     """
     text = hf.text_config if text is None else text
     if reader is None:
-        _check_part(hf, text.model_type, tuple(families.FAMILIES))
+        check_part(hf, text.model_type, tuple(families.FAMILIES))
     config = families.read(reader, text) if reader else families.FAMILIES[text.model_type](text)
     # `transformers` puts a plain head on the inner model: what its text family does to logits (Gemma 2, Granite, Phi) it leaves out, and
     # whether the head is tied the larger config says
-    plain = dict(final_softcap=None, logits_scale=1.0, head_bias=False)
-    return dataclasses.replace(config, tie_word_embeddings=bool(getattr(hf, "tie_word_embeddings", False)), **plain | flags)
+    tied = bool(getattr(hf, "tie_word_embeddings", False))
+    plain = dict(final_softcap=None, logits_scale=1.0, head_bias=False, tie_word_embeddings=tied)
+    return dataclasses.replace(config, **plain | flags)
 
 
 def read_tower(hf: Any, kinds: Sequence[str]) -> vision.VisionConfig:
     """The tower's flags from `hf.vision_config`, which must be one of `kinds`."""
-    _check_part(hf, hf.vision_config.model_type, kinds)
+    check_part(hf, hf.vision_config.model_type, kinds)
     return towers.read(hf.vision_config)
 
 
-def _check_part(hf: Any, found: str, kinds: Sequence[str]) -> None:
+def check_part(hf: Any, found: str, kinds: Sequence[str]) -> None:
+    """Refuse a part of a larger config whose `model_type` is none of `kinds`."""
     if found not in kinds:
         near = difflib.get_close_matches(str(found), kinds, n=1)
         hint = f" (nearest: {near[0]!r})" if near else ""
@@ -167,7 +169,7 @@ def assemble(
     def inputs(processed: Mapping[str, Any]) -> dict[str, Array]:
         batch = decoder.text_batch(processed, text.positions_from_mask)
         batch |= roles(processed, batch) if roles else {}
-        if all(processed.get(name) is None for name in ("pixel_values", "pixel_values_videos")):
+        if all(processed.get(name) is None for name in ("pixel_values", "pixel_values_videos", "input_features")):
             return batch
         return batch | {name: jnp.asarray(array) for name, array in pictures.deal(batch, processed, media).items()}
 

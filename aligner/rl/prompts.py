@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aligner.data import loader, media, mixture, templates
+from aligner.data import loader, media, mixture, modalities, templates
 from aligner.data.census import check_census, describe, take_census
 from aligner.data.kinds import ENCODERS
-from aligner.data.samples import as_prompt
+from aligner.data.samples import article, as_prompt
 from aligner.data.together import Steps, encoder
 from aligner.generation.engine import Prompt
-from aligner.types import Model
+from aligner.types import Model, UserError
 
 
 class Item(NamedTuple):
@@ -66,10 +66,12 @@ def load_prompts(config: Any, split: str, model: Model, cache_dir: str | Path | 
     rows = mixture.open_samples(data[split], name, kind, config.seed)
     loader.check_assets(model)
     room = data.max_length - config.generation.max_new_tokens
+    model = modalities.looking_in(model, None, data.get("video_frames"))
+    seeing = lambda index: modalities.looking_in(model, rows.folder(index))
 
     @encoder
     def encode(index: int) -> Steps:
-        return (yield from kind.encode.steps(rows.read(index), media.looking_in(model, rows.folder(index)), data))
+        return (yield from kind.encode.steps(rows.read(index), seeing(index), data))
 
     census = take_census(encode.steps, rows, model, max(room, 0), name, key=["prompt"], cache_dir=cache_dir, workers=data.workers)
     check_census(census, rows, name, data.max_bad_fraction)
@@ -78,13 +80,18 @@ def load_prompts(config: Any, split: str, model: Model, cache_dir: str | Path | 
         order = order.seed(config.seed % 2**32).shuffle()
     order = order.repeat()
 
+    def source(index: int, prompt: Any, encoded: templates.Encoded) -> tuple[Any, list[Any]]:
+        for other in (kind for kind, _ in encoded.media if kind != "image"):
+            held = f"row {rows.name(index)} holds {article(other)}"
+            raise UserError(f"config.generation.server: {held}, but only images can be sent; leave it empty.")
+        return prompt, [media.open_image(reference, rows.folder(index)) for _, reference in encoded.media]
+
     def item(place: int) -> Item:
         index = int(census.row_ids[int(order[place])])
         row, sample, encoded = rows.raw(index), as_prompt(rows.read(index)), encode(index)
-        images = [media.open_image(image, rows.folder(index)) for image in encoded.images]
-        pictures = media.read_pictures(images, model.media, model.assets.processor.image_processor) if images else ()
+        pictures = modalities.load(encoded.media, seeing(index)) if encoded.media else ()
         columns = {name: value for name, value in row.items() if name not in ("prompt", "completion", "completions")}
-        prompt = Prompt(encoded.prompt, pictures, (sample.prompt, images) if config.generation.server else None)
+        prompt = Prompt(encoded.prompt, pictures, source(index, sample.prompt, encoded) if config.generation.server else None)
         return Item(index, sample.prompt, encoded, prompt, {"ground_truth": sample.ground_truth, **columns})
 
     report = describe(census, rows, name, rows.formatter, model)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from aligner.data import layout, media, templates
+from aligner.data import layout, modalities, templates
 from aligner.data.samples import Bad, is_conversation
 from aligner.generation.engine import bucket
 from aligner.models.pictures import fill
@@ -18,7 +18,9 @@ from aligner.types import UserError
 Score = Callable[[Sequence[Any], Sequence[str]], list[float | None]]
 
 
-def make_reward_model(path: str, *, dtype: str = "float32", rows: int = 16, max_length: int = 4096, folder: str | Path = ".") -> Score:
+def make_reward_model(
+    path: str, *, dtype: str = "float32", rows: int = 16, max_length: int = 4096, folder: str | Path = ".", frames: int = 8
+) -> Score:
     """Read a reward model.
 
     Args:
@@ -26,7 +28,8 @@ def make_reward_model(path: str, *, dtype: str = "float32", rows: int = 16, max_
         dtype: of the computation.
         rows: texts scored at once.
         max_length: tokens of a text at most; longer ones have no score.
-        folder: where images named in prompts are looked up.
+        folder: where images and videos named in prompts are looked up.
+        frames: how many are taken of a video.
 
     Returns:
         A function of prompts (conversations or plain text) and completions, which sees both.
@@ -45,7 +48,7 @@ def make_reward_model(path: str, *, dtype: str = "float32", rows: int = 16, max_
     if not model.has_score_head:
         raise UserError(f"{path} has no score head, so it is no reward model; train one with configs/reward_llama3.py")
     check_assets(model)
-    model = media.looking_in(model, folder)
+    model = modalities.looking_in(model, folder, frames)
     params = convert.load_params(model, disk, dtype)
     score_batch = jit(lambda params, batch: make_scorer(model, 1)(params, batch).values[:, 0, 0])
 
@@ -69,9 +72,8 @@ def make_reward_model(path: str, *, dtype: str = "float32", rows: int = 16, max_
             shape = (bucket(T), 1, I)
             made = [layout.lay_out([encoded[i]], [i], *shape, model.media, last=True) for i in part]
             for row, i in zip(made, part):
-                if encoded[i].images:
-                    pictures = [media.open_image(image, folder) for image in encoded[i].images]
-                    fill(row, media.read_pictures(pictures, model.media, model.assets.processor.image_processor), model.media)
+                if encoded[i].media:
+                    fill(row, modalities.load(encoded[i].media, model), model.media)
             made += [layout.empty_row(*shape, model.media)] * (rows - len(made))
             values = jax.device_get(score_batch(params, {name: np.stack([row[name] for row in made]) for name in made[0]}))
             for i, value in zip(part, values):

@@ -31,22 +31,22 @@ class Reward(NamedTuple):
 
 
 def make_rewards(
-    names: Sequence[str], *, dtype: str = "float32", rows: int = 16, folder: str | Path = ".", timeout: float = 60.0
+    names: Sequence[str], *, dtype: str = "float32", rows: int = 16, folder: str | Path = ".", frames: int = 8, timeout: float = 60.0
 ) -> list[Reward]:
     """The rewards that `config.algorithm.reward_funcs` names.
 
     Args:
         names: "math", "format", "package.module:function", "http://..", or a reward model's folder or Hub id.
-        dtype, rows, folder: of reward models; see `make_reward_model`.
+        dtype, rows, folder, frames: of reward models; see `make_reward_model`.
         timeout: seconds that a server may take.
 
     Raises:
         UserError: one of them cannot be imported or read.
     """
-    return [_make(str(name), dtype, rows, folder, timeout) for name in names]
+    return [_make(str(name), timeout, dtype=dtype, rows=rows, folder=folder, frames=frames) for name in names]
 
 
-def _make(name: str, dtype: str, rows: int, folder: str | Path, timeout: float) -> Reward:
+def _make(name: str, timeout: float, **reading: Any) -> Reward:
     from aligner.rl import verifiers
 
     if name in VERIFIERS:
@@ -63,7 +63,7 @@ def _make(name: str, dtype: str, rows: int, folder: str | Path, timeout: float) 
             raise UserError(f"config.algorithm.reward_funcs: {name} cannot be imported ({error})") from None
     from aligner.rl.reward_model import make_reward_model
 
-    score = make_reward_model(name, dtype=dtype, rows=rows, folder=folder)
+    score = make_reward_model(name, **reading)
     return Reward(Path(name).name, lambda prompts, completions, **columns: score(prompts, completions))
 
 

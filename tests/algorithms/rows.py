@@ -39,7 +39,7 @@ def make_examples(kind: str, count: int = 8, seed: int = 1, model: Model | None 
             both = [(rest[i // 2], part) for i, part in enumerate(parts)]
             scored = tuple(np.repeat([False, True], [len(x) for x in two]) for two in both)
             parts = tuple(np.concatenate(two) for two in both)
-        made.append(Encoded(prompt, parts, tuple(f"{number}.{i}" for i in range(images)), scored, values))
+        made.append(Encoded(prompt, parts, tuple(("image", f"{number}.{i}") for i in range(images)), scored, values))
     return made
 
 
@@ -78,7 +78,7 @@ def make_batch(
     for group in groups:
         members = [examples[i] for i in group]
         row = lay_out(members, group, T, S, I if media else 0, media, G=per_row, last=made_of.last, prompt=made_of.prompt)
-        for place, name in enumerate(name for example in members for name in example.images):
+        for place, name in enumerate(name for example in members for _, name in example.media):
             row["pixel_values"][place] = tiny.pixels(name, model)
         if reference is not None:
             row["reference_logps"] = reference[group] if group else np.zeros((per_row, reference.shape[1]))

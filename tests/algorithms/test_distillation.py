@@ -34,7 +34,7 @@ def pair(name: str):
     for number, group in enumerate(tiny.make_pairs(student, 8, np.random.default_rng(2))):
         answer = group.answers[0]
         scored = np.arange(len(answer)) % 3 != 1 if number % 2 else np.ones(len(answer), bool)
-        rows.append(Encoded(group.prompt, (answer,), group.images, (scored,)))
+        rows.append(Encoded(group.prompt, (answer,), group.media, (scored,)))
     return (student, tiny.perturbed(student, 0.1)), (teacher, tiny.perturbed(teacher, 0.1, seed=5)), rows
 
 
@@ -44,7 +44,7 @@ def make_batch(name: str, more=0):
     made = []
     for number, example in enumerate(examples):
         one = lay_out([example], [number], T, S, I if model.media else 0, model.media)
-        for place, image in enumerate(example.images):
+        for place, (_, image) in enumerate(example.media):
             one["pixel_values"][place] = tiny.pixels(image, model)
         made.append(one)
     return {key: np.stack([row[key] for row in made]) for key in made[0]}

@@ -51,7 +51,7 @@ def make_batch(f: tiny.Family, *, shared=True, per_row=1, more=0, empty_rows=0, 
     made = []
     for row in rows:
         one = lay_out([f.pairs[i] for i in row], [10 + i for i in row], T, S, I, media, shared, last=last)
-        for place, name in enumerate(name for i in row for name in f.pairs[i].images):
+        for place, name in enumerate(name for i in row for _, name in f.pairs[i].media):
             one["pixel_values"][place] = tiny.pixels(name, f.model)
         made.append(one | {name: column[list(row)] for name, column in columns.items()})
     for number in range(empty_rows):
@@ -78,8 +78,8 @@ def test_scores_are_those_of_each_answer_alone(name):
     longest = max(len(group.prompt) + len(answer) for group in f.pairs for answer in group.answers)
     for i, group in enumerate(f.pairs):
         for r, answer in enumerate(group.answers):
-            row = lay_out([Encoded(group.prompt, (answer,), group.images)], [0], longest, longest, 2 if f.model.media else 0, f.model.media)
-            for place, image in enumerate(group.images):
+            row = lay_out([Encoded(group.prompt, (answer,), group.media)], [0], longest, longest, 2 if f.model.media else 0, f.model.media)
+            for place, (_, image) in enumerate(group.media):
                 row["pixel_values"][place] = tiny.pixels(image, f.model)
             hidden = alone(f.params, {key: value[None] for key, value in row.items()})
             expected[i, r] = np.asarray(hidden[0, len(group.prompt) + len(answer) - 1] @ f.params["score"]["kernel"])[0]

@@ -33,10 +33,10 @@ def conversations(family: tiny.Family) -> list[Encoded]:
     rng, made = np.random.default_rng(7), []
     for number, pair in enumerate(family.pairs):
         parts = [pair.answers[0], pair.answers[1]]
-        images = pair.images
+        images = pair.media
         if family.model.media is not None and number % 2:  # a picture in a later turn
             parts.insert(1, np.full(family.model.media.features, tiny.IMAGE, np.int32))
-            images = (*images, f"{number}.9")
+            images = (*images, ("image", f"{number}.9"))
         answer = np.concatenate(parts)
         mask = (rng.random(len(answer)) < 0.6) & (answer != tiny.IMAGE)
         mask[-1] = True
@@ -54,7 +54,7 @@ def batch_of(family: tiny.Family, examples: list[Encoded], groups: list[list[int
     for group in groups:
         members = [examples[i] for i in group]
         row = lay_out(members, group, T, S, I, family.model.media, G=G)
-        for place, name in enumerate(name for example in members for name in example.images):
+        for place, name in enumerate(name for example in members for _, name in example.media):
             row["pixel_values"][place] = tiny.pixels(name, family.model)
         rows.append(row)
     rows.append(empty_row(T, S, I, family.model.media, G))

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from aligner import metrics, run
 from aligner.algorithms import ONLINE
 from configs import common
+from scripts.audio_demo import make_qwen2_audio, make_sounds
 from scripts.make_tiny_checkpoint import make_llama, make_llava, make_pictures
 from scripts.text_demo import make_text
 from tests.models import tiny
@@ -77,6 +78,9 @@ def demo(tmp_path_factory) -> Callable[[str], Path]:
         if setup == "setup_llava_demo":
             make_llava(folder / "model", image_size=16, patch_size=8, vision_hidden_size=8, vision_layers=2, vision_heads=2, **SMALL)
             make_pictures(folder / "data", n_train=16, n_heldout=8, size=16)
+        elif setup == "setup_qwen2_audio_demo":
+            make_qwen2_audio(folder / "model", audio_hidden_size=8, audio_heads=2, bands=8, **SMALL)
+            make_sounds(folder / "data", n_train=16, n_heldout=8)
         else:
             make_llama(folder / "model", "qwen2" if setup == "setup_qwen_demo" else "llama", **SMALL)
             make_text(folder / "data", n_train=128, n_heldout=64)

@@ -92,10 +92,10 @@ def test_image_rows_equal_trl(name, options):
         length = int(theirs["attention_mask"][r].sum())
         assert np.concatenate([encoded.prompt, answer]).tolist() == theirs["input_ids"][r, :length].tolist()
         assert [0] * len(encoded.prompt) + [1] * len(answer) == theirs["completion_mask"][r, :length].tolist()
-    if encoded.images:
-        found = read_pictures([open_image(image, ".") for image in encoded.images], model.media, model.assets.processor.image_processor)
+    if encoded.media:
+        found = read_pictures([open_image(image, ".") for _, image in encoded.media], model.media, model.assets.processor.image_processor)
         pixels = np.concatenate([picture.arrays["pixel_values"] for picture in found])
-        expected = theirs["pixel_values"][: len(encoded.images)].permute(0, 2, 3, 1)  # TRL repeats them for the second answer
+        expected = theirs["pixel_values"][: len(encoded.media)].permute(0, 2, 3, 1)  # TRL repeats them for the second answer
         assert torch.equal(torch.from_numpy(pixels), expected.float())
 
 

@@ -15,7 +15,7 @@ def ids(*values):
 
 
 PAIR = Encoded(ids(5, 6, 7), (ids(11, 12), ids(21, 22, 23)))
-SEEN = Encoded(ids(5, 99, 99, 6, 99, 99), (ids(11), ids(21, 22)), ("a.png", "b.png"))
+SEEN = Encoded(ids(5, 99, 99, 6, 99, 99), (ids(11), ids(21, 22)), (("image", "a.png"), ("image", "b.png")))
 
 
 def check(row, **expected):

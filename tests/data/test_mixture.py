@@ -161,7 +161,7 @@ def test_an_example_as_bytes():
     masked = Encoded(ints(), (ints(3, 4, 5),), (), (np.array([True, False, True]),), {"label": 1.0, "scores": [0.5, float("inf")]})
     for encoded in (plain, masked):
         again = unpack(pack(encoded))
-        assert again.values == encoded.values and again.images == ()
+        assert again.values == encoded.values and again.media == ()
         pairs = [(encoded.prompt, again.prompt), *zip(encoded.answers, again.answers), *zip(encoded.scored or (), again.scored or ())]
         assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in pairs)
         assert len(again.answers) == len(encoded.answers) and (again.scored is None) == (encoded.scored is None)

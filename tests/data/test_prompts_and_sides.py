@@ -28,7 +28,7 @@ def scored(row: dict, role: int) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_scored_prompt_is_scored_once(shared):
     examples = [
-        Encoded(np.array([5, IMAGE, IMAGE, 6, 7], np.int32), (np.array([8, 9], np.int32), np.array([10], np.int32)), ("picture",)),
+        Encoded(np.array([5, IMAGE, IMAGE, 6, 7], np.int32), (np.array([8, 9], np.int32), np.array([10], np.int32)), (("image", "picture"),)),
         Encoded(np.array([11, 12], np.int32), (np.array([13], np.int32), np.array([14, 15], np.int32))),
     ]
     media = tiny.Media(IMAGE, 2, 4, 4)
@@ -97,7 +97,7 @@ def test_pictures_of_two_sides_are_the_same_ones():
     row = {**SSO, "images": ["a.png"]}
     sample = formatters.find_formatter("sso", list(row), "data.train", (TwoSided,))[1](row)
     encoded = templates.encode_two_sided(sample, model.assets, model.media)
-    assert encoded.images == ("a.png",)
+    assert encoded.media == (("image", "a.png"),)
     laid = lay_out([encoded], [0], 300, 60, 1, model.media)
     for role in range(1, 5):
         own = (laid["segment_ids"] > 0) & ((laid["role"] == 0) | (laid["role"] == role)) & (laid["tokens"] == model.media.placeholder)

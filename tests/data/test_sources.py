@@ -70,6 +70,20 @@ def test_images_in_parquet_stay_encoded(tmp_path):
     assert row["image"]["bytes"].startswith(b"\x89PNG") and row["images"][0]["bytes"].startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("kind", ["Audio", "Video"])
+def test_sounds_and_clips_in_parquet_stay_encoded(tmp_path, kind):
+    """Reading them by `datasets` would want PyTorch."""
+    import datasets
+
+    feature = getattr(datasets, kind)
+    features = datasets.Features({"one": feature(), "several": datasets.List(feature())})
+    file = {"bytes": b"a file", "path": None}
+    datasets.Dataset.from_list([{"one": file, "several": [file]}]).cast(features).to_parquet(tmp_path / "rows.parquet")
+    assert datasets.Dataset.from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path / "cache")).features == features
+    row = open_rows(source(tmp_path / "rows.parquet"))[0]
+    assert row["one"] == file and row["several"] == [file]
+
+
 def test_identity_changes_with_the_file(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(lines(ROWS))

@@ -91,7 +91,7 @@ def test_images_in_any_turn():
     looks = lambda text, name: user([{"type": "image", "image": name}, {"type": "text", "text": text}])
     talk = [looks("what", "a.png"), assistant("a cat"), looks("and this", "b.png"), assistant("a dog")]
     encoded = encode(talk, model)
-    assert encoded.images == ("a.png", "b.png") and runs(encoded, model) == ["a cat</s>\n", "a dog</s>\n"]
+    assert encoded.media == (("image", "a.png"), ("image", "b.png")) and runs(encoded, model) == ["a cat</s>\n", "a dog</s>\n"]
     assert (tokens(encoded) == model.media.placeholder).sum() == 2 * model.media.features
     everything = encode(talk, model, loss_on="all")
     assert not mask(everything)[tokens(everything) == model.media.placeholder].any(), "pictures are not predicted"

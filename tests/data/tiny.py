@@ -1,6 +1,8 @@
 """A tiny tokenizer, processor and model description, made in memory: enough of a checkpoint for the data side."""
 
+import dataclasses
 from types import SimpleNamespace
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -44,9 +46,18 @@ def tokenizer(template=CHATML, bos=False, pad="<pad>"):
     return made
 
 
+@dataclasses.dataclass
+class Model:
+    """As much of a model as the data side reads."""
+
+    family: str
+    media: Any
+    assets: Any
+
+
 def text_model(template=CHATML, **options):
     """A model that takes text only."""
-    return SimpleNamespace(family="llama", media=None, assets=SimpleNamespace(tokenizer=tokenizer(template, **options), processor=None))
+    return Model("llama", None, SimpleNamespace(tokenizer=tokenizer(template, **options), processor=None))
 
 
 def image_model(template=CHATML, size=8, patch=4, **options):
@@ -60,7 +71,7 @@ def image_model(template=CHATML, size=8, patch=4, **options):
         pictures, words, patch_size=patch, vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=template
     )
     media = Media(words.convert_tokens_to_ids("<image>"), (size // patch) ** 2, size, size)
-    return SimpleNamespace(family="llava", media=media, assets=SimpleNamespace(tokenizer=words, processor=processor, folder="model"))
+    return Model("llava", media, SimpleNamespace(tokenizer=words, processor=processor, folder="model"))
 
 
 def source(path, **changes):

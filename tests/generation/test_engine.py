@@ -22,7 +22,7 @@ def prompts_of(f: tiny.Family) -> list[Prompt]:
 
 
 def pictures_of(f: tiny.Family, pair: Encoded) -> list[Picture]:
-    return whole({"pixel_values": [tiny.pixels(name, f.model).transpose(2, 0, 1) for name in pair.images]}, f.model.media.features) if pair.images else []
+    return whole({"pixel_values": [tiny.pixels(name, f.model).transpose(2, 0, 1) for _, name in pair.media]}, f.model.media.features) if pair.media else []
 
 
 @pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llava", "mmca"))])
@@ -32,12 +32,12 @@ def test_logps_are_those_of_the_full_forward_pass(name):
     engine = make_engine(f.model, Sampling(max_new_tokens=7, temperature=1.0, stop_tokens=(2, 5, 11, 23, 40, 44)), rows=8)
     found = generate_all(engine, engine.prepare(f.params), prompts_of(f), KEY, n=3)
     assert len({len(answer.tokens) for answers in found for answer in answers}) > 2
-    images = max(len(pair.images) for pair in f.pairs)
+    images = max(len(pair.media) for pair in f.pairs)
     rows = []
     for pair, answers in zip(f.pairs, found):
-        encoded = Encoded(pair.prompt, tuple(answer.tokens for answer in answers), pair.images)
+        encoded = Encoded(pair.prompt, tuple(answer.tokens for answer in answers), pair.media)
         rows.append(pair_row(encoded, 64, 21, images, f.model.media))
-        if pair.images:
+        if pair.media:
             fill(rows[-1], pictures_of(f, pair), f.model.media)
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     scores = tiny.quick(make_likelihood(f.model, 3))(tiny.as_arrays(f.params), batch)

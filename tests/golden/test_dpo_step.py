@@ -66,11 +66,11 @@ def batch_of(model, inputs: dict[str, np.ndarray], shared: bool) -> dict[str, np
     for i in range(pairs):
         ids = inputs["input_ids"].astype(np.int32)
         answers = tuple(ids[row][answer[row]] for row in (i, i + pairs))
-        examples.append(Encoded(ids[i][real[i] & ~answer[i]], answers, tuple(pixels[i]) if pixels else ()))
+        examples.append(Encoded(ids[i][real[i] & ~answer[i]], answers, tuple(("image", image) for image in pixels[i]) if pixels else ()))
     T, S, I = (max(sizes) for sizes in zip(*(shape_of(example, shared) for example in examples)))
     rows = [pair_row(example, T + 1, S + 1, I, model.media, shared, example_id=i) for i, example in enumerate(examples)]
     for row, example in zip(rows, examples):
-        for i, image in enumerate(example.images):
+        for i, (_, image) in enumerate(example.media):
             row["pixel_values"][i] = image
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 

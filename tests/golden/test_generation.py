@@ -11,13 +11,13 @@ import aligner
 from aligner.generation import engine
 from aligner.generation.engine import Prompt, generate_all, make_engine
 from aligner.generation.sampling import Sampling
-from aligner.models.pictures import read, whole
+from aligner.models.pictures import whole
 from tests.golden import test_vision_families as vision
 from tests.golden.checkpoints import EOS, IMAGE, LLAVA, load_hf, save_llava
 from tests.golden.test_text_families import load_torch, save_checkpoint
 from tests.models import tiny
 from tests.models.text_configs import FIRST
-from tests.models.vision_configs import CASES, IMG, batch, hf_config
+from tests.models.vision_configs import CASES, IMG, VID, VIDEOS, batch, hf_config
 from tests.torch_required import torch
 
 EVERY_DAY = ("gemma2",)  # grouped heads, windows, softcaps
@@ -92,7 +92,8 @@ FIRST_OF_DAY = ("qwen2_vl", 0)
     ("family", "n"), [pytest.param(*case, id="-".join(map(str, case)), marks=() if case == FIRST_OF_DAY else pytest.mark.slow) for case in SEEING]
 )
 def test_vision_families(family, n, tmp_path):
-    """A prompt with one picture, one without, one with two: each alone there, all in one batch here, and twice."""
+    """A prompt with one picture, one without, one with two, of which the second is a video where the family takes them: each alone there,
+    all in one batch here, and twice."""
     hf = hf_config(family, CASES[family][n])
     folder = vision.save_checkpoint(tmp_path, family, n)
     model, params = aligner.load(folder)
@@ -103,8 +104,9 @@ def test_vision_families(family, n, tmp_path):
         if family == "paligemma":
             made["token_type_ids"][:] = 0  # no part of it is an answer
         tensors = {name: torch.as_tensor(value) for name, value in made.items()}
-        options = dict(do_sample=False, max_new_tokens=NEW, eos_token_id=None, pad_token_id=0, suppress_tokens=[IMG])
+        media = [IMG, VID] if family in VIDEOS else [IMG]
+        options = dict(do_sample=False, max_new_tokens=NEW, eos_token_id=None, pad_token_id=0, suppress_tokens=media)
         with torch.no_grad():
             wanted.append(their_model.generate(**tensors, **options)[0, made["input_ids"].shape[1] :].tolist())
-        prompts.append(Prompt(made["input_ids"][0].astype(np.int32), read(model.media, made) if "pixel_values" in made else ()))
+        prompts.append(Prompt(made["input_ids"][0].astype(np.int32), vision.seen(model, made)))
     assert ours(model, params, prompts, n=2) == [[row, row] for row in wanted]

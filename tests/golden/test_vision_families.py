@@ -1,7 +1,8 @@
-"""Every vision-language family against PyTorch through saved folders: logits, gradients, checkpoints byte for byte.
+"""Every family that sees or hears against PyTorch through saved folders: logits, gradients, checkpoints byte for byte.
 
-Rows have one picture, none, and two with words between them, of different sizes where the family takes them so; they are padded on the left
-and on the right, and packed. Every day the first config of a family is run in float32; the rest, float64 and gradients are slow tests.
+Rows have one picture (or sound), none, and two with words between them, of different sizes where the family takes them so, the last a video
+where it takes those; they are padded on the left and on the right, and packed. Every day the first config of a family is run in float32; the
+rest, float64 and gradients are slow tests.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import aligner
 from aligner.convert.hf import canonical_name
 from aligner.convert.verify import verify
 from aligner.logprobs import dense_logits
-from aligner.models import VISION_LANGUAGE
+from aligner.models import WITH_MEDIA
 from aligner.models.pictures import blank, fill, placeholders, read
 from tests.golden.checkpoints import perturb
 from tests.golden.compare import by_name
@@ -31,17 +32,17 @@ ROWS = [0, 1, 2]
 
 def save_checkpoint(folder, family: str, n: int = 0):
     """Write a seeded model with every weight perturbed to `folder`."""
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModelForMultimodalLM
 
     torch.manual_seed(0)
-    perturb(AutoModelForImageTextToText.from_config(hf_config(family, CASES[family][n]))).save_pretrained(folder)
+    perturb(AutoModelForMultimodalLM.from_config(hf_config(family, CASES[family][n]))).save_pretrained(folder)
     return folder
 
 
 def load_torch(folder, dtype):
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModelForMultimodalLM
 
-    model, info = AutoModelForImageTextToText.from_pretrained(
+    model, info = AutoModelForMultimodalLM.from_pretrained(
         folder, dtype=dtype, output_loading_info=True, attn_implementation="eager", experts_implementation="eager"
     )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
@@ -52,6 +53,11 @@ def run_torch(model, rows: dict[str, np.ndarray]) -> torch.Tensor:
     tensors = {name: torch.as_tensor(value) for name, value in rows.items()}
     tensors |= {name: tensor.to(model.dtype) for name, tensor in tensors.items() if name.startswith("pixel_values")}
     return model(**tensors, use_cache=False).logits
+
+
+def seen(model, text: dict) -> list:
+    """The pictures or sounds of a text."""
+    return read(model.media, text) if text.keys() & {"pixel_values", "input_features"} else []
 
 
 def logits_of(model, params, made):
@@ -81,7 +87,7 @@ def pack(model, texts: list[dict], length: int, slots: int, left: bool) -> dict[
     row |= blank(model.media, length, slots)
     places = placeholders(row["tokens"], model.media)
     row["media_index"] = np.where(places, np.cumsum(places) - 1, -1).astype(np.int32)
-    fill(row, [picture for text in texts if "pixel_values" in text for picture in read(model.media, text)], model.media)
+    fill(row, [picture for text in texts for picture in seen(model, text)], model.media)
     return row
 
 
@@ -98,7 +104,7 @@ def check_packed(folder, family: str, hf, gradients: bool, bar: float = 1e-5):
     with jax.enable_x64(True):
         model, params = aligner.load(folder, dtype="float64")
         length = logits.shape[0] + 2
-        slots = sum(len(picture.arrays["pixel_values"]) for text in texts if "pixel_values" in text for picture in read(model.media, text))
+        slots = sum(len(picture.arrays["pixel_values"]) for text in texts for picture in seen(model, text))
         rows = [pack(model, [text], length, slots, left=number != 1) for number, text in enumerate(texts)]
         rows.append(pack(model, texts, length, slots, left=False))
         made = {name: jnp.asarray(np.stack([row[name] for row in rows])) for name in rows[0]}
@@ -135,7 +141,7 @@ def test_float32_logits_and_bytes(family, tmp_path):
 
 
 def test_every_family_has_its_configs():
-    assert CASES.keys() | {"vision_llm"} == VISION_LANGUAGE.keys(), "vision_llm is ours alone"
+    assert CASES.keys() | {"vision_llm"} == WITH_MEDIA.keys(), "vision_llm is ours alone"
 
 
 @pytest.mark.slow

@@ -76,7 +76,8 @@ def test_weak_scaling_with_whole_copies(model):
     gradients = ahead.local_bytes(alone[3].state.trainable)
     for devices, flops, sent, step in more:
         assert abs(flops / alone[1] - 1) < 0.02, devices
-        assert set(sent) == {"all-reduce"} and gradients <= sent["all-reduce"] < 1.05 * gradients + 4096, devices
+        assert gradients <= sent.pop("all-reduce") < 1.05 * gradients + 4096, devices
+        assert sum(sent.values()) < 4096, (devices, sent)  # the numbers of the examples
         assert ahead.flops(step) == devices * ahead.flops(alone[3])
 
 
@@ -103,7 +104,7 @@ devices, _, _ = plan.devices_of("v5e:4x4")
 from aligner import ahead
 from aligner.models import from_hf
 from tests.models import tiny
-model = from_hf(tiny.llama_config(vocab_size=1024, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
+model = from_hf(tiny.llama_config(vocab_size=1536, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
                                   num_key_value_heads=4, head_dim=64, attention_bias=False, mlp_bias=False))
 config = tiny.config(mesh__data=1, mesh__fsdp=16, data__batch_size=32, model__dtype="bfloat16")
 config.train.remat = "full"
@@ -116,17 +117,21 @@ print(json.dumps({"found": found, "split": sum(leaf.size for leaf in __import__(
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU's compiler, jax[tpu]")
 def test_on_a_tpu_topology():
-    """Sixteen chips: weights and nothing else are gathered, in bfloat16; no activation has the vocabulary's size; gradients are scattered."""
+    """Sixteen chips: weights and nothing else are gathered, in bfloat16; no activation has the vocabulary's size; gradients are scattered.
+
+    The compiler gathers a weight at once, or hands its sixteenths around while it multiplies by them (collective-permute).
+    """
     environment = {key: value for key, value in os.environ.items() if not key.startswith("XLA_FLAGS")} | {"JAX_PLATFORMS": "cpu"}
     root = Path(__file__).parents[2]
     told = subprocess.run([sys.executable, "-c", TPU], cwd=root, env=environment, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
     told = json.loads(told.stdout.splitlines()[-1])
     found = [ahead.Collective(*one) for one in told["found"]]
-    gathered = [one for one in found if one.kind == "all-gather" and elements(one.shape) > 4096]
-    assert gathered and {one.dtype for one in gathered} == {"bf16"}, gathered
-    for one in found:
-        assert 1024 not in one.shape or 512 in one.shape, one  # the head and the embedding; 1024 is also the width of the MLP, times 512
+    large = [one for one in found if elements(one.shape) > 4096]
+    gathered = [one for one in large if one.kind == "all-gather" or (one.kind == "collective-permute" and one.dtype == "bf16")]
+    assert {one.dtype for one in large if one.kind == "all-gather"} == {"bf16"}, gathered
+    for one in large:
+        assert {512, 512 // 16} & set(one.shape), one  # a weight or its gradient, whole or a chip's part of it
         assert 384 not in one.shape, one  # no activation along its columns
     total = sum(one.bytes * one.times for one in gathered)
     assert 2 * told["split"] <= total <= 2 * 3.3 * told["split"], total / told["split"]  # forward, recomputation, backward

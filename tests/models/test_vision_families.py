@@ -11,12 +11,12 @@ from aligner import sharding
 from aligner.convert import model_from_folder
 from aligner.data import loader
 from aligner.models import from_hf
-from aligner.models.pictures import Picture, turning_positions
+from aligner.models.pictures import Picture, turned, turning_positions
 from aligner.types import UserError
 from tests.data import tiny as data_tiny
 from tests.invariance import step
 from tests.models import tiny, vision_folders
-from tests.models.vision_configs import CASES, Case, batch, hf_config
+from tests.models.vision_configs import CASES, VIDEOS, Case, batch, hf_config
 
 REFUSED = {
     "tower": ("llava", lambda hf: setattr(hf.vision_config, "model_type", "vit"), "llava checkpoint with a 'vit' part is not supported"),
@@ -28,6 +28,8 @@ REFUSED = {
     "pool": ("llava_next_video", lambda hf: setattr(hf, "spatial_pool_mode", "conv"), "spatial_pool_mode 'conv' of the llava_next_video config"),
     "prompt": ("paligemma", lambda hf: setattr(hf.text_config, "model_type", "llama"), "paligemma checkpoint with a 'llama' part"),
     "text": ("llava", lambda hf: setattr(hf.text_config, "model_type", "lama"), "llava checkpoint with a 'lama' part is not supported"),
+    "hearing": ("qwen2_audio", lambda hf: setattr(hf.audio_config, "model_type", "whisper"), "qwen2_audio checkpoint with a 'whisper' part"),
+    "sound": ("qwen2_audio", lambda hf: setattr(hf.audio_config, "activation_function", "mish"), "activation_function 'mish' of the audio"),
     "unknown": ("gemma3", lambda hf: setattr(hf.vision_config, "num_channels", 4) or setattr(hf.text_config, "use_bidirectional_attention", True),
                 "use_bidirectional_attention"),
 }  # fmt: skip
@@ -45,9 +47,9 @@ def test_what_is_not_implemented_is_refused_by_name(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", CASES)
 def test_a_dpo_step_on_eight_devices_gives_what_one_gives(family, tmp_path):
-    """Tensor 2 x fsdp 4, on rows of no, one and two pictures as the loader gives them."""
+    """Tensor 2 x fsdp 4, on rows of no, one and two pictures, and clips, as the loader gives them."""
     model = model_from_folder(vision_folders.save(tmp_path, family))
-    rows = vision_folders.rows(tmp_path / "rows")
+    rows = vision_folders.rows(tmp_path / "rows", videos=family in VIDEOS, sounds=family == "qwen2_audio")
     dataset = loader.load_dataset(data_tiny.config(rows, image_folder=str(rows.parent)), "train", model)
     made = [dataset.row(i) for i in range(8)]
     made = {name: np.stack([row[name] for row in made]) for name in made[0]}
@@ -84,7 +86,7 @@ def test_positions_turn_in_rows_and_columns():
     media = np.array([-1, -1, 0, 1, 2, 3, 4, 5, -1, -1, -1, -1])
     role = np.array([0] * 9 + [1, 2, 2])
     row = dict(tokens=np.ones(12), segment_ids=np.ones(12, int), role=role, media_index=media)
-    found = turning_positions(row, [Picture({}, np.arange(6), (2, 3))])["rope_positions"]
+    found = turning_positions(row, [Picture({}, np.arange(6), turned(2, 3))])["rope_positions"]
     text = lambda n: [n, n, n]
     inside = [[2, 2 + r, 2 + c] for r in range(2) for c in range(3)]
     np.testing.assert_array_equal(found, [text(0), text(1), *inside, text(5), text(6), text(6), text(7)])

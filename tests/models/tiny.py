@@ -91,7 +91,7 @@ def make_pairs(model: Model, count: int, rng: np.random.Generator) -> list[Encod
             place = rng.integers(1, len(prompt))
             prompt = np.insert(prompt, place, [IMAGE] * model.media.features)
         answers = tuple(rng.integers(3, 60, rng.integers(1, 9)).astype(np.int32) for _ in range(2))
-        made.append(Encoded(prompt.astype(np.int32), answers, tuple(f"{number}.{i}" for i in range(images))))
+        made.append(Encoded(prompt.astype(np.int32), answers, tuple(("image", f"{number}.{i}") for i in range(images))))
     return made
 
 
@@ -119,13 +119,13 @@ def make_batch(
     need = lambda size: max(sum(size(pair) for pair in row) for row in rows)
     scored = lambda pair: sum(map(len, pair.answers))
     T = need(lambda pair: (1 if shared else 2) * len(pair.prompt) + scored(pair)) + more[0]
-    S, I = need(scored) + more[1], need(lambda pair: len(pair.images)) + more[2]
+    S, I = need(scored) + more[1], need(lambda pair: len(pair.media)) + more[2]
     media = f.model.media
     made = []
     for group, row in zip(groups, rows):
         ids = [10 + i for i in group]
         one = pair_row(row[0], T, S, I, media, shared, ids[0]) if per_row == 1 else lay_out(row, ids, T, S, I, media, shared)
-        for place, name in enumerate(name for pair in row for name in pair.images):
+        for place, name in enumerate(name for pair in row for _, name in pair.media):
             one["pixel_values"][place] = pixels(name, f.model)
         if columns:
             one["reference_logps"] = f.reference[list(group)]

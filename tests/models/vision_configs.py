@@ -1,4 +1,5 @@
-"""Odd tiny configs of every vision-language family, three or more each, and what their processors would give for random pictures."""
+"""Odd tiny configs of every family that sees or hears, three or more each, and what their processors would give for random pictures and
+sounds."""
 
 from __future__ import annotations
 
@@ -45,6 +46,7 @@ _INTERN = {k: v for k, v in V.items() if k not in ("image_size", "patch_size")} 
 _MLLAMA = dict(hidden_size=12, intermediate_size=20, num_hidden_layers=3, num_global_layers=1, attention_heads=3, image_size=8, patch_size=4,
                max_num_tiles=2, supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]], intermediate_layers_indices=[0, 2], vision_output_dim=36)
 _PERCEIVER = dict(hidden_size=16, resampler_n_latents=4, resampler_depth=1, resampler_n_heads=2, resampler_head_dim=6, num_key_value_heads=1)
+_WHISPER = dict(num_mel_bins=6, encoder_layers=2, encoder_attention_heads=3, encoder_ffn_dim=20, d_model=12, max_source_positions=10)
 
 CASES: dict[str, list[Case]] = {
     "llava": [
@@ -129,6 +131,13 @@ CASES: dict[str, list[Case]] = {
         Case(("qwen3", dict(head_dim=8)), ("", dict(_INTERN, norm_type="rms_norm", use_qk_norm=True, attention_bias=True))),
         Case(("llama", dict(rope_parameters=YARN)), ("", dict(_INTERN, use_mean_pooling=False)), dict(vision_feature_layer=-2, downsample_ratio=0.25)),
     ],
+    "qwen2_audio": [
+        Case(("qwen2", {}), ("qwen2_audio_encoder", _WHISPER)),
+        Case(("qwen2", dict(rope_parameters=YARN)),
+             ("qwen2_audio_encoder", dict(_WHISPER, encoder_layers=3, max_source_positions=13, activation_function="gelu_pytorch_tanh"))),
+        Case(("llama", dict(rope_parameters=LLAMA3, tie_word_embeddings=True)),
+             ("qwen2_audio_encoder", dict(_WHISPER, encoder_layers=1, encoder_attention_heads=1, d_model=10, num_mel_bins=5))),
+    ],
 }  # fmt: skip
 INDEXED = ("mllama", "llava", "llava_next", "llava_next_video", "llava_onevision", "paligemma", "gemma3")  # image_token_index, not image_token_id
 
@@ -142,13 +151,14 @@ def hf_config(family: str, case: Case) -> Any:
     if "sliding_window" in text_fields and "layer_types" not in text_fields and text == "gemma2":
         text_fields["layer_types"] = ["sliding_attention", "full_attention"]
     tied = text_fields.get("tie_word_embeddings")
-    parts = dict(text_config=T | text_fields, vision_config=vision_fields)
+    sense = "audio" if family == "qwen2_audio" else "vision"
+    parts = {"text_config": T | text_fields, f"{sense}_config": vision_fields}
     if text:
         parts["text_config"] = CONFIG_MAPPING[text](**parts["text_config"])
     if vision:
-        parts["vision_config"] = CONFIG_MAPPING[vision](**vision_fields)
-    ids = {"image_token_index" if family in INDEXED else "image_token_id": IMG}
-    if family.startswith("qwen"):
+        parts[f"{sense}_config"] = CONFIG_MAPPING[vision](**vision_fields)
+    ids = {"audio_token_index" if sense == "audio" else "image_token_index" if family in INDEXED else "image_token_id": IMG}
+    if family in QWEN:
         ids |= dict(video_token_id=VID, vision_start_token_id=START, vision_end_token_id=END)
     if family == "gemma3":
         ids |= dict(boi_token_index=START, eoi_token_index=END)
@@ -161,25 +171,38 @@ def hf_config(family: str, case: Case) -> Any:
 
 SIZES = [(13, 20), (9, 6), (6, 17)]  # (height, width) of the pictures; the first row has one, the second none, the third two
 ROWS = [[0], [], [1, 2]]
-VIDEOS = {"llava_next_video": {2: 3}}  # which of the pictures are videos, and of how many frames
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+# which of the pictures are videos, and of how many (groups of) frames
+VIDEOS: dict[str, dict[int, int]] = {family: {2: 3} for family in ("llava_next_video", *QWEN)}
 
 
 def processed(family: str, hf: Any, rows: list[int], rng: np.random.Generator) -> tuple[dict[str, np.ndarray], list[list[int]]]:
     """What an image processor gives for the pictures of these rows, and for each row how many placeholders each picture takes."""
-    tower, numbers = hf.vision_config, [n for row in rows for n in ROWS[row]]
+    numbers = [n for row in rows for n in ROWS[row]]
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     pixels = {n: np.random.default_rng(n) for n in range(3)}  # a picture is the same in every batch
     one = lambda n, *shape: pixels[n].standard_normal(shape).astype(np.float32)
     by_row = lambda count: [[count[n] for n in ROWS[row]] for row in rows]
-    if family.startswith("qwen"):
+    if family == "qwen2_audio":
+        window = 2 * hf.audio_config.max_source_positions
+        frames = {0: window, 1: 9, 2: window - 3}
+        noise = [one(n, hf.audio_config.num_mel_bins, window) for n in numbers]
+        made = dict(input_features=np.array(noise), feature_attention_mask=np.array([np.arange(window) < frames[n] for n in numbers], int))
+        return made, by_row({n: ((count - 1) // 2 + 1 - 2) // 2 + 1 for n, count in frames.items()})
+    tower = hf.vision_config
+    if family in QWEN:
         unit = tower.patch_size * tower.spatial_merge_size
         grids = {n: (1, *(max(unit, side // unit * unit) // tower.patch_size for side in SIZES[n])) for n in range(3)}
         grids[0] = (1, 3 * tower.spatial_merge_size, 5 * tower.spatial_merge_size)
-        width = 3 * tower.temporal_patch_size * tower.patch_size**2
-        made = dict(
-            pixel_values=np.concatenate([one(n, int(np.prod(grids[n])), width) for n in numbers] or [draw(0, width)]),
-            image_grid_thw=np.array([grids[n] for n in numbers]),
-        )
+        grids |= {n: (groups, *grids[n][1:]) for n, groups in VIDEOS[family].items()}
+        width, made = 3 * tower.temporal_patch_size * tower.patch_size**2, {}
+        for kind, values in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            of_kind = [n for n in numbers if (n in VIDEOS[family]) == (kind == "video")]
+            if of_kind:
+                made[values] = np.concatenate([one(n, int(np.prod(grids[n])), width) for n in of_kind])
+                made[f"{kind}_grid_thw"] = np.array([grids[n] for n in of_kind])
+        if family == "qwen2_5_vl" and "pixel_values_videos" in made:
+            made["second_per_grid_ts"] = np.full(len(made["video_grid_thw"]), 0.7)
         return made, by_row({n: int(np.prod(grid)) // tower.spatial_merge_size**2 for n, grid in grids.items()})
     if getattr(tower, "model_type", "") == "pixtral":
         patch = tower.patch_size
@@ -261,7 +284,12 @@ def batch(family: str, hf: Any, rows: list[int], padding: str = "right") -> dict
         words = np.random.default_rng(row + 50)
         text = [1, *words.integers(3, 57, 2)]
         for n, run in zip(ROWS[row], runs):
-            text += [VID if n in VIDEOS.get(family, {}) else IMG] * run + list(words.integers(3, 57, 2))
+            groups = VIDEOS.get(family, {}).get(n)
+            if groups and family == "qwen3_vl":  # which writes the time before each group of frames
+                for _ in range(groups):
+                    text += [VID] * (run // groups) + list(words.integers(3, 57, 2))
+            else:
+                text += [VID if groups else IMG] * run + list(words.integers(3, 57, 2))
         texts.append(text + list(words.integers(3, 57, 3 + 2 * row)))
     longest = max(map(len, texts))
     fill = [[0] * (longest - len(text)) for text in texts]
@@ -269,8 +297,8 @@ def batch(family: str, hf: Any, rows: list[int], padding: str = "right") -> dict
     ids = np.array([f + text if left else text + f for text, f in zip(texts, fill)])
     mask = np.array([f + [1] * len(text) if left else [1] * len(text) + f for text, f in zip(texts, fill)])
     out = {"input_ids": ids, "attention_mask": mask}
-    if family.startswith("qwen"):
-        out["mm_token_type_ids"] = (ids == IMG).astype(np.int64)
+    if family in QWEN:
+        out["mm_token_type_ids"] = np.select([ids == IMG, ids == VID], [1, 2], 0)
     if family == "gemma3":
         out["token_type_ids"] = (ids == IMG).astype(np.int64)
     if family == "paligemma":  # the last three are the answer

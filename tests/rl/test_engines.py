@@ -114,9 +114,9 @@ def test_sglang_writes_and_takes_its_weights_from_disk(llama, stand_in, tmp_path
 
 def with_pictures(f):
     """A prompt with two pictures, as a server and as the model here take it, and the pictures."""
-    pair = next(pair for pair in f.pairs if len(pair.images) == 2)
+    pair = next(pair for pair in f.pairs if len(pair.media) == 2)
     rng = np.random.default_rng(0)
-    images = [Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8)) for _ in pair.images]
+    images = [Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8)) for _ in pair.media]
     conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "or"}, {"type": "image"}]}]
     return Prompt(pair.prompt, pictures_of(f, pair), (conversation, images)), images
 

@@ -26,11 +26,11 @@ def test_writes_by_the_weighted_sum_of_logits(name):
     mixed = geometric(f.model, SHARE)
     engine = make_engine(mixed, Sampling(max_new_tokens=5, temperature=1.0, stop_tokens=(2,)), rows=4)
     found = generate_all(engine, engine.prepare({"policy": f.params, "reference": other}), prompts_of(f)[:3], jax.random.key(1), n=2)
-    images = max(len(pair.images) for pair in f.pairs)
+    images = max(len(pair.media) for pair in f.pairs)
     rows = []
     for pair, answers in zip(f.pairs, found):
-        rows.append(pair_row(Encoded(pair.prompt, tuple(answer.tokens for answer in answers), pair.images), 64, 10, images, f.model.media))
-        if pair.images:
+        rows.append(pair_row(Encoded(pair.prompt, tuple(answer.tokens for answer in answers), pair.media), 64, 10, images, f.model.media))
+        if pair.media:
             fill(rows[-1], pictures_of(f, pair), f.model.media)
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
