@@ -38,7 +38,8 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bott
 .trained3 { background: #c9d8f5 } .untrained { background: #eee; color: #888 } .media { background: #d9d2f2 }
 .note { color: #666; font-size: .9em }
 img { image-rendering: pixelated; max-height: 14rem; min-height: 6rem; max-width: 100%; margin: .3rem .5rem .3rem 0 }
-table { border-collapse: collapse; margin: 1rem 0 } td, th { text-align: left; padding: .15rem .8rem .15rem 0 } .bar { background: #7aa6d8; height: .8rem }
+table { border-collapse: collapse; margin: 1rem 0 } td, th { text-align: left; padding: .15rem .8rem .15rem 0 }
+.bar { background: #7aa6d8; height: .8rem }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; white-space: pre-wrap }
 """
 LEGEND = (
