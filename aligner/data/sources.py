@@ -373,6 +373,8 @@ def _with_bytes(value: Any) -> Any:
     from datasets.utils.file_utils import xopen
 
     if isinstance(value, dict) and value.keys() == {"bytes", "path"} and value["bytes"] is None and value["path"]:
+        if value["path"].startswith("http"):
+            return value  # a row's own address is not followed; it is refused where media are opened
         with contextlib.suppress(OSError), xopen(value["path"], "rb") as file:  # else the row is dropped where its media are opened
             return {"bytes": file.read(), "path": value["path"]}
     return [_with_bytes(item) for item in value] if isinstance(value, list) else value

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from aligner.data import sources
 from aligner.data.sources import open_rows
 from aligner.types import UserError
 from tests.data.tiny import source
@@ -244,6 +245,9 @@ def test_pictures_of_a_stream_stay_encoded(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     row = open_rows(source("owner/set", streaming=True))[0]
     assert [one["bytes"] for one in (row["image"], row["sound"], *row["images"])] == [b"no image"] * 4
+    address = {"bytes": None, "path": "https://example.org/a.png"}
+    monkeypatch.setattr("datasets.utils.file_utils.xopen", None)
+    assert sources._with_bytes([address]) == [address], "what a row names is not fetched"
 
 
 def test_what_is_odd_in_a_file_is_told(tmp_path):
