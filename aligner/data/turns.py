@@ -77,6 +77,8 @@ def encode_supervised(sample: Supervised, assets: Any, media: Media | None = Non
 def encode_document(sample: Document, assets: Any) -> Steps:
     """Tokens of running text: BOS where the tokenizer has one, the text, EOS. All but the first are scored."""
     [(ids, _)] = yield Texts(assets.tokenizer, [plain_text(sample.text, assets)])
+    if len(ids) < 2:
+        raise Bad("nothing to imitate", "the text is one token, and nothing predicts the first")
     return Encoded(ids[:1], (ids[1:],))
 
 
