@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.error
@@ -34,7 +35,7 @@ def post(url: str, body: dict[str, Any], timeout: float, retries: int = RETRIES,
             return found
         except urllib.error.HTTPError as error:
             reason, again = f"{error.code}: {error.read().decode(errors='replace').strip()[:200]}", error.code in (429, 500, 502, 503, 504)
-        except (OSError, json.JSONDecodeError) as error:  # refused, reset, timed out, torn
+        except (OSError, http.client.HTTPException, ValueError) as error:  # refused, reset, timed out, torn
             reason, again = str(error), True
         if not again or not left:
             break
