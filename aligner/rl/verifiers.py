@@ -16,7 +16,8 @@ _THINK = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
 def math(prompts: list, completions: list[str], *, ground_truth: list[Any], **columns: Any) -> list[float | None]:
     """1 where the answer's value is the ground truth's, else 0; None where there is no ground truth.
 
-    The package math-verify judges where it is installed (pip install 'aligner[math]'); without it, the last \\boxed{} or else the last number is compared exactly.
+    The package math-verify judges where it is installed (pip install 'aligner[math]'); without it, the last \\boxed{} or else the last
+    number is compared exactly.
     """
     return [None if truth is None else float(same(truth, text)) for truth, text in zip(ground_truth, completions)]
 
