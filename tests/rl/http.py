@@ -12,7 +12,7 @@ Answer = Callable[[str, Any], tuple[int, Any] | None]
 
 def listener(answer: Answer) -> ThreadingHTTPServer:
     """A server, not yet started, that answers POST requests with `answer(path, body)`: (status, body); None says nothing and hangs up, and
-    bytes are the beginning of an answer that is not said to its end."""
+    bytes are the beginning of an answer that is not said to its end, if there are any."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -23,7 +23,7 @@ def listener(answer: Answer) -> ThreadingHTTPServer:
             status, body = response
             data = body if isinstance(body, bytes) else json.dumps(body).encode()
             self.send_response(status)
-            self.send_header("Content-Length", str(len(data) + isinstance(body, bytes)))
+            self.send_header("Content-Length", str(len(data) + bool(isinstance(body, bytes) and body)))
             self.end_headers()
             self.wfile.write(data)
 
