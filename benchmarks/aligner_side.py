@@ -17,10 +17,11 @@ from benchmarks.torch_sides import BETA, LEARNING_RATE, MAX_GRAD_NORM
 from configs import common
 
 
-def make_config(dtype: str):
-    """The defaults with the settings that the other sides have."""
+def make_config(dtype: str, algorithm: str = "dpo"):
+    """The defaults of an algorithm (a function of configs/common.py) with the settings that the other sides have."""
     config = common.base()
-    config.algorithm.beta = BETA
+    config.algorithm = getattr(common, algorithm)()
+    config.algorithm.update({"beta": BETA} if "beta" in config.algorithm else {})
     config.reference.kind = "copy"  # computed in the step, as on the other sides
     config.model.dtype = dtype
     config.optim.learning_rate = LEARNING_RATE
@@ -30,26 +31,28 @@ def make_config(dtype: str):
 
 
 def make_batch(rows: list[dict[str, list[int]]], shared_prompt: bool) -> dict[str, jax.Array]:
-    """Pairs of token ids as rows, no column left over."""
-    as_ids = lambda ids: np.asarray(ids, np.int32)
-    examples = [Encoded(as_ids(row["prompt"]), (as_ids(row["chosen"]), as_ids(row["rejected"]))) for row in rows]
+    """Prompts and their answers, token ids under any names, as rows with no column left over."""
+    as_ids = lambda row: [np.asarray(ids, np.int32) for ids in row.values()]
+    examples = [Encoded(prompt, tuple(answers)) for prompt, *answers in map(as_ids, rows)]
     T, S, I = (max(sizes) for sizes in zip(*(shape_of(example, shared_prompt) for example in examples)))
     laid = [pair_row(example, T, S, I, None, shared_prompt, example_id=i) for i, example in enumerate(examples)]
     return {name: jax.device_put(np.stack([row[name] for row in laid])) for name in laid[0]}
 
 
-def aligner_step(folder: Path, rows: list[dict[str, list[int]]], dtype: str, shared_prompt: bool) -> Callable[[], float]:
-    """One optimizer step of DPO per call; returns the loss.
+def aligner_step(
+    folder: Path, rows: list[dict[str, list[int]]], dtype: str, shared_prompt: bool = True, algorithm: str = "dpo"
+) -> Callable[[], float]:
+    """One optimizer step of DPO or SFT per call; returns the loss.
 
     Args:
         folder: Hugging Face checkpoint, of policy and reference.
-        rows: `prompt, chosen, rejected` as token ids.
+        rows: `prompt, chosen, rejected`, for SFT `prompt, completion`, as token ids.
         dtype: of the computation; master parameters are float32, the frozen reference is kept in `dtype`.
         shared_prompt: lay a pair out as [prompt | chosen | rejected] instead of [prompt chosen] [prompt rejected].
     """
-    config = make_config(dtype)
+    config = make_config(dtype, algorithm)
     model, params = convert.load(folder, dtype="float32", mesh=one_device(config))
-    return make_steps(config, model, params, [make_batch(rows, shared_prompt)], folder)
+    return make_steps(config, model, params, [make_batch(rows, shared_prompt)], folder if algorithm == "dpo" else None)
 
 
 def one_device(config) -> jax.sharding.Mesh:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 from pathlib import Path
 
@@ -92,30 +91,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         torch_sides.make_checkpoint(Path(folder), **SHAPE)
         for dtype in ["float32", "bfloat16"] if options.dtype == "both" else [options.dtype]:
-            result["steps"][dtype] = rows = measure(Path(folder), dtype, options)
+            found = measure(Path(folder), dtype, options)
             print(f"\n{dtype}, median of {options.rounds} rounds; ratios of times, paired by round")
-            print("side                      s/step   CPU s  TRL/side   CPU  torch/side   CPU  peak MiB  net MiB")
-            for name, row in rows.items():
-                seconds = f"{row['seconds']:7.2f} {row['cpu_seconds']:7.2f}"
-                ratios = f"{row['TRL'][0]:9.2f} {row['TRL'][1]:5.2f} {row['torch'][0]:11.2f} {row['torch'][1]:5.2f}"
-                print(f"{name:24} {seconds} {ratios} {row['peak']:9.0f} {row['net']:8.0f}", flush=True)
+            result["steps"][dtype] = sides.summary(found, ("TRL", "torch"))
     if options.json:
         options.json.write_text(json.dumps(result, indent=1))
 
 
-def measure(folder: Path, dtype: str, options) -> dict[str, dict]:
-    """Times, ratios and memory of every side. A ratio is (of wall clock, of CPU time), the median over rounds."""
+def measure(folder: Path, dtype: str, options) -> dict[str, list[dict]]:
+    """Times and memory of every side in every round."""
     command = lambda name: ["benchmarks.dpo_step", "--serve", name, "--folder", str(folder), "--dtype", dtype]
-    huge_pages = {HUGE: {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}}
-    found = sides.take_turns({name: command(name) for name in options.sides}, options.rounds, huge_pages)
-
-    def row(name: str) -> dict:
-        middle = {key: statistics.median(answer[key] for answer in found[name]) for key in ("seconds", "cpu_seconds")}
-        highest = {key: max(answer[key] for answer in found[name]) for key in ("peak", "net")}
-        ratios = {base: [sides.ratio(found, base, name, key) for key in ("seconds", "cpu_seconds")] for base in ("TRL", "torch")}
-        return {**middle, **highest, **ratios, "rounds": found[name]}
-
-    return {name: row(name) for name in options.sides}
+    return sides.take_turns({name: command(name) for name in options.sides}, options.rounds, {HUGE: sides.HUGE_PAGES})
 
 
 if __name__ == "__main__":

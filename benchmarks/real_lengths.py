@@ -92,11 +92,8 @@ def aligner_epoch(case: str, folder: Path) -> Callable[[], float]:
     from aligner import algorithms, convert
     from aligner.data import loader
     from benchmarks.aligner_side import make_config, make_steps
-    from configs import common
 
-    config = make_config("float32")
-    config.algorithm = getattr(common, case)()
-    config.algorithm.update({"beta": torch_sides.BETA} if case in ("dpo", "kto") else {})
+    config = make_config("float32", case)
     config.data.train.path = str(folder / "rows.jsonl")
     config.data.max_length = LONGEST
     config.data.packing = case != "kto"

@@ -19,6 +19,8 @@ from typing import Any
 from benchmarks import machine
 
 MARK = "MEASURED "
+NOTHING = MappingProxyType({})
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # the C library's setting that aligner's command line asks for
 
 
 def answering(imported: float) -> Callable[..., None]:
@@ -52,7 +54,10 @@ def serve(work: Callable[[], Any], answer: Callable[..., None]) -> None:
 
 
 def take_turns(
-    commands: Mapping[str, Sequence[str]], rounds: int, environment: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+    commands: Mapping[str, Sequence[str]],
+    rounds: int,
+    environment: Mapping[str, Mapping[str, str]] = NOTHING,
+    interpreters: Mapping[str, str] = NOTHING,
 ) -> dict[str, list[dict]]:
     """What every side measured in every round.
 
@@ -60,6 +65,7 @@ def take_turns(
         commands: name of a side -> arguments behind `python -m`.
         rounds: how often each works, after the first time.
         environment: name of a side -> variables that it alone gets.
+        interpreters: name of a side -> the Python that runs it, where that is not this one.
     """
     processes, found = {}, {name: [] for name in commands}
 
@@ -73,7 +79,7 @@ def take_turns(
         for name, command in commands.items():  # one after the other: each warms up alone
             variables = {**os.environ, **environment.get(name, {})}
             pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            processes[name] = subprocess.Popen([sys.executable, "-m", *command], text=True, env=variables, **pipes)
+            processes[name] = subprocess.Popen([interpreters.get(name, sys.executable), "-m", *command], text=True, env=variables, **pipes)
             next_answer(name)
         for number in range(1, rounds + 1):
             for name in commands:
@@ -90,3 +96,19 @@ def ratio(found: Mapping[str, list[dict]], base: str, name: str, key: str = "sec
     """How many times as fast as `base` a side is: the median over rounds, each paired with itself; nan where one did not run."""
     rounds = list(zip(found.get(base, []), found.get(name, [])))
     return statistics.median(a[key] / b[key] for a, b in rounds) if rounds else float("nan")
+
+
+def summary(found: Mapping[str, list[dict]], bases: Sequence[str]) -> dict[str, dict]:
+    """Medians of times, highest memory, and against each base [ratio of wall clock, of CPU time]; printed as a table, too."""
+    rows = {}
+    for name, rounds in found.items():
+        middle = {key: statistics.median(answer[key] for answer in rounds) for key in ("seconds", "cpu_seconds")}
+        highest = {key: max(answer[key] for answer in rounds) for key in ("peak", "net")}
+        ratios = {base: [ratio(found, base, name, key) for key in ("seconds", "cpu_seconds")] for base in bases}
+        rows[name] = {**middle, **highest, **ratios, "rounds": rounds}
+    heads = "".join(f" {base + '/side':>11} {'CPU':>5}" for base in bases)
+    print(f"{'side':24} {'s/step':>7} {'CPU s':>7}{heads}  peak MiB  net MiB")
+    for name, row in rows.items():
+        ratios = "".join(f" {row[base][0]:11.2f} {row[base][1]:5.2f}" for base in bases)
+        print(f"{name:24} {row['seconds']:7.2f} {row['cpu_seconds']:7.2f}{ratios} {row['peak']:9.0f} {row['net']:8.0f}", flush=True)
+    return rows

@@ -14,7 +14,9 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 LEARNING_RATE, BETA, MAX_GRAD_NORM = 1e-6, 0.1, 1.0
 
 
-def make_checkpoint(folder: Path, *, hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, vocabulary: int) -> None:
+def make_checkpoint(
+    folder: Path, *, hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, vocabulary: int, rope_theta: float = 1e4
+) -> None:
     """Write a random Llama in Hugging Face layout, with a tokenizer whose token `i` is the word `w{i}`."""
     import torch
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -31,7 +33,8 @@ def make_checkpoint(folder: Path, *, hidden: int, layers: int, heads: int, kv_he
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
                          num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=4096,
-                         pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+                         rope_parameters={"rope_type": "default", "rope_theta": rope_theta}, pad_token_id=0, bos_token_id=1,
+                         eos_token_id=2)  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
 
 

@@ -166,7 +166,8 @@ def test_a_layer_without_an_adapter_stays_as_it_is(llama):
         assert np.abs(merged[f"{module}/kernel"][1] - before[f"{module}/kernel"][1]).max() > 0.1
 
 
-@pytest.mark.parametrize("variant", ["rslora", pytest.param("dora", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["rslora", "dora"])
 def test_merged_is_unmerged(llava, variant):
     family = llava
     config = configure(lora__variant=variant, lora__targets=("all-linear",))

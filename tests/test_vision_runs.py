@@ -13,10 +13,9 @@ from aligner.convert.tables import flatten
 from tests.models import tiny, vision_folders
 from tests.models.vision_configs import CASES, VIDEOS
 
-EVERY_DAY = "qwen2_5_vl"
 
-
-@pytest.mark.parametrize("family", [pytest.param(f, marks=[] if f == EVERY_DAY else pytest.mark.slow) for f in [*CASES, "pixtral"]])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*CASES, "pixtral"])
 def test_dpo_runs(family, tmp_path, monkeypatch):
     quick = tiny.QUICK | {"xla_allow_excess_precision": False}
     monkeypatch.setattr(run, "jit", lambda function, **options: jax.jit(function, compiler_options=quick, **options))

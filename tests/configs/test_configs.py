@@ -20,7 +20,6 @@ from tests.resume.runs import ROOT
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "common", "online"))
 STARTS = {f"{algorithm}_{family}" for algorithm in ("sft", "dpo", "kto", "orpo", "simpo", "reward") for family in ("llama3", "qwen", "llava")}
-EVERYDAY = "dpo_llava"
 SMALL = dict(vocab_size=300, hidden_size=16, layers=1, heads=2, kv_heads=2)
 
 
@@ -94,7 +93,8 @@ def demo(tmp_path_factory) -> Callable[[str], Path]:
 OFFLINE = [name for name in CONFIGS if read(name).algorithm.name not in ONLINE]  # the presets of the others run in tests/rl
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == EVERYDAY else pytest.mark.slow) for name in OFFLINE])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OFFLINE)
 def test_two_steps(name, demo, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "jit", lambda function, **options: tiny.quick(function, **options))
     config = read(name, "tiny")

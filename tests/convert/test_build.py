@@ -61,7 +61,8 @@ def test_with_two_layers_it_is_a_llava(parts, tmp_path, capsys):
     assert np.abs(found - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
 
 
-@pytest.mark.parametrize("projector", ["linear", *(pytest.param(name, marks=pytest.mark.slow) for name in ("transformer", "perceiver"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("projector", ("linear", "transformer", "perceiver"))
 def test_other_projectors_are_saved_and_loaded_and_get_gradients(parts, tmp_path, projector):
     out = build(parts, tmp_path / "out", "--projector", projector, "--latents", "3", *(["--mmca"] if projector == "linear" else []))
     config = json.loads((out / "config.json").read_text())

@@ -78,4 +78,4 @@ def test_mixed_schemas(tmp_path):
 
 def test_sounds_for_a_model_that_hears_nothing(tmp_path):
     rows = {"messages": [{"role": "user", "content": "<audio>what?"}, {"role": "assistant", "content": "a"}], "audios": ["a.wav"]}
-    assert "row 0 of" in (sentence := told(write(tmp_path, rows), needs="supervised")) and "holds audio or video" in sentence
+    assert "row 0 of" in (sentence := told(write(tmp_path, rows), needs="supervised")) and "holds an audio" in sentence

@@ -46,6 +46,7 @@ def tear(checkpoint):
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
 
 
+@pytest.mark.slow
 def test_killed_stopped_and_torn(uninterrupted, tmp_path):
     """SIGKILL while preparing, saving and evaluating, SIGTERM while training, half a checkpoint lost: the same numbers, each step once."""
     workdir = tmp_path / "run"

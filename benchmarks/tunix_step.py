@@ -1,0 +1,94 @@
+"""A DPO and an SFT step on the CPU: aligner and Tunix, on the same weights and the same rows, taking turns.
+
+    python -m benchmarks.tunix_step --tunix-python TUNIX/bin/python --rounds 5 --json tunix_step.json
+
+TUNIX is a virtual environment with google-tunix 0.1.7 and its JAX; nothing of aligner need be installed there. The Llama of
+benchmarks/dpo_step.py, float32. DPO: the pairs of benchmarks/dpo_step.py, the reference computed in the step. SFT: 8 rows of 256 tokens,
+all but the first learned; Tunix cannot pack, so these are full without packing. Both sides clip at 1.0 and take an AdamW step. Tunix's own
+loop runs, and what it does from one batch to the next is timed; "Tunix, huge pages" is Tunix with what aligner's command line asks of the
+C library. Tunix's Llama ignores the checkpoint's RoPE base and takes 1e6, so the checkpoint here has that. The losses of all steps are
+compared: those after the first depend on gradients, clipping and optimizer, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from aligner.hugepages import restart_with_huge_pages
+from benchmarks import machine, sides
+from benchmarks.dpo_step import OURS, SHAPE, pairs
+
+ROWS, LENGTH = 8, 256
+HUGE = "Tunix, huge pages"
+TUNIX = ("Tunix", HUGE)
+CASES = {"dpo": OURS, "sft": {"aligner": {}}}
+ROPE_THETA = 1e6
+
+
+def documents() -> list[dict[str, list[int]]]:
+    """Rows as token ids; the first token is the prompt, which nothing can predict."""
+    tokens = np.random.default_rng(1).integers(4, SHAPE["vocabulary"], (ROWS, LENGTH)).tolist()
+    return [{"prompt": row[:1], "completion": row[1:]} for row in tokens]
+
+
+def serve(name: str, case: str, folder: Path) -> None:
+    """The process of one side; answers with the losses of all steps so far."""
+    rows = {"dpo": pairs, "sft": documents}[case]()
+    if name in TUNIX:
+        from benchmarks import tunix_side
+
+        return tunix_side.train(case, folder, rows, sides.answering(machine.resident_mib()))
+    restart_with_huge_pages()
+    from benchmarks.aligner_side import aligner_step
+
+    answer = sides.answering(machine.resident_mib())
+    step, losses = aligner_step(folder, rows, "float32", algorithm=case, **CASES[case][name]), []
+    sides.serve(lambda: losses.append(step()) or losses, answer)
+
+
+def compare(case: str, options: argparse.Namespace, folder: str) -> dict[str, dict]:
+    """Take turns at one algorithm; print times, memory and losses."""
+    names = [*TUNIX, *CASES[case]]
+    commands = {name: ["benchmarks.tunix_step", "--serve", name, "--cases", case, "--folder", folder] for name in names}
+    interpreters = dict.fromkeys(TUNIX, options.tunix_python)
+    found = sides.take_turns(commands, options.rounds, {HUGE: sides.HUGE_PAGES}, interpreters)
+    print(f"\n{case}, median of {options.rounds} rounds; ratios of times, paired by round")
+    figures = sides.summary(found, ("Tunix",))
+    losses = {name: rounds[-1]["result"] for name, rounds in found.items()}
+    for name, values in losses.items():
+        print(f"{name:24} losses " + " ".join(f"{value:.6f}" for value in values))
+    off = max(abs(value / theirs - 1) for values in losses.values() for value, theirs in zip(values, losses["Tunix"]))
+    print(f"losses differ from Tunix's by at most {off:.1e}", flush=True)
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tunix-python", metavar="PATH", help="the interpreter of the environment that has Tunix")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)  # the process of one side
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        return serve(options.serve, options.cases[0], options.folder)
+    if not options.tunix_python:
+        parser.error("--tunix-python is needed: the interpreter of the environment that has Tunix")
+    from benchmarks import torch_sides
+
+    print(machine.cpu_name())
+    with tempfile.TemporaryDirectory() as folder:
+        torch_sides.make_checkpoint(Path(folder), **SHAPE, rope_theta=ROPE_THETA)
+        figures = {case: compare(case, options, folder) for case in options.cases}
+    if options.json:
+        options.json.write_text(json.dumps({"cpu": machine.cpu_name(), "steps": figures}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
