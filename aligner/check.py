@@ -18,7 +18,7 @@ from aligner.types import UserError
 # Smallest value of each number that has one.
 AT_LEAST = {
     1: ("data.batch_size", "data.max_length", "data.pad_to_multiple", "data.video_frames", "train.steps", "train.accumulate",
-        "train.max_nonfinite", "checkpoint.every", "checkpoint.keep", "log.every"),
+        "train.max_nonfinite", "checkpoint.every", "checkpoint.keep", "log.every", "generation.batch_size", "generation.server_every"),
     0: ("data.max_bad_fraction", "data.workers", "optim.learning_rate", "optim.warmup", "optim.weight_decay", "optim.max_grad_norm",
         "train.eval_every", "train.watchdog", "checkpoint.requeue_code", "profile", "seed"),
 }  # fmt: skip

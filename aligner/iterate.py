@@ -57,6 +57,11 @@ def run(config: ConfigDict, workdir: Path, rounds: int, prompts: str, reward_mod
 
     if bool(reward_model) == spin:
         raise UserError("give either --reward_model, which judges the answers, or --spin, which prefers the dataset's own")
+    check(config, rounds)
+    # pairs stand in a folder of the round, what their prompts show where the prompts stand
+    beside = Path(prompts).absolute()
+    media = config.data.train.image_folder or (str(beside if beside.is_dir() else beside.parent) if beside.exists() else "")
+    options |= {"image_folder": media} if media else {}
     folder = config.model.path
     for number in range(rounds):
         place = workdir / f"round-{number}"
@@ -69,11 +74,22 @@ def run(config: ConfigDict, workdir: Path, rounds: int, prompts: str, reward_mod
             this.model.path = str(folder)
             this.data.train.path = str(pairs)
             this.data.train.formatter = "trl"
+            this.data.train.image_folder = media
             this.seed = config.seed + number
             this.checkpoint.export = True
             train(this.lock(), place / "train")
         folder = export
     return Path(folder)
+
+
+def check(config: ConfigDict, rounds: int) -> None:
+    """What is wrong whatever the data are."""
+    from aligner.algorithms import ONLINE
+
+    if rounds < 1:
+        raise UserError(f"--rounds is {rounds}; it must be at least 1")
+    if config.algorithm.name in ONLINE:
+        raise UserError(f"{config.algorithm.name} writes its own answers; a round learns from pairs, as configs/dpo_llama3.py does")
 
 
 def write_pairs(path: Path, model: Any, prompts: str, reward_model: str, n: int, options: dict[str, Any]) -> None:

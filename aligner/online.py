@@ -7,6 +7,7 @@ them goes on with the same numbers.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -163,7 +164,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         share = rollouts.rivalry(c)
         rival = mixture.geometric(model, share) if 0 < share < 1 else model
         other = writer._replace(engine=local(manner, jax.random.fold_in(key, 1), rival))
-        greedy = writer._replace(engine=local(Sampling(manner.max_new_tokens, 0.0, stop_tokens=manner.stop_tokens)))
+        greedy = writer._replace(engine=local(dataclasses.replace(manner, temperature=0.0)))
         # the policy that wrote is asked again where it will have moved on, or where its own word is part of the reward
         wants = bool(served) or updates > 1 or c.beta > 0 or c.get("top_entropy_quantile", 1.0) < 1 or c.name in (*PENALISED, "ppo")
         asks = algorithm.rollout is not None and wants

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         [reward] = make_rewards([args.reward], dtype=args.dtype)
         server = make_server(reward, args.host, args.port, args.timeout)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, OverflowError) as error:  # the last: a port that is none
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"serving {args.reward} at http://{args.host}:{server.server_address[1]}/reward", flush=True)

@@ -4,10 +4,11 @@ import json
 
 import pytest
 
+import aligner.run
 from aligner import iterate
 from aligner.data.by_columns import messages, prompt_completion
 from aligner.types import UserError
-from configs import common
+from configs import common, grpo_llama3
 from scripts.make_tiny_checkpoint import make_llama
 from scripts.online_demo import make_words, question
 
@@ -27,6 +28,23 @@ def test_self_play_prefers_the_datasets_answer():
 def test_one_judge_it_must_be(tmp_path):
     with pytest.raises(UserError, match="either --reward_model"):
         iterate.run(common.base(), tmp_path, 1, "x", "", False, 2)
+
+
+def test_rounds_that_cannot_be_are_refused(tmp_path):
+    for config, rounds, words in ((common.base(), 0, "--rounds is 0"), (grpo_llama3.get_config(), 1, "grpo writes its own answers")):
+        with pytest.raises(UserError, match=words):
+            iterate.run(config, tmp_path, rounds, "x", "RM", False, 2)
+
+
+def test_pictures_are_looked_for_beside_the_prompts(tmp_path, monkeypatch):
+    """The pairs, which name them too, stand elsewhere."""
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "rows.jsonl").write_text("{}\n")
+    seen = []
+    monkeypatch.setattr(iterate, "write_pairs", lambda path, model, prompts, judge, n, options: seen.append(options["image_folder"]))
+    monkeypatch.setattr(aligner.run, "run", lambda config, workdir: seen.append(config.data.train.image_folder))
+    iterate.run(common.base(), tmp_path / "runs", 1, str(tmp_path / "prompts" / "rows.jsonl"), "RM", False, 2)
+    assert seen == [str(tmp_path / "prompts")] * 2
 
 
 @pytest.mark.slow

@@ -102,6 +102,7 @@ def test_command_line(tmp_path, argv, phrases):
     [
         ("data.batch_size", 6, ["config.data.batch_size 6 cannot be divided", "config.train.accumulate=4", "a multiple of 32"]),
         ("data.batch_size", 0, ["config.data.batch_size is 0; it must be at least 1"]),
+        ("generation.batch_size", 0, ["config.generation.batch_size is 0; it must be at least 1"]),
         ("data.max_bad_fraction", 5.0, ["config.data.max_bad_fraction is 5.0", "from 0 to 1"]),
         ("seed", -1, ["config.seed is -1"]),
         ("optim.learning_rate", "nan", ["config.optim.learning_rate is nan; it must be at least 0"]),

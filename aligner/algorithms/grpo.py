@@ -71,8 +71,7 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
         if c.off_policy_mask_threshold is not None:
             drift = -spread(summed(jax.lax.stop_gradient(logps) - old) / jnp.maximum(lengths, 1), batch)
             losses = losses * ((advantages >= 0) | (drift <= c.off_policy_mask_threshold))
-        if config.generation.server:  # the one that wrote lags behind, and rounds otherwise
-            losses = losses * jnp.minimum(jnp.exp(jax.lax.stop_gradient(old) - batch["sampling_logps"]), config.generation.importance_cap)
+        losses = losses * lag(config, old, batch)
         if "sure" in batch:
             losses = jnp.where(batch["sure"] > 0, 0, losses)
         if in_loss:
@@ -136,6 +135,13 @@ def metrics(log_ratio, advantages, mask, lengths: Float[Array, "B G R"], c: Conf
     }
 
 
+def lag(config: ConfigDict, old_logps, batch: Batch) -> Array | float:
+    """What a token's loss is multiplied by where a server wrote it, whose policy lags behind and rounds otherwise; else 1."""
+    if not config.generation.server:
+        return 1.0
+    return jnp.minimum(jnp.exp(jax.lax.stop_gradient(old_logps) - batch["sampling_logps"]), config.generation.importance_cap)
+
+
 def sampling_differences(old_logps, batch: Batch, mask) -> dict:
     """How far the sampler's log-probabilities are from a training pass's of the same policy: rounding alone, or something is wrong."""
     difference = jnp.where(mask > 0, jax.lax.stop_gradient(old_logps) - batch["sampling_logps"], 0)
@@ -166,9 +172,13 @@ def check_online(config: ConfigDict) -> None:
     """What all online algorithms have in common."""
     c = config.algorithm
     check_not_negative(c, "beta", "epsilon", "overlong_buffer", "overlong_penalty")
-    for name in ("num_generations", "num_iterations", "num_mini_batches"):
+    for name in ("num_generations", "num_iterations", "num_mini_batches", "max_turns"):
         if c[name] < 1:
             raise UserError(f"config.algorithm.{name} is {c[name]}; it must be at least 1")
+    if not c.reward_timeout > 0:
+        raise UserError(f"config.algorithm.reward_timeout is {c.reward_timeout}; it is in seconds, above 0")
+    if c.dual_clip is not None and not c.dual_clip > 1:
+        raise UserError(f"config.algorithm.dual_clip is {c.dual_clip}; it must be above 1, or None")
     if not c.reward_funcs and not c.environment and c.name != "on_policy_distillation":
         raise UserError('config.algorithm.reward_funcs is empty: say what answers are worth, such as ("math",) or a reward model\'s path')
     if c.reward_weights and len(c.reward_weights) != len(c.reward_funcs):

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from aligner.algorithms.checks import check_choice, check_not_negative, check_positive
-from aligner.algorithms.grpo import check_online, reference_params, sampling_differences
+from aligner.algorithms.grpo import check_online, lag, reference_params, sampling_differences
 from aligner.algorithms.pairs import mean_over
 from aligner.data.mixture import is_set
 from aligner.likelihood import answer_lengths, make_likelihood, sum_answers, tempered
@@ -72,6 +72,7 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
         ratio = jnp.exp(log_ratio)
         high = c.epsilon if c.epsilon_high is None else c.epsilon_high
         policy = policy_gradient.clipped(log_ratio, batch["advantages"], c.epsilon, high, c.delta, c.dual_clip)
+        policy = policy * lag(config, batch["old_logps"], batch)
         value = policy_gradient.value(scores.tokens["value"], batch["old_values"], batch["returns"], c.cliprange_value)
         acts = jnp.where(carry["updates"] >= c.critic_warmup, 1.0, 0.0)  # the policy is held while the critic warms up
         entropy = scores.tokens["entropy"]

@@ -59,7 +59,8 @@ def check(sampling: Sampling, where: str = "config.generation.") -> None:
     }
     for name, (fine, words) in rules.items():
         if not fine:
-            raise UserError(f"{where}{name} is {getattr(s, name)}; it must be {words}")
+            shown = name.replace("_", "-") if where == "--" else name
+            raise UserError(f"{where}{shown} is {getattr(s, name)}; it must be {words}")
 
 
 def sample(

@@ -52,8 +52,8 @@ class Server:
     """A vLLM server with the OpenAI-compatible `/v1/completions` (with pictures `/v1/chat/completions`), or an SGLang server with its own
     `/generate`.
 
-    Weights: SGLang's `/update_weights_from_disk`; vLLM's `/collective_rpc` with `reload_weights`, which the server offers when it was
-    started with VLLM_SERVER_DEV_MODE=1 on the very folder that is exported to. A temperature other than 1 needs a vLLM that was started
+    Weights: SGLang's `/update_weights_from_disk`; vLLM's `/collective_rpc` with `reload_weights`, then `/reset_prefix_cache`, which the
+    server offers when it was started with VLLM_SERVER_DEV_MODE=1 on the very folder that is exported to. A temperature other than 1 needs a vLLM that was started
     with `--logprobs-mode processed_logprobs`: others give log-probabilities as if it were 1.
     """
 
@@ -88,6 +88,9 @@ class Server:
                 raise UserError(f"{self.url} did not take the weights in {self.folder}: {answer.get('message', answer)}")
         else:
             self._post("collective_rpc", {"method": "reload_weights"})
+            # what the old weights made of prompts; SGLang sees to it itself
+            if self._post("reset_prefix_cache", {}).get("success") is False:
+                raise UserError(f"{self.url} still keeps what earlier weights made of prompts; is something else asking it?")
         self.version = version
 
     def generate(self, prompts: Sequence[Prompt], n: int, ids: Sequence[int]) -> list[list[Completion]]:

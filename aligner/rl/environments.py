@@ -90,7 +90,7 @@ def play(
         for e, [answer] in zip(going, written):
             parts[e].append((answer.tokens, answer.logps, True))
             stopped[e] = answer.stopped
-            said = environments[e].step(detokenize(answer.tokens))
+            said = _step(environments[e], detokenize(answer.tokens), items[episodes[e][0]].text)
             worth[e] += said.reward
             if said.done or not answer.stopped or turn == turns - 1:
                 continue
@@ -103,6 +103,20 @@ def play(
             break
     answers = [_joined(part, bool(end)) for part, end in zip(parts, stopped)]
     return [answers[i * n : (i + 1) * n] for i in range(len(items))], worth.reshape(len(items), n)
+
+
+def _step(environment: Environment, text: str, prompt: Any) -> Step:
+    """What the environment says, which must be of use: one that fails ends the run, as a reward function does."""
+    try:
+        said = environment.step(text)
+        fine = np.isfinite(said.reward)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the environment failed at the turn {text!r} of prompt {prompt!r}: {type(error).__name__}: {error}") from error
+    if not fine:
+        raise UserError(f"the environment gave the reward {said.reward} to the turn {text!r} of prompt {prompt!r}; it must be finite")
+    return said
 
 
 def _so_far(item: Any, parts: list) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.error
@@ -15,7 +16,7 @@ RETRIES, WAIT = 4, 1.0  # tries after the first, and seconds before the second, 
 
 
 def post(url: str, body: dict[str, Any], timeout: float, retries: int = RETRIES, wait: float = WAIT) -> dict[str, Any]:
-    """A JSON answer to a JSON question, asked again where the server is away or says that it is busy.
+    """A JSON answer to a JSON question, {} where the answer is empty; asked again where the server is away or says that it is busy.
 
     Args:
         timeout: seconds for each try.
@@ -28,13 +29,13 @@ def post(url: str, body: dict[str, Any], timeout: float, retries: int = RETRIES,
     for left in range(retries, -1, -1):
         try:
             with urllib.request.urlopen(request, timeout=timeout) as answer:
-                found = json.loads(answer.read())
+                found = json.loads(answer.read() or b"{}")
             if not isinstance(found, dict):
                 raise UserError(f"{url} answered a {type(found).__name__} where a JSON object is needed")
             return found
         except urllib.error.HTTPError as error:
             reason, again = f"{error.code}: {error.read().decode(errors='replace').strip()[:200]}", error.code in (429, 500, 502, 503, 504)
-        except (OSError, json.JSONDecodeError) as error:  # refused, reset, timed out, torn
+        except (OSError, http.client.HTTPException, ValueError) as error:  # refused, reset, timed out, torn
             reason, again = str(error), True
         if not again or not left:
             break

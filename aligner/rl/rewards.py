@@ -59,7 +59,7 @@ def _make(name: str, timeout: float, **reading: Any) -> Reward:
         module, _, attribute = name.partition(":")
         try:
             return Reward(attribute, getattr(importlib.import_module(module), attribute))
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, ValueError) as error:
             raise UserError(f"config.algorithm.reward_funcs: {name} cannot be imported ({error})") from None
     from aligner.rl.reward_model import make_reward_model
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from importlib.util import find_spec
 from typing import Any
+
+from aligner.rl import judge
 
 _NUMBER = r"-?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?"
 _THINK = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
@@ -13,7 +16,8 @@ _THINK = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
 def math(prompts: list, completions: list[str], *, ground_truth: list[Any], **columns: Any) -> list[float | None]:
     """1 where the answer's value is the ground truth's, else 0; None where there is no ground truth.
 
-    The package math-verify judges where it is installed; without it, the last \\boxed{} or else the last number is compared exactly.
+    The package math-verify judges where it is installed (pip install 'aligner[math]'); without it, the last \\boxed{} or else the last
+    number is compared exactly.
     """
     return [None if truth is None else float(same(truth, text)) for truth, text in zip(ground_truth, completions)]
 
@@ -26,14 +30,13 @@ def format(prompts: list, completions: list[str], **columns: Any) -> list[float]
 def same(truth: Any, text: str) -> bool:
     """Whether a text comes to the same value as the truth, which may be a number, a text with it, or LaTeX."""
     truth = str(truth)
-    found, wanted = last_value(text), last_value(truth if "####" in truth or "\\boxed" in truth else f"\\boxed{{{truth}}}")
+    if "####" in truth:
+        truth = truth.rpartition("####")[2].strip()
+    boxed = truth if "\\boxed" in truth else f"\\boxed{{{truth}}}"
+    found, wanted = last_value(text), last_value(boxed)
     if found is not None and found == wanted:
         return True
-    try:
-        from math_verify import parse, verify
-    except ModuleNotFoundError:
-        return False
-    return bool(verify(parse(str(truth)), parse(text)))
+    return find_spec("math_verify") is not None and judge.right(truth if "$" in truth else boxed, text)
 
 
 def last_value(text: str) -> Fraction | str | None:

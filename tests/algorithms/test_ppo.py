@@ -106,6 +106,22 @@ def test_loss(batch, changes):
     assert total == pytest.approx(wanted, rel=1e-10) and carry["updates"] == 1
 
 
+def test_what_a_server_wrote_is_corrected_for_its_lag(batch):
+    config = config_of()
+    full = {name: jnp.asarray(x) for name, x in (batch | {name: batch["old_values"] for name in ("advantages", "returns")}).items()}
+    full["sampling_logps"] = full["old_logps"] - jnp.log(1.5) * full["there"]
+    lengths = answer_lengths(full, 1)
+    scores = Scores(lengths, lengths, {"logp": full["old_logps"], "value": full["old_values"], "entropy": full["old_values"]}, {})
+
+    def policy_loss(server, cap):
+        config.generation.server, config.generation.importance_cap = server, cap
+        return float(make(config, tiny.family("llama").model).objective(scores, full, {"updates": jnp.ones((), jnp.int32)})[0]["policy"].sum)
+
+    own = policy_loss("", 3.0)
+    assert own != 0 and policy_loss("vllm:http://host", 3.0) == pytest.approx(1.5 * own, rel=1e-5)
+    assert policy_loss("vllm:http://host", 1.2) == pytest.approx(1.2 * own, rel=1e-5)
+
+
 def test_the_policy_is_held_while_the_critic_warms_up(batch):
     config = config_of(critic_warmup=2)
     full = {name: jnp.asarray(x) for name, x in (batch | {name: batch["old_values"] for name in ("advantages", "returns")}).items()}
@@ -132,6 +148,9 @@ def test_running_standardisation_and_the_adaptive_coefficient():
     (dict(kl_estimator="k4"), "kl_estimator 'k4' is not known"),
     (dict(reward_weights=(1.0, 2.0)), "one number for each of reward_funcs"),
     (dict(num_mini_batches=0), "num_mini_batches is 0"),
+    (dict(max_turns=0), "max_turns is 0"),
+    (dict(reward_timeout=0.0), "reward_timeout is 0.0"),
+    (dict(dual_clip=0.5), "dual_clip is 0.5"),
     (dict(reward_clip=-1.0), "reward_clip is -1.0"),
     (dict(ptx_coef=0.5), "algorithm.ptx_coef is set and config.data.ptx.path is not"),
 ], ids=str)  # fmt: skip

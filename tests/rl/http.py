@@ -11,7 +11,8 @@ Answer = Callable[[str, Any], tuple[int, Any] | None]
 
 
 def listener(answer: Answer) -> ThreadingHTTPServer:
-    """A server, not yet started, that answers POST requests with `answer(path, body)`: (status, body); None says nothing and hangs up."""
+    """A server, not yet started, that answers POST requests with `answer(path, body)`: (status, body); None says nothing and hangs up, and
+    bytes are the beginning of an answer that is not said to its end, if there are any."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -20,9 +21,9 @@ def listener(answer: Answer) -> ThreadingHTTPServer:
                 self.connection.close()
                 return
             status, body = response
-            data = json.dumps(body).encode()
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
             self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
+            self.send_header("Content-Length", str(len(data) + bool(isinstance(body, bytes) and body)))
             self.end_headers()
             self.wfile.write(data)
 

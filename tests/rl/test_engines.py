@@ -56,7 +56,7 @@ def standing_in(f, prompts=()):
         return {"output_ids": a.tokens.tolist(), "meta_info": about | {"finish_reason": {"type": "stop" if a.stopped else "length"}}}
 
     answers = {"/update_weights_from_disk": lambda body: {"success": True, "message": "ok"}, "/v1/completions": completions,
-               "/collective_rpc": lambda body: {"results": [None]}, "/v1/chat/completions": chat, "/generate": generate}  # fmt: skip
+               "/collective_rpc": lambda body: {"results": [None]}, "/reset_prefix_cache": lambda body: b"", "/v1/chat/completions": chat, "/generate": generate}  # fmt: skip
 
     def answer(path, body):
         seen.append((path, body))
@@ -78,7 +78,7 @@ def test_a_server_writes_what_the_engine_here_writes(llama, stand_in, tmp_path):
     server = Server(url, "vllm", SAMPLING, tmp_path, lambda params, folder: exported.append(folder), every=2, wait=0.01)
     for version in range(4):
         server.update(llama.params, version)
-    assert len(exported) == 2 and [path for path, _ in seen] == ["/collective_rpc"] * 2, "weights are refreshed at every second version"
+    assert len(exported) == 2 and [path for path, _ in seen] == ["/collective_rpc", "/reset_prefix_cache"] * 2, "weights are refreshed at every second version"
     prompts = [Prompt(pair.prompt) for pair in llama.pairs[:2]]
     found = server.generate(prompts, 2, [0, 1])
     local = Local(make_engine(llama.model, SAMPLING, rows=2), jax.random.key(0))
@@ -146,6 +146,12 @@ def test_pictures_are_sent_as_they_are(llava, tmp_path, kind):
                 server.generate([other], 1, [0])
         with pytest.raises(UserError, match="later turns of an episode"):
             server.generate([prompt._replace(source=None)], 1, [0])
+
+
+def test_a_server_that_keeps_what_old_weights_made_of_prompts_is_told(tmp_path):
+    with serving(lambda path, body: (200, {"success": False} if path == "/reset_prefix_cache" else {})) as url:
+        with pytest.raises(UserError, match="still keeps what earlier weights made"):
+            Server(url, "vllm", SAMPLING, tmp_path, lambda *a: None).update({}, 0)
 
 
 def test_a_server_that_is_gone_is_told(tmp_path):

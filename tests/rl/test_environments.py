@@ -2,12 +2,14 @@
 
 import jax
 import numpy as np
+import pytest
 
 from aligner.data.templates import Encoded
 from aligner.generation.engine import Completion, Prompt
 from aligner.rl import rollouts
 from aligner.rl.environments import Step, Tools, play
 from aligner.rl.prompts import Item
+from aligner.types import UserError
 from tests.rl.test_online import config_of
 
 ITEMS = [Item(i, "x", Encoded(np.array(p, np.int32), ()), Prompt(np.array(p, np.int32)), {"goal": 10 * i}) for i, p in enumerate([[3, 4], [5]])]
@@ -61,6 +63,22 @@ def test_turns_are_read_as_they_were_written_and_observations_are_not_learnt(lla
 def test_an_episode_ends_with_its_turns_or_where_a_turn_is_cut():
     answers, _ = play(Scripted(), Twice, ITEMS[:1], [0], 1, 1, tokenize, str)
     assert answers[0][0].tokens.tolist() == [22, 2]
+
+
+class Broken(Twice):
+    """Fails, or gives a reward that is none, at the second prompt."""
+
+    worth = None
+
+    def step(self, text):
+        return Step(reward=1.0 / (10 - self.goal) if self.worth is None else self.worth if self.goal else 0.0)
+
+
+@pytest.mark.parametrize("worth, words", [(None, r"failed at the turn .* of prompt 'x': ZeroDivisionError"), (float("nan"), "gave the reward nan")])
+def test_an_environment_that_goes_wrong_is_told_with_its_prompt(monkeypatch, worth, words):
+    monkeypatch.setattr(Broken, "worth", worth)
+    with pytest.raises(UserError, match=words):
+        play(Scripted(), Broken, ITEMS, [0, 1], 1, 2, tokenize, str)
 
 
 def test_tools():

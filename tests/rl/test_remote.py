@@ -54,7 +54,8 @@ def test_the_server_says_what_is_wrong_with_a_request(serve):
 
 
 def test_asked_again_until_the_server_is_there(serve):
-    url = serve(answers((503, {}), None, (200, {"rewards": [0.5]})))
+    """It is busy, hangs up, hangs up within its answer, answers."""
+    url = serve(answers((503, {}), None, (200, b'{"rewards"'), (200, {"rewards": [0.5]})))
     assert make_remote_reward(url, timeout=5, wait=0.01)(["a"], ["b"]) == [0.5]
 
 

@@ -54,9 +54,10 @@ def test_what_is_wrong_is_told_with_its_prompt(function, words):
         called(function, timeout=0.3)
 
 
-def test_a_name_that_cannot_be_imported():
-    with pytest.raises(UserError, match="no_module:f cannot be imported"):
-        make_rewards(["no_module:f"])
+@pytest.mark.parametrize("name", ["no_module:f", "json:no_function", ":f"])
+def test_a_name_that_cannot_be_imported(name):
+    with pytest.raises(UserError, match=f"{name} cannot be imported"):
+        make_rewards([name])
 
 
 @pytest.mark.parametrize("truth, text, right", [
