@@ -53,8 +53,8 @@ class Server:
     `/generate`.
 
     Weights: SGLang's `/update_weights_from_disk`; vLLM's `/collective_rpc` with `reload_weights`, then `/reset_prefix_cache`, which the
-    server offers when it was started with VLLM_SERVER_DEV_MODE=1 on the very folder that is exported to. A temperature other than 1 needs a vLLM that was started
-    with `--logprobs-mode processed_logprobs`: others give log-probabilities as if it were 1.
+    server offers when it was started with VLLM_SERVER_DEV_MODE=1 on the very folder that is exported to. A temperature other than 1 needs
+    a vLLM that was started with `--logprobs-mode processed_logprobs`: others give log-probabilities as if it were 1.
     """
 
     def __init__(

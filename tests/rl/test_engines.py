@@ -149,9 +149,9 @@ def test_pictures_are_sent_as_they_are(llava, tmp_path, kind):
 
 
 def test_a_server_that_keeps_what_old_weights_made_of_prompts_is_told(tmp_path):
-    with serving(lambda path, body: (200, {"success": False} if path == "/reset_prefix_cache" else {})) as url:
-        with pytest.raises(UserError, match="still keeps what earlier weights made"):
-            Server(url, "vllm", SAMPLING, tmp_path, lambda *a: None).update({}, 0)
+    told = pytest.raises(UserError, match="still keeps what earlier weights made")
+    with serving(lambda path, body: (200, {"success": False} if path == "/reset_prefix_cache" else {})) as url, told:
+        Server(url, "vllm", SAMPLING, tmp_path, lambda *a: None).update({}, 0)
 
 
 def test_a_server_that_is_gone_is_told(tmp_path):
