@@ -106,7 +106,7 @@ def test_a_thousand_rows():
     """Many become examples, of most kinds, so this is not about refusals alone."""
     EXAMPLES.clear()
     THOROUGH(given(**ROW)(becomes_an_example_or_a_reason))()
-    assert sum(EXAMPLES.values()) > 100 and len(EXAMPLES) >= 8, EXAMPLES
+    assert sum(EXAMPLES.values()) > 100 and len(EXAMPLES) >= 6, EXAMPLES
 
 
 @settings(QUICK, max_examples=15)
