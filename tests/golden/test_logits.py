@@ -111,7 +111,13 @@ VISION_GRADIENTS = (
 )
 
 
-@pytest.mark.parametrize("name", LLAMA)
+def everyday(names, *chosen):
+    """All, those that are not chosen as slow ones."""
+    assert set(chosen) <= set(names)
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", everyday(LLAMA, "gqa", "llama3", "yarn", "mqa_head_dim", "biases"))
 def test_llama(folders, name):
     for rows in unpadded(text_rows("right")) if name == "dynamic" else [text_rows("right")]:
         check(folders[name], rows, "float32")
@@ -136,7 +142,7 @@ def test_llama_left_padding_with_position_ids(folders):
     check(folders["gqa"], rows, "float32")
 
 
-@pytest.mark.parametrize("name", LLAVA)
+@pytest.mark.parametrize("name", everyday(LLAVA, "penultimate", "first_tied"))
 def test_llava(folders, name):
     folder = folders[f"llava_{name}"]
     check(folder, vision_rows(folder, "right"), "float32")

@@ -54,8 +54,9 @@ def assert_same(found: Result, expected: Result, layout_metrics=("num_tokens",),
         assert np.abs(found.gradients[path] - gradient).max() <= bar * scale, path
 
 
-EVERYDAY = [("llama", variant) for variant in VARIANTS] + [("llava", "8 devices")]  # the others of LLaVA's are slow
-CASES = EVERYDAY + [pytest.param("llava", variant, marks=pytest.mark.slow) for variant in VARIANTS if variant != "8 devices"]
+EVERYDAY = [("llama", name) for name in ("accumulation", "padding", "8 devices", "all at once")] + [("llava", "8 devices")]
+OTHERS = [(name, variant) for name in ("llama", "llava") for variant in VARIANTS if (name, variant) not in EVERYDAY]
+CASES = EVERYDAY + [pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS]
 
 
 @pytest.mark.parametrize("name,variant", CASES)
