@@ -29,7 +29,7 @@ from aligner.types import Model, UserError
 if TYPE_CHECKING:
     from aligner.data.mixture import Samples
 
-TOGETHER = 16  # rows that a thread looks at in one go, their texts tokenised in one call
+TOGETHER = 256  # rows that a thread looks at in one go, their texts tokenised in one call, which goes over all cores
 _VERSION = 4  # counts up when what a census says of the same rows changes
 
 
@@ -79,7 +79,7 @@ def take_census(
         name: config section, for messages and the file name.
         key: whatever else decides the outcome (kind of sample); part of the name under which the result is kept.
         cache_dir: None keeps nothing.
-        workers: threads; tokenizers and image decoders let go of Python's lock.
+        workers: threads, which decode images and sounds side by side; for text there is one, since more only wait for each other.
         progress: show a bar; None shows it on process 0.
 
     Raises:
@@ -104,6 +104,8 @@ def take_census(
                 f"takes {takes} only; choose a model that does, or rows without."
             )
         return encoded
+
+    workers = 1 if model.media is None else workers
 
     def look_at(numbers: Sequence[int]) -> list[tuple[list[int], bytes, bytes] | Bad]:
         return [*map(look, numbers, together(map(steps, numbers)))]
