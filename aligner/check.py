@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 
 from aligner import lora, optim, quant, sharding, workdir
 from aligner.data.mixture import is_set
-from aligner.models import attention
 from aligner.models.layers import REMAT
 from aligner.types import UserError
 
@@ -65,7 +64,6 @@ def check_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
             except (re.error, TypeError) as error:
                 raise UserError(f"config.optim.{key} has {pattern!r}, which is no regex on tree paths: {error}") from None
     optim.make_schedule(config.optim, steps=1)
-    attention.chosen(mesh, config.model.attention)
     if config.train.remat not in REMAT:
         raise UserError(f"config.train.remat is {config.train.remat!r}; it must be one of {', '.join(REMAT)}")
     if config.data.pad_to_multiple % (cut := mesh.shape["sequence"]):

@@ -158,7 +158,7 @@ def answer_rows(block: range, rows: Any, to_sample: Any, engine: Any, params: An
             encoded = templates.encode_prompt(sample.prompt, model.assets, model.media, sample.template)
             if len(encoded.prompt) > args.max_prompt_length:
                 raise Bad("too long", f"{len(encoded.prompt)} tokens, --max-prompt-length is {args.max_prompt_length}")
-            found[i] = Prompt(encoded.prompt, modalities.load(encoded.media, model) if encoded.media else ())
+            found[i] = Prompt(encoded.prompt, modalities.load(encoded.media, model))
         except Bad as bad:
             found[i] = str(bad)
     good = [i for i in block if isinstance(found[i], Prompt)]

@@ -138,7 +138,7 @@ def batches(block: range, rows: Any, to_sample: Any, model: Any, max_length: int
             length = len(encoded.prompt) + max(map(len, encoded.answers))
             if length > max_length:
                 raise Bad("too long", f"{length} tokens, --max-length is {max_length}")
-            return i, encoded, modalities.load(encoded.media, model) if encoded.media else []
+            return i, encoded, modalities.load(encoded.media, model)
         except Bad as bad:
             found[i] = {"not_scored": str(bad)}
 

@@ -89,7 +89,7 @@ def load_prompts(config: Any, split: str, model: Model, cache_dir: str | Path | 
     def item(place: int) -> Item:
         index = int(census.row_ids[int(order[place])])
         row, sample, encoded = rows.raw(index), as_prompt(rows.read(index)), encode(index)
-        pictures = modalities.load(encoded.media, seeing(index)) if encoded.media else ()
+        pictures = modalities.load(encoded.media, seeing(index))
         columns = {name: value for name, value in row.items() if name not in ("prompt", "completion", "completions")}
         prompt = Prompt(encoded.prompt, pictures, source(index, sample.prompt, encoded) if config.generation.server else None)
         return Item(index, sample.prompt, encoded, prompt, {"ground_truth": sample.ground_truth, **columns})
