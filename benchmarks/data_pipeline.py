@@ -68,12 +68,11 @@ def make_tokenizer(path: Path):
     return made
 
 
-def config_of(path: Path, workers: int):
+def config_of(path: Path):
     from configs import common
 
     config = common.base()
     config.data.train.path = str(path)
-    config.data.workers = workers
     config.data.max_length = 1 << 20
     return config
 
@@ -89,14 +88,14 @@ def since(start: Seconds) -> Seconds:
     return time.perf_counter() - start[0], time.process_time() - start[1]
 
 
-def aligner_side(path: Path, kind: str, tokenizer, folder: Path, workers: int, batch: int = 16) -> Seconds:
+def aligner_side(path: Path, kind: str, tokenizer, folder: Path, batch: int = 16) -> Seconds:
     """The census and an epoch of batches."""
     from aligner.data.loader import eval_batches, load_dataset
 
     model = SimpleNamespace(family="llama", media=None, assets=SimpleNamespace(tokenizer=tokenizer, processor=None))
     start = clock()
     needs = {"sft": "supervised", "dpo": "preference"}[kind]
-    dataset = load_dataset(config_of(path, workers), "train", model, needs, cache_dir=folder, progress=False)
+    dataset = load_dataset(config_of(path), "train", model, needs, cache_dir=folder, progress=False)
     for made in eval_batches(dataset, batch):
         assert len(made["tokens"]) == batch
     return since(start)
@@ -118,7 +117,7 @@ def trl_side(path: Path, kind: str, tokenizer, folder: Path) -> Seconds:
     return since(start)
 
 
-def compare(kind: str, count: int, rounds: int, workers: int) -> dict[str, object]:
+def compare(kind: str, count: int, rounds: int) -> dict[str, object]:
     """Rows per second of both sides, the median over rounds, and how many times TRL's time aligner's goes into, in each round."""
     import datasets
 
@@ -130,17 +129,17 @@ def compare(kind: str, count: int, rounds: int, workers: int) -> dict[str, objec
         write_rows(path, kind, count)
         tokenizer = make_tokenizer(path)
         write_rows(folder / "few.jsonl", kind, 30)  # imports and compiled templates are no side's work
-        aligner_side(folder / "few.jsonl", kind, tokenizer, folder / "ours", workers)
+        aligner_side(folder / "few.jsonl", kind, tokenizer, folder / "ours")
         trl_side(folder / "few.jsonl", kind, tokenizer, folder / "trl")
         for number in range(rounds):
-            ours.append(aligner_side(path, kind, tokenizer, folder / f"ours{number}", workers))
+            ours.append(aligner_side(path, kind, tokenizer, folder / f"ours{number}"))
             theirs.append(trl_side(path, kind, tokenizer, folder / f"trl{number}"))
     rate = lambda times: round(count / statistics.median(wall for wall, _ in times), 1)
     ratios = lambda which: [round(b[which] / a[which], 2) for a, b in zip(ours, theirs)]
     return {"aligner, rows/s": rate(ours), "TRL, rows/s": rate(theirs), "ratio by the wall": ratios(0), "ratio by the processor": ratios(1)}
 
 
-def memory(gigabytes: float, workers: int, take: int) -> dict[str, float]:
+def memory(gigabytes: float, take: int) -> dict[str, float]:
     """Resident MiB at its highest while a JSONL of this size is opened, a census taken of every row, and rows from everywhere are encoded.
 
     The census reads, formats, counts and stores each row; only tokenising, which keeps nothing from row to row, is left to `take` rows.
@@ -157,7 +156,7 @@ def memory(gigabytes: float, workers: int, take: int) -> dict[str, float]:
             for _ in range(max(1, int(gigabytes * 1e9 / len(block)))):
                 file.write(block)
         model = SimpleNamespace(family="llama", media=None, assets=SimpleNamespace(tokenizer=tokenizer, processor=None))
-        config, kind = config_of(path, workers), ENCODERS["supervised"]
+        config, kind = config_of(path), ENCODERS["supervised"]
         forget_peak()
         before, start = resident_mib(), time.perf_counter()
         rows = mixture.open_samples(config.data.train, "data.train", kind, seed=0)
@@ -170,7 +169,7 @@ def memory(gigabytes: float, workers: int, take: int) -> dict[str, float]:
             return example
             yield
 
-        found = census.take_census(steps, rows, model, None, "data.train", cache_dir=Path(name) / "cache", workers=workers, progress=False)
+        found = census.take_census(steps, rows, model, None, "data.train", cache_dir=Path(name) / "cache", workers=1, progress=False)
         seconds = time.perf_counter() - start - opened
         for index in random.Random(0).sample(range(len(rows)), take):
             kind.encode(rows.read(index), model, config.data)
@@ -188,16 +187,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=3000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=8, help="threads of aligner, config.data.workers")
     parser.add_argument("--memory", type=float, default=0, help="gigabytes of a file to read instead; its memory is measured")
     parser.add_argument("--take", type=int, default=1000, help="rows to encode after the census, with --memory")
     args = parser.parse_args()
     print(cpu_name())
     if args.memory:
-        print(json.dumps(memory(args.memory, args.workers, args.take)))
+        print(json.dumps(memory(args.memory, args.take)))
         return
     for kind in ("sft", "dpo"):
-        print(kind, json.dumps(compare(kind, args.rows, args.rounds, args.workers)))
+        print(kind, json.dumps(compare(kind, args.rows, args.rounds)))
 
 
 if __name__ == "__main__":

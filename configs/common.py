@@ -252,7 +252,7 @@ def base() -> ConfigDict:
     config.data.max_bad_fraction = 0.05  # stop when more rows than this are broken, unreadable or too long
     config.data.pad_to_multiple = 64  # rows are padded to the longest of the dataset, rounded up to this
     config.data.video_frames = 8  # frames taken of a video, evenly; of a shorter one all
-    config.data.workers = 8  # threads that read and decode ahead
+    config.data.workers = 8  # threads that decode media ahead; text has one, more would wait for each other
 
     config.optim = ConfigDict()
     config.optim.learning_rate = 1e-6

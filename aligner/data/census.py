@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from aligner.data.mixture import Samples
 
 TOGETHER = 256  # rows that a thread looks at in one go, their texts tokenised in one call, which goes over all cores
-_VERSION = 4  # counts up when what a census says of the same rows changes
+_VERSION = 5  # counts up when what a census says of the same rows changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ def take_census(
         name: config section, for messages and the file name.
         key: whatever else decides the outcome (kind of sample); part of the name under which the result is kept.
         cache_dir: None keeps nothing.
-        workers: threads, which decode images and sounds side by side; for text there is one, since more only wait for each other.
+        workers: threads, which decode images and sounds side by side.
         progress: show a bar; None shows it on process 0.
 
     Raises:
@@ -91,10 +91,12 @@ def take_census(
     if (found := _read(cache)) is not None:
         return found
 
+    eos = model.assets.tokenizer.eos_token_id
+
     def look(index: int, encoded: templates.Encoded | Bad) -> tuple[list[int], bytes, bytes] | Bad:
         if not isinstance(encoded, Bad):
             try:
-                return _look(index, encoded, rows, model, max_length, cache is not None)
+                return _look(index, encoded, rows, eos, max_length, cache is not None)
             except Bad as bad:
                 return bad
         if isinstance(encoded, templates.Refused):
@@ -104,8 +106,6 @@ def take_census(
                 f"takes {takes} only; choose a model that does, or rows without."
             )
         return encoded
-
-    workers = 1 if model.media is None else workers
 
     def look_at(numbers: Sequence[int]) -> list[tuple[list[int], bytes, bytes] | Bad]:
         return [*map(look, numbers, together(map(steps, numbers)))]
@@ -122,7 +122,7 @@ def take_census(
 
 
 def _look(
-    index: int, encoded: templates.Encoded, rows: Samples, model: Model, max_length: int | None, keep: bool
+    index: int, encoded: templates.Encoded, rows: Samples, eos: int | None, max_length: int | None, keep: bool
 ) -> tuple[list[int], bytes, bytes]:
     """(a row of `sizes`, digest, the example as bytes where it is kept)."""
     lengths = [len(answer) for answer in encoded.answers]
@@ -136,10 +136,9 @@ def _look(
     for kind, reference in encoded.media:
         digest.update(modalities.check(kind, reference, rows.folder(index)))
     scored = sum(lengths) if encoded.scored is None else sum(int(mask.sum()) for mask in encoded.scored)
-    eos = templates.ends_with_eos(encoded, model.assets.tokenizer)
     slots = len(encoded.media) if encoded.slots is None else encoded.slots
     kept = tokens.pack(encoded) if keep and not encoded.media else b""
-    return [len(encoded.prompt), sum(lengths), scored, len(lengths), slots, int(eos)], digest.digest(), kept
+    return [len(encoded.prompt), sum(lengths), scored, len(lengths), slots, int(templates.ends_with_eos(encoded, eos))], digest.digest(), kept
 
 
 def _count(

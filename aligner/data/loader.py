@@ -93,6 +93,7 @@ def load_dataset(
     check_assets(model)
     model = modalities.looking_in(model, None, data.get("video_frames"))
     seeing = lambda index: modalities.looking_in(model, rows.folder(index))
+    workers = 1 if model.media is None else data.workers  # threads that only handle text wait for each other
 
     @encoder
     def encode(index: int) -> Steps:
@@ -106,7 +107,7 @@ def load_dataset(
         name,
         key=[needs, data.get("loss_on", "assistant")],
         cache_dir=cache_dir,
-        workers=data.workers,
+        workers=workers,
         progress=progress,
     )
     check_census(census, rows, name, data.max_bad_fraction)
@@ -117,7 +118,7 @@ def load_dataset(
 
     fingerprint, sizes = census.fingerprint, census.sizes
     if needs == "text":
-        example = _pieces(load, data.workers)
+        example = _pieces(load, workers)
     elif kind.mismatched:
         if len(census.row_ids) < 2:
             raise UserError(
@@ -171,7 +172,7 @@ def load_dataset(
         answers=answers,
         fill=fill,
         row=row,
-        workers=data.workers,
+        workers=workers,
         details=census.details,
         raw=lambda index: (rows.name(index), rows.raw(index)),
         lengths=lengths,
@@ -374,6 +375,9 @@ def _stream(dataset: Dataset, batch_size: int, row_of: Callable[[int], int], cou
     def make(first: int) -> Any:
         if first * b >= end:
             return iter(grain.MapDataset.range(0).to_iter_dataset())
+        if dataset.workers == 1:
+            batched = grain.MapDataset.range(first, end // b).map(lambda n: _stack([load(k) for k in range(n * b, n * b + b)]))
+            return iter(batched.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
         examples = grain.MapDataset.range(first * b, end).map(load)  # threads share out examples, not batches: less waits in memory
         ahead = grain.ReadOptions(num_threads=dataset.workers, prefetch_buffer_size=max(2 * b, dataset.workers))
         return iter(examples.to_iter_dataset(ahead).batch(b, batch_fn=_stack))

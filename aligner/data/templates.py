@@ -181,9 +181,9 @@ def media_token(assets: Any, kind: str) -> str:
     return begins or getattr(assets.processor, f"{kind}_token", None) or f"<{kind}>"
 
 
-def ends_with_eos(encoded: Encoded, tokenizer: Any) -> bool:
+def ends_with_eos(encoded: Encoded, eos: int | None) -> bool:
     """True if every answer trains the end of the sequence. By the id itself: padding may well have the same id."""
-    return all(tokenizer.eos_token_id in answer[-4:] for answer in encoded.answers)  # templates may add white space after it
+    return all(eos in answer[-4:].tolist() for answer in encoded.answers)  # templates may add white space after it
 
 
 def slots_of(shown: Sequence[Shown]) -> int:

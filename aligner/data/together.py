@@ -44,10 +44,24 @@ class Texts(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """A text as tokens: ids int32 [n]; spans int64 [n,2], the characters from .. to, where they were asked for."""
+    """A text as tokens: ids int32 [n]; the tokenizer's own encoding, which knows where they stand, if that was asked for."""
 
     ids: np.ndarray
-    spans: np.ndarray | None = None
+    encoding: Any = None
+
+    @property
+    def spans(self) -> np.ndarray:
+        """int64 [n,2]: the characters from .. to of each token."""
+        return np.fromiter(itertools.chain.from_iterable(self.encoding.offsets), np.int64, 2 * len(self.ids)).reshape(-1, 2)
+
+    def over(self, start: int, end: int) -> slice:
+        """The tokens that hold any of the characters start .. end; asked of the tokenizer, which is much faster than to list all spans."""
+        at = self.encoding.char_to_token
+        first = next((token for place in range(start, end) if (token := at(place)) is not None), 0)
+        last = next((token for place in range(end - 1, start - 1, -1) if (token := at(place)) is not None), -1)
+        while 0 <= last < len(self.ids) - 1 and (span := self.encoding.token_to_chars(last + 1)) and span[0] < min(end, span[1]):
+            last += 1  # a character may take several tokens
+        return slice(first, last + 1)
 
 
 Steps = Generator[Texts, list[Tokens], Any]
@@ -75,48 +89,47 @@ def together(encoders: Iterable[Steps]) -> list[Any]:
     """
     running = dict(enumerate(encoders))
     ended: dict[int, Any] = {}
-    tokens: dict[int, list[Tokens] | None] = dict.fromkeys(running)
-    while tokens:
-        asked = {}
-        for number, found in tokens.items():
-            try:
-                asked[number] = running[number].send(found)
-            except StopIteration as stop:
-                ended[number] = stop.value
-            except Bad as bad:
-                ended[number] = bad
-        tokens = _tokenise(asked)
+    asked: dict[int, Texts] = {}
+
+    def go_on(number: int, found: list[Tokens] | None) -> None:
+        try:
+            asked[number] = running[number].send(found)
+        except StopIteration as stop:
+            ended[number] = stop.value
+        except Bad as bad:
+            ended[number] = bad
+
+    for number in running:
+        go_on(number, None)
+    while asked:
+        alike = collections.defaultdict(list)
+        for number, texts in asked.items():
+            alike[id(texts.tokenizer), texts.special, texts.spans].append((number, texts))
+        asked.clear()
+        for some in itertools.chain.from_iterable(map(_portions, alike.values())):
+            made = iter(_tokens(some[0][1], [text for _, texts in some for text in texts.texts]))
+            for number, texts in some:
+                go_on(number, [*itertools.islice(made, len(texts.texts))])
     return [ended[number] for number in running]
 
 
-def _tokenise(asked: dict[int, Texts]) -> dict[int, list[Tokens]]:
-    """The tokens that each asked for, by few calls for all who want the same of the same tokenizer."""
-    found: dict[int, list[Tokens]] = {number: [] for number in asked}
-    wanted = collections.defaultdict(list)
-    for number, (tokenizer, texts, *manner) in asked.items():
-        wanted[id(tokenizer), *manner] += [(number, text) for text in texts]
-    for (_, special, spans), pairs in wanted.items():
-        for some in _portions(pairs):
-            numbers, texts = zip(*some)
-            tokens = _tokens(asked[numbers[0]].tokenizer, list(texts), special, spans)
-            for number, one in zip(numbers, tokens):
-                found[number].append(one)
-    return found
-
-
-def _portions(pairs: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    """Of long texts few: what a tokenizer makes of a text takes about a hundred times its size until it is converted."""
-    edges = np.cumsum([len(text) for _, text in pairs]) // MOST_CHARACTERS
-    for _, some in itertools.groupby(zip(edges.tolist(), pairs), key=lambda pair: pair[0]):
+def _portions(asked: list[tuple[int, Texts]]) -> Iterator[list[tuple[int, Texts]]]:
+    """Of long texts few: what a tokenizer makes of a text takes about a hundred times its size until it is read."""
+    edges = np.cumsum([sum(map(len, texts.texts)) for _, texts in asked]) // MOST_CHARACTERS
+    for _, some in itertools.groupby(zip(edges.tolist(), asked), key=lambda pair: pair[0]):
         yield [pair for _, pair in some]
 
 
-def _tokens(tokenizer: Any, texts: list[str], special: bool, spans: bool) -> list[Tokens]:
+def _tokens(asked: Texts, texts: list[str]) -> list[Tokens]:
+    """The tokens of all these texts, in the manner asked for."""
+    tokenizer, _, special, spans = asked
+    if not texts:
+        return []
     ask = functools.partial(tokenizer, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False, verbose=False)
     if spans:
         if not tokenizer.is_fast:
             raise UserError("the tokenizer cannot say where in the text its tokens stand; add tokenizer.json to the checkpoint folder.")
-        return [Tokens(_ids(one.ids), _spans(one.offsets)) for one in ask(texts).encodings]
+        return [Tokens(_ids(one.ids), one) for one in ask(texts).encodings]
     first = ask(texts[0])["input_ids"]
     if tokenizer.is_fast and len(texts) > 1:
         # To keep track of where tokens stand takes a quarter of the time, so its Rust half is asked without. Its Python half, which may
@@ -130,6 +143,3 @@ def _tokens(tokenizer: Any, texts: list[str], special: bool, spans: bool) -> lis
 def _ids(ids: list[int]) -> np.ndarray:
     return np.array(ids, np.int32)
 
-
-def _spans(offsets: list[tuple[int, int]]) -> np.ndarray:
-    return np.fromiter(itertools.chain.from_iterable(offsets), np.int64, 2 * len(offsets)).reshape(-1, 2)

@@ -24,7 +24,7 @@ from aligner.data.templates import (
     slots_of,
     write,
 )
-from aligner.data.together import Steps, Texts, encoder
+from aligner.data.together import Steps, Texts, Tokens, encoder
 from aligner.models.pictures import Shown, placeholders
 from aligner.types import Media
 
@@ -106,28 +106,27 @@ def _turns(conversation: list[dict], assets: Any, loss_on: str, shown: Sequence[
         raise Bad("nothing to imitate", "the conversation has no turn of the assistant")
     marked = loss_on != "all" and _has_generation_marks(chat_template(assets))
     text, marks = render_marked(conversation, assets, shown, **options) if marked else (show(conversation), [])
-    [(ids, spans)] = yield Texts(assets.tokenizer, [text], adds_special_tokens(text, assets), spans=loss_on != "all")
+    [tokens] = yield Texts(assets.tokenizer, [text], adds_special_tokens(text, assets), spans=loss_on != "all")
     if loss_on == "all":
-        return ids, None
+        return tokens.ids, None
     if marked:
-        mask = _by_generation_marks(marks[-1:] if loss_on == "last" else marks, spans)
+        mask = _by_generation_marks(marks[-1:] if loss_on == "last" else marks, tokens)
     else:
-        mask = _by_rendering(conversation, text, spans, assets, loss_on, show)
+        mask = _by_rendering(conversation, text, tokens.spans, assets, loss_on, show)
     if not mask.any():
         raise Bad("nothing to imitate", f"the chat template marks no token as the assistant's: {_head(assets)}")
-    return ids, mask
+    return tokens.ids, mask
 
 
 def _has_generation_marks(template: str) -> bool:
     return "endgeneration" in template
 
 
-def _by_generation_marks(marks: list[tuple[int, int]], spans: np.ndarray) -> np.ndarray:
+def _by_generation_marks(marks: list[tuple[int, int]], tokens: Tokens) -> np.ndarray:
     """The template says itself, between {% generation %} and {% endgeneration %}, what the assistant writes."""
-    starts, ends = spans.T
-    mask = np.zeros(len(spans), bool)
+    mask = np.zeros(len(tokens.ids), bool)
     for start, end in marks:
-        mask |= (ends > start) & (starts < end) & (ends > starts)
+        mask[tokens.over(start, end)] = True
     return mask
 
 

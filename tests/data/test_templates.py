@@ -32,7 +32,7 @@ def test_prompt_answer_and_eos(pad, template):
         assert chosen == "a cat</s>\n", "also what both answers begin with is scored"
     else:
         assert prompt.startswith("<s>USER: what is this ASSISTANT:") and chosen.endswith("cat</s>")
-    assert ends_with_eos(encoded, words)
+    assert ends_with_eos(encoded, words.eos_token_id)
     assert all(answer.dtype == np.int32 and words.eos_token_id in answer for answer in encoded.answers)
 
 
@@ -48,7 +48,7 @@ def test_plain_text_gets_eos_once_and_needs_one():
 
 def test_a_template_without_eos_is_noticed():
     model = tiny.image_model(tiny.LLAVA)
-    assert not ends_with_eos(encode_preference(pair(), model.assets, model.media), model.assets.tokenizer)
+    assert not ends_with_eos(encode_preference(pair(), model.assets, model.media), model.assets.tokenizer.eos_token_id)
 
 
 def test_any_number_of_answers():

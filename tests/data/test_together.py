@@ -23,7 +23,7 @@ def ids(texts, tokenizer, special=True, spans=False):
     if "late" in texts:
         raise Bad("too late")
     more = yield Texts(tokenizer, ["once more"], not special)
-    return [one.ids.tolist() for one in (*found, *more)], [one.spans for one in found]
+    return [one.ids.tolist() for one in (*found, *more)], [one.spans if spans else None for one in found]
 
 
 @pytest.mark.parametrize("special", [True, False])
@@ -35,6 +35,37 @@ def test_as_the_tokenizer_says(special, spans):
     assert found == [*expected["input_ids"], tokenizer("once more", add_special_tokens=not special)["input_ids"]]
     assert all(one is None for one in where) or [one.tolist() for one in where] == [[[*pair] for pair in one] for one in expected["offset_mapping"]]
     assert spans == (where[0] is not None)
+
+
+@pytest.mark.parametrize("bytes_fall_back", [True, False])
+def test_tokens_over_characters(bytes_fall_back):
+    """They are those whose span is not empty and meets the range; a character of several tokens brings all of them."""
+    tokenizer = byte_level() if bytes_fall_back else tiny.tokenizer(bos=True)
+
+    @encoder
+    def located(text):
+        [tokens] = yield Texts(tokenizer, [text], True, True)
+        return tokens
+
+    for text in TEXTS:
+        tokens = located(text)
+        starts, ends = tokens.spans.T
+        for start in range(len(text)):
+            for end in range(start + 1, len(text) + 1):
+                found = np.zeros(len(tokens.ids), bool)
+                found[tokens.over(start, end)] = True
+                np.testing.assert_array_equal(found, (ends > start) & (starts < end) & (ends > starts), f"{text!r}, {start} to {end}")
+
+
+def byte_level():
+    """A tokenizer that knows no word, so that a character outside of ASCII takes several tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
 def test_many_with_some_that_fail(monkeypatch):
