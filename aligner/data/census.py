@@ -138,7 +138,8 @@ def _look(
     scored = sum(lengths) if encoded.scored is None else sum(int(mask.sum()) for mask in encoded.scored)
     slots = len(encoded.media) if encoded.slots is None else encoded.slots
     kept = tokens.pack(encoded) if keep and not encoded.media else b""
-    return [len(encoded.prompt), sum(lengths), scored, len(lengths), slots, int(templates.ends_with_eos(encoded, eos))], digest.digest(), kept
+    ends = int(templates.ends_with_eos(encoded, eos))
+    return [len(encoded.prompt), sum(lengths), scored, len(lengths), slots, ends], digest.digest(), kept
 
 
 def _count(
