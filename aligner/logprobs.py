@@ -203,7 +203,9 @@ def _chunk_stats(static: _Static, logits, targets) -> dict[str, Array]:
     lse = top + jnp.log(total)
     target = _target_logit(logits, targets)
     computed = {"logp": lambda: target - lse, "lse": lambda: lse, "correct": lambda: (target >= top).astype(lse.dtype)}
-    computed["entropy"] = lambda: lse - jnp.sum(exp * logits, axis=-1) / total
+    # by an exponential of its own, which the barrier keeps apart: of one with two readers the compiler makes an array of all of it
+    relative = logits - jax.lax.optimization_barrier(lse)[..., None]
+    computed["entropy"] = lambda: -jnp.sum(jnp.exp(relative) * relative, axis=-1)
     computed["mean_logit"] = lambda: jnp.mean(logits, axis=-1)
     computed["sum_p2"] = lambda: jnp.sum(jnp.square(exp), axis=-1) / jnp.square(total)
     return {name: computed[name]() for name in static.names}

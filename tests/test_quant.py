@@ -10,6 +10,7 @@ import qwix
 from aligner import algorithms, lora, optim, quant, sharding, state
 from aligner.likelihood import make_likelihood
 from aligner.train_step import jit, make_train_step
+from tests.everyday import everyday
 from tests.invariance.step import one_device, put
 from tests.models import tiny
 
@@ -40,7 +41,7 @@ def test_widths_that_no_tile_divides():
 
 
 @pytest.mark.parametrize("kind", quant.KINDS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", everyday(["float32", "bfloat16"], "float32"))
 def test_gradients_reach_the_input_and_the_adapter_and_not_the_kernel(kernel, kind, dtype):
     q = quant.quantise(kernel[0].astype(dtype), kind)
     weight = quant.dequantise(q, dtype)

@@ -219,6 +219,19 @@ def bend(slopes: Float[Array, "K G 1 1"], queries: Int[Array, "B t"], keys: Int[
     return -slopes * (queries[:, :, None] - keys[:, None, :])[:, None, None].astype(slopes.dtype)
 
 
+@jax.custom_jvp
+def softmax(x: Float[Array, "... S"]) -> Float[Array, "... S"]:
+    """Over the last axis. The backward pass keeps the result alone, `jax.nn.softmax` the exponentials too."""
+    y = jnp.exp(x - jnp.max(x, axis=-1, keepdims=True))
+    return y / jnp.sum(y, axis=-1, keepdims=True)
+
+
+@softmax.defjvp
+def _softmax_jvp(primals, tangents):
+    y, x_dot = softmax(*primals), *tangents
+    return y, y * (x_dot - jnp.sum(y * x_dot, axis=-1, keepdims=True))
+
+
 def _attend(
     q: Float[Array, "B K G t H"],
     k: Float[Array, "B K s H"],
@@ -230,19 +243,20 @@ def _attend(
     """Softmax of all logits of these queries and keys at once; q is already scaled. With several masks, the sum of a softmax under each."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
     precision = None if q.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-    flat = q.reshape(*q.shape[:2], -1, q.shape[-1])  # the heads that share a key are one matrix
+    # the heads that share a key are one matrix, from here to the end: the backward pass keeps the weights in one shape
+    flat = q.reshape(*q.shape[:2], -1, q.shape[-1])
+    repeat = lambda x: jnp.broadcast_to(x, (*x.shape[:2], *q.shape[2:4], x.shape[-1])).reshape(*x.shape[:2], -1, x.shape[-1])
     logits = jnp.einsum("bkth,bksh->bkts", flat, k, preferred_element_type=wide, precision=precision)
-    logits = logits.reshape(*q.shape[:-1], k.shape[2])
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     if bias is not None:
-        logits = logits + bias.astype(wide)
-    under = lambda mask: jax.nn.softmax(jnp.where(mask[:, :, None], logits, jnp.finfo(wide).min), axis=-1)
+        logits = logits + repeat(bias.astype(wide))
+    masks = [repeat(mask[:, :, None]) for mask in masks]
+    under = lambda mask: softmax(jnp.where(mask, logits, jnp.finfo(wide).min))
     if len(masks) > 1:
         # a query that sees nothing under a mask takes nothing from it; the softmax of nothing but masked logits would be even over all
-        weights = sum(jnp.where(mask[:, :, None], under(mask), 0) for mask in masks)
+        weights = sum(jnp.where(mask, under(mask), 0) for mask in masks)
     else:
-        weights = under(*masks) if masks else jax.nn.softmax(logits, axis=-1)
-    weights = weights.astype(v.dtype).reshape(*flat.shape[:-1], k.shape[2])
-    out = jnp.einsum("bkts,bksh->bkth", weights, v, preferred_element_type=wide, precision=precision)
+        weights = under(*masks) if masks else softmax(logits)
+    out = jnp.einsum("bkts,bksh->bkth", weights.astype(v.dtype), v, preferred_element_type=wide, precision=precision)
     return out.astype(q.dtype).reshape(q.shape)

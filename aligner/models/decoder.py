@@ -120,12 +120,6 @@ class Attention(nn.Module):
         return Linear(c.hidden_size, c.o_bias, c.initializer_range, name=c.o_name)(out.reshape(*x.shape[:2], -1)), memory
 
 
-@functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
-def gate(act: str, x: Array, up: Array | float = 1) -> Array:
-    """act(x) * up; the backward pass keeps the two and nothing between."""
-    return ACTIVATIONS[act](x) * up
-
-
 class MLP(nn.Module):
     config: DecoderConfig
 
@@ -134,8 +128,12 @@ class MLP(nn.Module):
         c = self.config
         *into, out = c.mlp_names
         y = [Linear(c.intermediate_size, c.mlp_bias, c.initializer_range, name=name)(x) for name in into]
-        y = gate(c.hidden_act, *y)
-        return Linear(c.hidden_size, c.mlp_bias, c.initializer_range, name=out)(constrain(y, "batch", "length", "mlp"))
+
+        def close(mlp: MLP, *y: Array) -> Array:
+            gated = functools.reduce(jnp.multiply, y[1:], ACTIVATIONS[c.hidden_act](y[0]))
+            return Linear(c.hidden_size, c.mlp_bias, c.initializer_range, name=out)(constrain(gated, "batch", "length", "mlp"))
+
+        return nn.remat(close, prevent_cse=False)(self, *y)  # the backward pass gates once more rather than keep what was gated
 
 
 class SparseMLP(nn.Module):

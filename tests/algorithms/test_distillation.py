@@ -104,6 +104,7 @@ def test_loss_by_hand_and_however_it_is_laid_out(name, beta):
             assert np.abs(others[path] - gradient).max() <= BAR * np.abs(gradient).max(), path
 
 
+@pytest.mark.slow
 def test_the_student_comes_to_agree():
     found, _ = step("llama", make_batch("llama"), optimizer=optax.adam(1e-2), steps=60)
     assert found[-1]["loss"] < 0.2 * found[0]["loss"] and found[-1]["agreement"] > found[0]["agreement"]

@@ -13,6 +13,7 @@ from aligner import algorithms, sharding
 from aligner.models import from_hf
 from configs import common
 from tests.algorithms import bigram, rows
+from tests.everyday import everyday
 from tests.invariance.step import Result, loss_and_gradients
 from tests.invariance.test_layout import assert_same
 from tests.models import tiny
@@ -57,6 +58,7 @@ SETTINGS = {
     "tpo-l": lambda: changed(common.tpo(), loss_type="tpo-l", tpo_alpha=0.5, beta=2.0),
     "sso": common.sso,
 }
+EVERYDAY = ("sft", "distillation", "reward", "plackett_luce", "dpo", "dpo, mixed", "kto", "orpo", "cpo", "tpo", "sso")
 ORDER = [5, 2, 7, 0, 1, 3, 6, 4]
 CUBE = dict(data=2, fsdp=2, tensor=2)
 # name -> (of the batch, of config.train, mesh)
@@ -118,7 +120,7 @@ def test_every_algorithm_is_here():
 
 
 @pytest.mark.parametrize("variant", ["packed", pytest.param("one a row", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", everyday(SETTINGS, *EVERYDAY))
 def test_all_at_once(setting, variant):
     check("bigram", setting, AT_ONCE[variant])
 
@@ -142,6 +144,7 @@ def test_micro_batches_alone_would_show(setting, monkeypatch):
     assert np.abs(found.gradients[path] - expected.gradients[path]).max() > 1e-3 * np.abs(expected.gradients[path]).max()
 
 
+@pytest.mark.slow
 def test_the_examples_are_no_trivial_ones():
     assert len({round(baseline("bigram", setting).metrics["loss"], 6) for setting in SETTINGS}) == len(SETTINGS)
     assert 0 < baseline("bigram", "dpo").metrics["rewards/accuracies"] < 1

@@ -84,6 +84,7 @@ def image_batch(model):
     return model.inputs({"input_ids": ids, "pixel_values": np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)})
 
 
+@pytest.mark.slow
 def test_a_linear_projector_is_one_matrix(parts, tmp_path):
     model = model_from_folder(build(parts, tmp_path / "out", "--projector", "linear"))
     params = tiny.as_arrays(tiny.perturbed(model))

@@ -13,6 +13,7 @@ from aligner.data.templates import Encoded
 from aligner.train_step import global_counts
 from aligner.types import Mean
 from configs import common
+from tests.everyday import everyday
 from tests.golden import trl_dpo
 from tests.golden.checkpoints import LLAMA, LLAVA, load_hf, perturb, save_llama, save_llava
 from tests.golden.compare import by_name, relative
@@ -123,8 +124,11 @@ def our_step(policy, reference, inputs, reference_logps, kind: str, shared: bool
 
 @pytest.mark.parametrize(
     ("name", "kind", "shared"),
-    [("llama", "copy", False), ("llama", "precomputed", True), ("llama_tied", "copy", True), ("llava", "copy", False),
-     ("llava", "precomputed", True)],
+    everyday(
+        [("llama", "copy", False), ("llama", "precomputed", True), ("llama_tied", "copy", True), ("llava", "copy", False),
+         ("llava", "precomputed", True)],
+        ("llama", "copy", False), ("llava", "precomputed", True),
+    ),
 )  # fmt: skip
 def test_step_equals_trl(pairs_of_folders, trl_steps, name, kind, shared):
     policy, reference, _ = pairs_of_folders[name]
@@ -146,6 +150,7 @@ def test_step_equals_trl(pairs_of_folders, trl_steps, name, kind, shared):
             assert relative(ours, expected) <= GRADIENT, f"{tensor}: {relative(ours, expected):.1e}"
 
 
+@pytest.mark.slow
 def test_images_matter_to_the_step(pairs_of_folders, trl_steps):
     """Blank pictures give another loss: the golden step really reads its pixels."""
     policy, reference, _ = pairs_of_folders["llava"]

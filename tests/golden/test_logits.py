@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import aligner
+from tests.everyday import everyday
 from tests.golden.checkpoints import BOS, LLAMA, LLAVA, PAD, VOCAB, load_hf, rename_parameters, save_llama, save_llava
 from tests.golden.compare import by_name, relative
 from tests.torch_required import torch
@@ -111,13 +112,7 @@ VISION_GRADIENTS = (
 )
 
 
-def everyday(names, *chosen):
-    """All, those that are not chosen as slow ones."""
-    assert set(chosen) <= set(names)
-    return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
-@pytest.mark.parametrize("name", everyday(LLAMA, "gqa", "llama3", "yarn", "mqa_head_dim", "biases"))
+@pytest.mark.parametrize("name", everyday(LLAMA, "gqa", "llama3", "mqa_head_dim"))
 def test_llama(folders, name):
     for rows in unpadded(text_rows("right")) if name == "dynamic" else [text_rows("right")]:
         check(folders[name], rows, "float32")
@@ -130,7 +125,7 @@ def unpadded(rows):
         yield {name: array[row : row + 1, : mask.sum()] for name, array in rows.items()}
 
 
-@pytest.mark.parametrize("name", ["gqa", "llama3"])
+@pytest.mark.parametrize("name", everyday(["gqa", "llama3"], "gqa"))
 def test_llama_left_padding(folders, name):
     check(folders[name], text_rows("left"), "float32", TEXT_GRADIENTS)
     check(folders[name], text_rows("left"), "float64")
@@ -142,13 +137,14 @@ def test_llama_left_padding_with_position_ids(folders):
     check(folders["gqa"], rows, "float32")
 
 
-@pytest.mark.parametrize("name", everyday(LLAVA, "penultimate", "first_tied"))
+@pytest.mark.parametrize("name", everyday(LLAVA, "penultimate"))
 def test_llava(folders, name):
     folder = folders[f"llava_{name}"]
     check(folder, vision_rows(folder, "right"), "float32")
     check(folder, vision_rows(folder, "right"), "float64", VISION_GRADIENTS)
 
 
+@pytest.mark.slow
 def test_llava_left_padding(folders):
     folder = folders["llava_penultimate"]
     check(folder, vision_rows(folder, "left"), "float32", VISION_GRADIENTS)

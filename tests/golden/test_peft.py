@@ -82,7 +82,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in ("lora", "llava") else pytest.mark.slow) for case in CASES])
+@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case == "lora" else pytest.mark.slow) for case in CASES])
 def test_ours_in_peft(bases, tmp_path, case):
     from peft import PeftModel
 

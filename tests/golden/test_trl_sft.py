@@ -14,6 +14,7 @@ import aligner
 from aligner.algorithms import sft
 from aligner.data import loader
 from configs import common
+from tests.everyday import everyday
 from tests.golden.checkpoints import LLAMA, LLAVA, load_hf, rename_parameters, save_llama, save_llava
 from tests.golden.compare import by_name, relative
 from tests.torch_required import torch
@@ -122,7 +123,7 @@ def ours(folder: Path, path: Path, loss_type: str, **data):
     return float(loss), {name: float(m.sum / m.count) for name, m in metrics.items()}, by_name(model, gradients)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", everyday(CASES, "turns", "completions"))
 def test_step_equals_trl(name, tmp_path):
     save, overrides, make_rows, arguments, data = CASES[name]
     folder = save(tmp_path / "model", **overrides)

@@ -10,6 +10,7 @@ from aligner.data.kinds import ENCODERS
 from aligner.data.layout import lay_out, shape_of
 from aligner.metrics import values
 from configs import common
+from tests.everyday import everyday
 from tests.golden import trl_dpo, trl_others
 from tests.golden.checkpoints import LLAMA, load_hf, perturb, save_llama
 from tests.golden.compare import by_name, relative
@@ -81,8 +82,8 @@ def setting(make, **changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(loss_type=("aot_unpaired", "sft"), loss_weights=(0.7, 0.4)),
-        dict(loss_type=("ipo",), ld_alpha=0.4),
+        pytest.param(dict(loss_type=("aot_unpaired", "sft"), loss_weights=(0.7, 0.4)), marks=pytest.mark.slow),
+        pytest.param(dict(loss_type=("ipo",), ld_alpha=0.4), marks=pytest.mark.slow),
         dict(loss_type=("sigmoid",), use_weighting=True, f_divergence_type="js_divergence"),
     ],
     ids=["sorted and sft", "long answers", "weighted"],
@@ -94,7 +95,7 @@ def test_dpo(folders, changes):
     compare(our_step(setting(common.dpo, beta=0.3, **changes), *folders, batch), theirs)
 
 
-@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+@pytest.mark.parametrize("loss_type", everyday(["kto", "apo_zero_unpaired"], "kto"))
 def test_kto(folders, loss_type):
     changes = dict(loss_type=loss_type, beta=0.3, undesirable_weight=0.6)
     theirs = trl_others.kto(*folders, JUDGED, **changes)
@@ -105,7 +106,11 @@ def test_kto(folders, loss_type):
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(label_smoothing=0.1), dict(loss_type="simpo", cpo_alpha=0.0, beta=2.0), dict(loss_type="simpo", alpha=0.2, cpo_alpha=0.3)],
+    [
+        dict(label_smoothing=0.1),
+        pytest.param(dict(loss_type="simpo", cpo_alpha=0.0, beta=2.0), marks=pytest.mark.slow),
+        pytest.param(dict(loss_type="simpo", alpha=0.2, cpo_alpha=0.3), marks=pytest.mark.slow),
+    ],
     ids=["cpo", "simpo", "alphapo"],
 )
 def test_cpo(folders, changes):

@@ -119,6 +119,7 @@ def deal(tokens, pixels, features):
     return pictures.deal(text, {"pixel_values": pixels.transpose(0, 3, 1, 2)}, Media(9, features, 4, 4))
 
 
+@pytest.mark.slow
 def test_llava_inputs_take_channels_first(llava):
     ids = np.full((1, 6), 5)
     ids[0, 1:5] = tiny.IMAGE
