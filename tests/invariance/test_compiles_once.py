@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from aligner import metrics, run
+from aligner import metrics, run, train_step
 from scripts import make_tiny_checkpoint
 from tests.models import tiny
 
@@ -17,7 +17,7 @@ def test_two_steps_and_two_more(tmp_path, monkeypatch, demo):
         made.setdefault(getattr(function, "__name__", ""), []).append(jitted)
         return jitted
 
-    monkeypatch.setattr(run, "jit", recording)
+    monkeypatch.setattr(train_step, "jit", recording)
     changes = dict(model__path=str(demo / "model"), data__max_length=128, data__pad_to_multiple=8, optim__weight_decay=0.1,
                    optim__freeze=("vision_tower/.*",), log__every=1, checkpoint__every=2, data__workers=2,
                    **{f"mesh__{axis}": size for axis, size in mesh.items()})  # fmt: skip
