@@ -77,7 +77,10 @@ def load(found: Found, model: Model) -> list[pictures.Picture]:
     """
     media = model.media
     images = [files.open_image(reference, media.folder) for kind, reference in found if kind == "image"]
-    ready = iter(files.read_pictures(images, media, model.assets.processor.image_processor) if images else ())
+    read = files.read_pictures(images, media, model.assets.processor.image_processor) if images else []
+    if len(images) == len(found):
+        return read  # of some families several an image, its tiles; such families take nothing but images
+    ready = iter(read)
     clip = lambda reference: _picture(video.load_clip(reference, media.folder, media.frames), model)
 
     def sound(reference: Any) -> pictures.Picture:

@@ -63,6 +63,20 @@ def test_a_dpo_step_on_eight_devices_gives_what_one_gives(family, tmp_path):
         assert np.abs(gradient - eight.gradients[path]).max() <= 1e-5 * largest, path
 
 
+@pytest.mark.parametrize("family", ["idefics3", "smolvlm", "internvl"])
+def test_every_tile_of_an_image_is_in_its_row(family, tmp_path):
+    """Each placeholder reads a feature of its own, and every slot that they read is filled."""
+    model = model_from_folder(vision_folders.save(tmp_path, family))
+    rows = vision_folders.rows(tmp_path / "rows")
+    dataset = loader.load_dataset(data_tiny.config(rows, image_folder=str(rows.parent)), "train", model)
+    made = [dataset.row(i) for i in range(dataset.size)]
+    for row in made:
+        read = row["media_index"][row["media_index"] >= 0]
+        assert len(np.unique(read)) == row["image_mask"].sum() * model.media.features
+        assert set(read // model.media.features) == set(np.flatnonzero(row["image_mask"]))
+    assert max(row["image_mask"].sum() for row in made) > 2  # rows show two images at most
+
+
 def test_the_program_does_not_grow_with_depth():
     """Of decoder and tower, whose layers differ in their windows."""
     lines = []
