@@ -142,4 +142,3 @@ def _tokens(asked: Texts, texts: list[str]) -> list[Tokens]:
 
 def _ids(ids: list[int]) -> np.ndarray:
     return np.array(ids, np.int32)
-

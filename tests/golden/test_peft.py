@@ -13,6 +13,7 @@ from aligner import convert, lora
 from aligner.convert import peft as ours
 from aligner.types import UserError
 from configs import common
+from tests.everyday import everyday
 from tests.golden import checkpoints
 from tests.torch_required import torch
 
@@ -82,7 +83,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case == "lora" else pytest.mark.slow) for case in CASES])
+@pytest.mark.parametrize("case", everyday(CASES, "lora"))
 def test_ours_in_peft(bases, tmp_path, case):
     from peft import PeftModel
 

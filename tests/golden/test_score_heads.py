@@ -140,7 +140,7 @@ def classifiers() -> list[str]:
 EVERY_DAY = ("gpt_neox",)  # fused projections, a name of its own for the decoder
 
 
-@pytest.mark.parametrize("family", [pytest.param(name, marks=() if name in EVERY_DAY else pytest.mark.slow) for name in classifiers()])
+@pytest.mark.parametrize("family", everyday(classifiers(), *EVERY_DAY))
 def test_families(tmp_path, family):
     """A folder of `transformers`: byte for byte back, the same scores here, nothing missing or left over when it reads ours again."""
     from transformers import AutoModelForSequenceClassification

@@ -20,6 +20,7 @@ from aligner.convert.verify import verify
 from aligner.logprobs import dense_logits
 from aligner.models import families
 from aligner.models.moe import balance_loss
+from tests.everyday import everyday
 from tests.golden.checkpoints import perturb
 from tests.golden.compare import by_name
 from tests.models.text_configs import CASES, DYNAMIC, FIRST, LENGTH, LINEAR, LLAMA3, YARN, T, hf_config, longrope
@@ -201,7 +202,7 @@ BAICHUAN = {
 }
 
 
-@pytest.mark.parametrize("name", ["2_13b", *(pytest.param(name, marks=pytest.mark.slow) for name in list(BAICHUAN)[:3])])
+@pytest.mark.parametrize("name", everyday(BAICHUAN, "2_13b"))
 def test_baichuan(name, tmp_path):
     from safetensors.torch import load_file, save_file
 

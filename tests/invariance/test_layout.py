@@ -10,6 +10,7 @@ import pytest
 from aligner import ahead, logprobs, sharding
 from aligner.models import from_hf
 from aligner.types import UserError
+from tests.everyday import everyday
 from tests.invariance.step import ZERO_GRADIENT, Result, loss_and_gradients, one_device
 from tests.models import tiny
 
@@ -55,8 +56,7 @@ def assert_same(found: Result, expected: Result, layout_metrics=("num_tokens",),
 
 
 EVERYDAY = [("llama", name) for name in ("accumulation", "padding", "8 devices", "all at once")] + [("llava", "8 devices")]
-OTHERS = [(name, variant) for name in ("llama", "llava") for variant in VARIANTS if (name, variant) not in EVERYDAY]
-CASES = EVERYDAY + [pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS]
+CASES = everyday([(name, variant) for name in ("llama", "llava") for variant in VARIANTS], *EVERYDAY)
 
 
 @pytest.mark.parametrize("name,variant", CASES)
