@@ -185,6 +185,8 @@ def main(argv: list[str]) -> int:
     config = workdir.resolve(CONFIG.value, WORKDIR.value or "runs/plan")
     if config.setup:
         call_setup(config)
+    if estimate:
+        config.model.attention = "auto"  # a GPU's kernels cannot be compiled for a CPU
     row = dict(tokens=TOKENS.value, scored=SCORED.value, images=IMAGES.value, examples=EXAMPLES.value)
     figures = plan(config, devices, **row)
     limit = MEMORY[chip] * GIB if chip in MEMORY else None

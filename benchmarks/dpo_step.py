@@ -5,8 +5,8 @@
 Llama 512 wide, 8 layers, 8 heads, 4 KV heads, MLP 1408, vocabulary 32000; 4 pairs of 256 tokens (128 of prompt, 128 of answer). Every side
 computes the reference in the step (a second copy of the weights), clips at 1.0 and takes an AdamW step on float32 master weights.
 Every side is a process of its own, set up as its users run it (aligner's command line asks the C library for huge pages; the side
-"TRL, huge pages" is TRL with the same), and waits while another steps. Ratios are paired: each round runs every side once, and the
-median over rounds of time(TRL) / time(side) is printed. Peak memory is that of the steps after the first.
+"TRL, huge pages" is TRL with the same), and waits while another steps. Ratios are paired: in each round every side takes a turn of
+a few steps, and the median over rounds of time(TRL) / time(side) is printed. Peak memory is that of the steps after the first.
 
 CPU seconds (of all threads) tell the sides apart also on a machine that others use; set OMP_WAIT_POLICY=passive for them, or torch's
 waiting threads count as work.
@@ -57,7 +57,7 @@ def make_side(name: str, folder: Path, dtype: str):
     return aligner_step(folder, rows, dtype, **OURS[name])
 
 
-def serve(name: str, folder: Path, dtype: str) -> None:
+def serve(name: str, folder: Path, dtype: str, turn: int) -> None:
     """The process of one side."""
     if name in OURS:
         restart_with_huge_pages()
@@ -66,7 +66,7 @@ def serve(name: str, folder: Path, dtype: str) -> None:
         import torch  # noqa: F401
         import transformers  # noqa: F401
         import trl.trainer.dpo_trainer  # noqa: F401
-    answer = sides.answering(machine.resident_mib())
+    answer = sides.answering(machine.resident_mib(), turn)
     if name in TRL:
         torch_sides.run_trl(folder, [as_text(row) for row in pairs()], dtype, 10**6, answer)
     step = make_side(name, folder, dtype)
@@ -76,6 +76,7 @@ def serve(name: str, folder: Path, dtype: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--turn", type=int, default=4, help="steps that a side takes in a turn")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "both"], default="both")
     parser.add_argument("--sides", nargs="+", default=SIDES, choices=[HUGE, *SIDES])
     parser.add_argument("--json", type=Path)
@@ -83,7 +84,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        return serve(options.serve, options.folder, options.dtype)
+        return serve(options.serve, options.folder, options.dtype, options.turn)
 
     result = {"cpu": machine.cpu_name(), "gemm_gflops": machine.gemm_rates(), "steps": {}}
     print(result["cpu"])
@@ -100,8 +101,9 @@ def main() -> None:
 
 def measure(folder: Path, dtype: str, options) -> dict[str, list[dict]]:
     """Times and memory of every side in every round."""
-    command = lambda name: ["benchmarks.dpo_step", "--serve", name, "--folder", str(folder), "--dtype", dtype]
-    return sides.take_turns({name: command(name) for name in options.sides}, options.rounds, {HUGE: sides.HUGE_PAGES})
+    rest = ["--folder", str(folder), "--dtype", dtype, "--turn", str(options.turn)]
+    commands = {name: ["benchmarks.dpo_step", "--serve", name, *rest] for name in options.sides}
+    return sides.take_turns(commands, options.rounds, {HUGE: sides.HUGE_PAGES})
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
     python -m benchmarks.real_lengths --cases sft dpo kto reward --rounds 3
 
-Llama as in benchmarks/dpo_step.py, float32. Prompts and answers have log-normal lengths (medians 60 and 110 tokens, sigma 0.7), at most 512
-together. What is timed is one pass over all rows by training steps alone: forward, reference in the step where there is one, backward,
-clipping, AdamW; data loading lies outside on both sides. TRL pads each batch of 4 pairs, or 8 rows, to its longest; "sft" is TRL's packing
-(`packing=True`, "bfd") against ours, in rows of 512. KTO's rows cannot be packed here, and are padded to the longest of all.
+Llama as in benchmarks/dpo_step.py, float32. Prompts and answers have log-normal lengths with the medians and spreads of Anthropic's
+hh-rlhf ("harmless", 1200 rows): 88 tokens and sigma 1.14 of a prompt, 37 and 0.88 of an answer; a prompt with its answer is at most 1024,
+the `max_length` of TRL's trainers. What is timed is one pass over all rows by training steps alone: forward, reference in the step where
+there is one, backward, clipping, AdamW; data loading lies outside on both sides. TRL pads each batch of 8 pairs, or 16 rows with a label,
+to its longest (8 is its default); here about as many stand in two packed rows of 1024 columns. "sft" is TRL's packing (`packing=True`,
+"bfd") against ours, two rows of 1024 a batch on both sides.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from aligner.hugepages import restart_with_huge_pages
 from benchmarks import machine, sides, torch_sides
 from benchmarks.dpo_step import SHAPE
 
-PAIRS, LONGEST, BATCH = 24, 512, 4
+LONGEST, BATCH, ROWS = 1024, 8, 2  # columns; pairs of a batch; packed rows of a batch
+PAIRS = {"sft": 51, "dpo": 30, "kto": 26, "reward": 48}  # as many as fill whole batches of packed rows
+PROMPT, ANSWER = (88, 1.14), (37, 0.88)  # medians and sigmas of lengths in tokens
 CASES = ("sft", "dpo", "kto", "reward")
 SIDES = ("TRL", "aligner")
 
@@ -32,8 +36,9 @@ def rows_of(case: str) -> list[dict]:
     """Rows of strings in TRL's formats."""
     rng = np.random.default_rng(0)
     words = lambda n: " ".join(f"w{i}" for i in rng.integers(4, SHAPE["vocabulary"], n))
-    length = lambda median: int(np.clip(median * np.exp(0.7 * rng.standard_normal()), 4, LONGEST // 2 - 2))
-    pairs = [{"prompt": words(length(60)), "chosen": " " + words(length(110)), "rejected": " " + words(length(110))} for _ in range(PAIRS)]
+    length = lambda median, sigma: int(np.clip(median * np.exp(sigma * rng.standard_normal()), 4, LONGEST // 2 - 2))
+    pair = lambda: {"prompt": words(length(*PROMPT)), "chosen": " " + words(length(*ANSWER)), "rejected": " " + words(length(*ANSWER))}
+    pairs = [pair() for _ in range(PAIRS[case])]
     if case == "sft":
         return [{"text": pair["prompt"] + pair[answer]} for pair in pairs for answer in ("chosen", "rejected")]
     if case == "kto":
@@ -66,7 +71,7 @@ def trl_epochs(case: str, folder: Path, answer: Callable[..., None]) -> None:
 
     rows = rows_of(case)
     config, trainer, more = {
-        "sft": (trl.SFTConfig, trl.SFTTrainer, dict(packing=True, max_length=LONGEST, per_device_train_batch_size=BATCH)),
+        "sft": (trl.SFTConfig, trl.SFTTrainer, dict(packing=True, max_length=LONGEST, per_device_train_batch_size=ROWS)),
         "dpo": (trl.DPOConfig, trl.DPOTrainer, dict(max_length=None, beta=torch_sides.BETA, per_device_train_batch_size=BATCH)),
         "kto": (trl.KTOConfig, trl.KTOTrainer, dict(max_length=None, beta=torch_sides.BETA, per_device_train_batch_size=2 * BATCH)),
         "reward": (trl.RewardConfig, trl.RewardTrainer, dict(max_length=None, per_device_train_batch_size=BATCH)),
@@ -96,9 +101,7 @@ def aligner_epoch(case: str, folder: Path) -> Callable[[], float]:
     config = make_config("float32", case)
     config.data.train.path = str(folder / "rows.jsonl")
     config.data.max_length = LONGEST
-    config.data.packing = case != "kto"
-    config.data.packed_length = {"sft": LONGEST, "dpo": 1024, "reward": 1024}.get(case)
-    config.data.batch_size = {"sft": BATCH, "kto": 2 * BATCH}.get(case, 1)
+    config.data.packing, config.data.packed_length, config.data.batch_size = True, LONGEST, ROWS
     Path(config.data.train.path).write_text("".join(json.dumps(row) + "\n" for row in rows_of(case)))
     model, disk = convert.open_model(folder, score_head=case == "reward")
     params = convert.load_params(model, disk)
@@ -109,7 +112,7 @@ def aligner_epoch(case: str, folder: Path) -> Callable[[], float]:
     return make_steps(config, model, params, batches, folder if case in ("dpo", "kto") else None)
 
 
-def serve(name: str, case: str, folder: Path) -> None:
+def serve(name: str, case: str, folder: Path, turn: int) -> None:
     """The process of one side."""
     if name == "aligner":
         restart_with_huge_pages()
@@ -118,7 +121,7 @@ def serve(name: str, case: str, folder: Path) -> None:
         import torch  # noqa: F401
         import transformers  # noqa: F401
         import trl  # noqa: F401
-    answer = sides.answering(machine.resident_mib())
+    answer = sides.answering(machine.resident_mib(), turn)
     if name == "TRL":
         trl_epochs(case, folder, answer)
     sides.serve(aligner_epoch(case, folder), answer)
@@ -128,20 +131,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--turn", type=int, default=1, help="passes that a side makes in a turn")
     parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)  # the process of one side
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        return serve(options.serve, options.cases[0], options.folder)
+        return serve(options.serve, options.cases[0], options.folder, options.turn)
     print(machine.cpu_name())
     for case in options.cases:
         with tempfile.TemporaryDirectory() as folder:
             torch_sides.make_checkpoint(Path(folder), **SHAPE)
-            rest = ["--cases", case, "--folder", folder]
+            rest = ["--cases", case, "--folder", folder, "--turn", str(options.turn)]
             found = sides.take_turns({name: ["benchmarks.real_lengths", "--serve", name, *rest] for name in SIDES}, options.rounds)
         wall, cpu = (sides.ratio(found, "TRL", "aligner", key) for key in ("seconds", "cpu_seconds"))
         memory = ", ".join(f"{name} {max(answer['net'] for answer in rounds):.0f} MiB" for name, rounds in found.items())
-        print(f"{case}: time(TRL) / time(aligner) {wall:.2f}, of CPU time {cpu:.2f}; net peak memory {memory}", flush=True)
+        rounds = ", ".join(f"{a['seconds'] / b['seconds']:.2f}" for a, b in zip(found["TRL"], found["aligner"]))
+        print(f"{case}: time(TRL) / time(aligner) {wall:.2f} ({rounds}), of CPU time {cpu:.2f}; net peak memory {memory}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Sides of a comparison as processes of their own, which take turns: each is set up as its users run it, and waits while another works.
 
-A side reads a line, works once, and answers with a line of JSON: seconds, CPU seconds of all threads, and memory. The first time, unasked,
-compiles and warms up; peak memory is the highest resident memory after that, `net` less what the process held after its imports.
+A side reads a line, takes its turn of one or several pieces of work, and answers with a line of JSON: seconds and CPU seconds of all
+threads for a piece, and memory. The first piece, unasked, compiles and warms up; peak memory is the highest resident memory after that,
+`net` less what the process held after its imports. A turn of several pieces is the nearest to training, where a step follows a step: the
+host takes back what a waiting process holds, and the first piece after a pause pays for that.
 """
 
 from __future__ import annotations
@@ -23,22 +25,28 @@ NOTHING = MappingProxyType({})
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # the C library's setting that aligner's command line asks for
 
 
-def answering(imported: float) -> Callable[..., None]:
+def answering(imported: float, turn: int = 1) -> Callable[..., None]:
     """What a side calls after each piece of work; it returns when the next one is wanted, and ends the process when none is.
 
     Args:
         imported: MiB that the process held after its imports.
+        turn: pieces of work in a turn; the time told is their mean.
     """
-    count = 0
+    warm, spent = False, []
 
     def answer(seconds: float, cpu_seconds: float, result: Any = None) -> None:
-        nonlocal count
-        count += 1
+        nonlocal warm
+        spent.append((seconds, cpu_seconds))
+        if warm and len(spent) < turn:
+            return
+        seconds, cpu_seconds = map(statistics.mean, zip(*spent))
         peak = machine.resident_mib(peak=True)
         found = dict(seconds=seconds, cpu_seconds=cpu_seconds, peak=peak, net=peak - imported, result=result)
         print(MARK + json.dumps(found), flush=True)
-        if count == 1:
+        if not warm:
             machine.forget_peak()
+        warm = True
+        spent.clear()
         if not sys.stdin.readline():
             os._exit(0)  # a trainer's own loop has no other way out
 
@@ -63,7 +71,7 @@ def take_turns(
 
     Args:
         commands: name of a side -> arguments behind `python -m`.
-        rounds: how often each works, after the first time.
+        rounds: how many turns each takes, after the first piece of work.
         environment: name of a side -> variables that it alone gets.
         interpreters: name of a side -> the Python that runs it, where that is not this one.
     """

@@ -36,32 +36,33 @@ def documents() -> list[dict[str, list[int]]]:
     return [{"prompt": row[:1], "completion": row[1:]} for row in tokens]
 
 
-def serve(name: str, case: str, folder: Path) -> None:
+def serve(name: str, case: str, folder: Path, turn: int) -> None:
     """The process of one side; answers with the losses of all steps so far."""
     rows = {"dpo": pairs, "sft": documents}[case]()
     if name in TUNIX:
         from benchmarks import tunix_side
 
-        return tunix_side.train(case, folder, rows, sides.answering(machine.resident_mib()))
+        return tunix_side.train(case, folder, rows, sides.answering(machine.resident_mib(), turn))
     restart_with_huge_pages()
     from benchmarks.aligner_side import aligner_step
 
-    answer = sides.answering(machine.resident_mib())
+    answer = sides.answering(machine.resident_mib(), turn)
     step, losses = aligner_step(folder, rows, "float32", algorithm=case, **CASES[case][name]), []
     sides.serve(lambda: losses.append(step()) or losses, answer)
 
 
 def compare(case: str, options: argparse.Namespace, folder: str) -> dict[str, dict]:
     """Take turns at one algorithm; print times, memory and losses."""
-    names = [*TUNIX, *CASES[case]]
-    commands = {name: ["benchmarks.tunix_step", "--serve", name, "--cases", case, "--folder", folder] for name in names}
+    names = [*options.sides, *CASES[case]]
+    rest = ["--cases", case, "--folder", folder, "--turn", str(options.turn)]
+    commands = {name: ["benchmarks.tunix_step", "--serve", name, *rest] for name in names}
     interpreters = dict.fromkeys(TUNIX, options.tunix_python)
     found = sides.take_turns(commands, options.rounds, {HUGE: sides.HUGE_PAGES}, interpreters)
     print(f"\n{case}, median of {options.rounds} rounds; ratios of times, paired by round")
     figures = sides.summary(found, ("Tunix",))
     losses = {name: rounds[-1]["result"] for name, rounds in found.items()}
     for name, values in losses.items():
-        print(f"{name:24} losses " + " ".join(f"{value:.6f}" for value in values))
+        print(f"{name:24} losses of {len(values)} steps, from {values[0]:.6f} to {values[-1]:.6f}")
     off = max(abs(value / theirs - 1) for values in losses.values() for value, theirs in zip(values, losses["Tunix"]))
     print(f"losses differ from Tunix's by at most {off:.1e}", flush=True)
     return figures
@@ -70,14 +71,16 @@ def compare(case: str, options: argparse.Namespace, folder: str) -> dict[str, di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tunix-python", metavar="PATH", help="the interpreter of the environment that has Tunix")
+    parser.add_argument("--sides", nargs="+", default=TUNIX, choices=TUNIX, help="of Tunix's")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--turn", type=int, default=4, help="steps that a side takes in a turn")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--serve", help=argparse.SUPPRESS)  # the process of one side
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        return serve(options.serve, options.cases[0], options.folder)
+        return serve(options.serve, options.cases[0], options.folder, options.turn)
     if not options.tunix_python:
         parser.error("--tunix-python is needed: the interpreter of the environment that has Tunix")
     from benchmarks import torch_sides

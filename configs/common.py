@@ -223,7 +223,8 @@ def base() -> ConfigDict:
     config.model.dtype = "bfloat16"  # dtype of the computation
     config.model.param_dtype = "float32"  # dtype of the master parameters that train; frozen ones are kept in `dtype`
 
-    # reference: plain; pallas: kernels for TPUs, an error where they cannot do what a model needs; auto: on TPUs those where they can
+    # reference: plain; pallas: kernels for TPUs, cudnn: cuDNN's for GPUs, in bfloat16 and not yet measured on one; both are an error where
+    # they cannot do what a model needs; auto: on TPUs pallas where it can
     config.model.attention = "auto"
 
     config.reference = ConfigDict()

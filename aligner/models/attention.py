@@ -20,8 +20,10 @@ from aligner.models.flash import flash
 from aligner.sharding import constrain, per_device
 from aligner.types import Batch, UserError
 
-BACKENDS = ("auto", "reference", "pallas")
-# reference; pallas: the kernels of `aligner.models.flash`, or an error where they cannot do a spec; auto: them where they can
+PLATFORMS = {"pallas": "tpu", "cudnn": "gpu"}  # what the kernels are for
+BACKENDS = ("auto", "reference", *PLATFORMS)
+# reference; pallas: the kernels of `aligner.models.flash`; cudnn: cuDNN's flash attention under the dense mask; the latter two are an error
+# where they cannot do a spec; auto: pallas where it can
 BACKEND = jax.make_user_context("reference")
 BLOCK, MAX_BLOCKS = 128, 8  # queries that are multiplied with their keys at once, and how many such products there are at most
 
@@ -67,7 +69,7 @@ def spec_of(batch: Batch) -> Spec:
 
 
 def chosen(mesh: Mesh, wanted: str = "auto") -> str:
-    """What BACKEND is to be for programs on a mesh: with "auto" the kernels where there are TPUs, for which they are.
+    """What BACKEND is to be for programs on a mesh: with "auto" the kernels where there are TPUs; cuDNN's are to be asked for.
 
     Raises:
         UserError: no such backend, or not on these devices.
@@ -75,9 +77,10 @@ def chosen(mesh: Mesh, wanted: str = "auto") -> str:
     platform = mesh.devices.flat[0].platform
     if wanted not in BACKENDS:
         raise UserError(f"config.model.attention is {wanted!r}; it must be one of {', '.join(BACKENDS)}")
-    if wanted == "pallas" and platform != "tpu":
-        raise UserError(f"config.model.attention is 'pallas', whose kernels are for TPUs; on this {platform} set 'auto'")
-    return wanted if platform == "tpu" else "reference"
+    if PLATFORMS.get(wanted, platform) != platform:
+        kind = PLATFORMS[wanted].upper()
+        raise UserError(f"config.model.attention is {wanted!r}, whose kernels are for {kind}s; on this {platform} set 'auto'")
+    return "reference" if wanted == "auto" and platform != "tpu" else wanted
 
 
 def dense(spec: Spec, window: int | None = None) -> Spec:
@@ -147,7 +150,8 @@ def attention(
         k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
         if spec is not None and spec.causal and spec.key_positions is None:
             q, k, v = _whole_rows(q, k, v)
-        out = _by_kernel(q, k, v, spec, softcap) if by_kernel(spec, slopes) else _reference(q, k, v, spec, softcap, slopes)
+        kernel = by_kernel(spec, q.dtype, softcap, slopes)
+        out = _by_kernel(q, k, v, spec, softcap) if kernel else _reference(q, k, v, spec, softcap, slopes)
         return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
 
 
@@ -164,25 +168,47 @@ def _whole_rows(q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"], v: Flo
     return constrain(q, *heads, None), constrain(k, *heads), constrain(v, *heads)
 
 
-def by_kernel(spec: Spec | None, slopes: Sequence[float] | None) -> bool:
-    """Whether the kernels of `aligner.models.flash` do it; they are refused what they cannot do."""
-    if BACKEND.value == "reference" or spec is None or spec.window is None or not spec.causal or spec.key_positions is not None:
+def by_kernel(spec: Spec | None, dtype: jnp.dtype, softcap: float | None, slopes: Sequence[float] | None) -> bool:
+    """Whether the kernels do it; they are refused what they cannot do."""
+    backend = BACKEND.value
+    if backend == "reference" or spec is None or spec.window is None or not spec.causal or spec.key_positions is not None:
         return False
-    cannot = {"tokens that see each other both ways": spec.blocks, "text and media read apart": spec.media, "ALiBi": slopes}
-    cannot = [name for name, wanted in cannot.items() if wanted is not None]
-    if cannot and BACKEND.value == "pallas":
-        raise UserError(f"config.model.attention is 'pallas', whose kernels cannot do {', '.join(cannot)}, as this model needs; set 'auto'")
-    return not cannot
+    cannot = {"text and media read apart": spec.media is not None, "ALiBi": slopes is not None}
+    if backend == "cudnn":
+        cannot |= {"capped logits": softcap is not None, f"{dtype} (but bfloat16)": dtype.itemsize > 2}
+        cannot |= {"rows of an odd length": spec.segment_ids.shape[1] % 2 > 0}
+    else:
+        cannot |= {"tokens that see each other both ways": spec.blocks is not None}
+    wanted = ", ".join(name for name, needed in cannot.items() if needed)
+    if wanted and backend != "auto":
+        raise UserError(f"config.model.attention is {backend!r}, whose kernels cannot do {wanted}, as is needed here; set 'auto'")
+    return not wanted
 
 
 def _by_kernel(q: Array, k: Array, v: Array, spec: Spec, softcap: float | None) -> Float[Array, "B K G T H"]:
     heads, tokens = ("batch", "attended", None, None), ("batch", None)
+    if BACKEND.value == "cudnn":
+        run = per_device(fused, ((*heads, None), heads, heads, ("batch", None, None, None)), (*heads, None))
+        return checkpoint_name(run(q, k, v, spec.mask), "context")
     run = per_device(
         lambda q, k, v, segment, role, positions, window: flash(q, k, v, segment, role, positions, window, softcap),
         ((*heads, None), heads, heads, tokens, tokens, tokens, ()),
         (*heads, None),
     )
     return run(q, k, v, spec.segment_ids, spec.role, spec.positions, spec.window)
+
+
+def fused(
+    q: Float[Array, "B K G T H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    mask: Bool[Array, "B 1 T T"],
+    implementation: str = "cudnn",
+) -> Float[Array, "B K G T H"]:
+    """By `jax.nn.dot_product_attention`, which has cuDNN's forward and backward kernels; q is already scaled."""
+    heads_last = lambda x: x.reshape(x.shape[0], -1, *x.shape[-2:]).transpose(0, 2, 1, 3)
+    out = jax.nn.dot_product_attention(*map(heads_last, (q, k, v)), mask=mask, scale=1.0, implementation=implementation)
+    return out.transpose(0, 2, 1, 3).reshape(q.shape)
 
 
 def _reference(

@@ -1,4 +1,4 @@
-"""The kernels against the reference: values and gradients, in Pallas' interpreter, and that a TPU's compiler takes them."""
+"""The kernels against the reference: values and gradients, in Pallas' interpreter, and that compilers take them."""
 
 import importlib.util
 import os
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from aligner import sharding
-from aligner.models.attention import BACKEND, Spec, attention, chosen, dense
+from aligner.models.attention import BACKEND, Spec, attention, chosen, dense, fused
 from aligner.types import UserError
 from tests.invariance import step
 from tests.models import tiny
@@ -114,6 +114,8 @@ def test_what_it_cannot_do_is_refused_or_left_to_the_reference():
             run(media=jnp.ones((2, 20), bool))
         with pytest.raises(UserError, match="ALiBi"):
             jax.eval_shape(lambda: attention(x, x, x, spec, scale=1.0, slopes=(0.5, 0.25)))
+    with BACKEND("cudnn"), pytest.raises(UserError, match=r"cannot do capped logits, float32 \(but bfloat16\), as is needed"):
+        jax.eval_shape(lambda: attention(x, x, x, spec, scale=1.0, softcap=30.0))
     with BACKEND("auto"):
         assert "pallas_call" not in str(jax.make_jaxpr(lambda: attention(x, x, x, spec, scale=1.0, slopes=(0.5, 0.25)))())
         assert "pallas_call" in str(jax.make_jaxpr(lambda: attention(x, x, x, spec, scale=1.0))())
@@ -121,8 +123,49 @@ def test_what_it_cannot_do_is_refused_or_left_to_the_reference():
     assert chosen(mesh) == "reference"
     with pytest.raises(UserError, match="are for TPUs"):
         chosen(mesh, "pallas")
-    with pytest.raises(UserError, match="must be one of auto, reference, pallas"):
+    with pytest.raises(UserError, match="are for GPUs"):
+        chosen(mesh, "cudnn")
+    with pytest.raises(UserError, match="must be one of auto, reference, pallas, cudnn"):
         chosen(mesh, "flash")
+
+
+@pytest.mark.parametrize("more", [dict(), dict(window=17), dict(blocks=True)], ids=str)
+def test_what_cudnn_is_asked_for(monkeypatch, more):
+    """On a CPU its kernels cannot run: the same call, made of XLA's products, gives the reference's values and gradients."""
+    from aligner.models import attention as module
+
+    spec = rows(40)
+    if more.pop("blocks", False):
+        spec = spec.replace(blocks=jnp.where(spec.role == 0, spec.segment_ids, 0))
+    spec = dense(spec, **more)
+    rng = np.random.default_rng(0)
+    draw = lambda heads: jnp.asarray(rng.normal(size=(2, 40, heads, WIDTH)), jnp.bfloat16)
+    arrays = draw(HEADS), draw(GROUPS), draw(GROUPS)
+
+    def total(q, k, v):
+        out = jnp.where((spec.segment_ids > 0)[..., None, None], attention(q, k, v, spec, scale=0.3), 0).astype(jnp.float32)
+        return jnp.sum(jnp.sin(out)), out
+
+    run = lambda: jax.tree.leaves(jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(*arrays))
+    expected = run()
+    monkeypatch.setattr(module, "fused", lambda *arguments: fused(*arguments, implementation="xla"))
+    with BACKEND("cudnn"):
+        found = run()
+    for a, b in zip(expected, found, strict=True):
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        np.testing.assert_allclose(b, a, atol=2e-2 * max(1, np.abs(a).max()))
+
+
+def test_cudnn_gets_both_passes(monkeypatch):
+    """Lowered for a GPU the program asks cuDNN, forwards and backwards, and makes no weights [T,T] of its own for any head."""
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91002)
+    x, keys = (jnp.ones((2, 48, heads, 64), jnp.bfloat16) for heads in (HEADS, GROUPS))
+    spec = dense(rows(48))
+    total = lambda q, k, v: jnp.sum(attention(q, k, v, spec, scale=0.125).astype(jnp.float32))
+    with BACKEND("cudnn"):
+        program = jax.jit(jax.grad(total, (0, 1, 2))).trace(x, keys, keys).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaScaleBiasSoftmax(" in program and "__cudnn$fmhaScaleBiasSoftmaxBackward(" in program
+    assert "48x48xf32" not in program and f"{HEADS}x48x48" not in program
 
 
 TPU = """
