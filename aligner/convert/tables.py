@@ -39,6 +39,7 @@ from flax import traverse_util
 from aligner.types import Conversion
 
 Slices = tuple[slice, ...]
+STRIP = 16  # columns of a strip: 64 bytes in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,11 +150,22 @@ def read_leaf(entry: Entry, index: Slices, read: Callable[[str, Slices], np.ndar
     out = np.empty([s.stop - s.start for s in index], dtype)
 
     def fill(position):
-        out[position] = entry.core(read(names[position], source), core)
+        copy_into(out[position] if position else out, entry.core(read(names[position], source), core))
 
     for _ in map(fill, np.ndindex(names.shape)):
         pass
     return out
+
+
+def copy_into(out: np.ndarray, tensor: np.ndarray) -> None:
+    """`out[...] = tensor`. A matrix that lies transposed is copied strip by strip, each as wide as a line of the cache: NumPy, left to
+    itself, fetches every line of one side once an element (a third of the speed)."""
+    if tensor.ndim == 2 and tensor.strides[0] < tensor.strides[1]:
+        for start in range(0, tensor.shape[1], STRIP):
+            strip = slice(start, start + STRIP)
+            out[:, strip] = tensor[:, strip].astype(out.dtype)
+    else:
+        out[...] = tensor
 
 
 def by_tensor(entries: list[Entry]) -> dict[str, list[tuple[Entry, tuple[int, ...]]]]:
@@ -180,7 +192,9 @@ def write_tensor(parts: list[tuple[Entry, tuple[int, ...]]], leaf: Callable[[str
     pieces = [leaf(entry.path, index).transpose(np.argsort(entry.perm)) for entry, index in parts]
     first = parts[0][0]
     if len(pieces) == 1:
-        return np.asarray(pieces[0], order="C")
+        whole = np.empty(pieces[0].shape, pieces[0].dtype)
+        copy_into(whole, pieces[0])
+        return whole
     axis, shape = first.part[0], first.full
     blocks = [piece.reshape(*shape[:axis], first.blocks, -1, *shape[axis + 1 :]) for piece in pieces]
     return np.asarray(np.concatenate(blocks, axis + 1).reshape(shape), order="C")
