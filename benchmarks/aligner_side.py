@@ -12,6 +12,7 @@ import numpy as np
 from aligner import algorithms, convert, lora, optim, sharding, state
 from aligner.data.layout import pair_row, shape_of
 from aligner.data.templates import Encoded
+from aligner.models import attention
 from aligner.train_step import jit_train_step
 from benchmarks.torch_sides import BETA, LEARNING_RATE, MAX_GRAD_NORM
 from configs import common
@@ -59,21 +60,25 @@ def one_device(config) -> jax.sharding.Mesh:
     return sharding.make_mesh(config.mesh, jax.devices()[:1])
 
 
-def make_steps(config, model, params, batches: list[dict[str, Any]], reference: Path | None = None) -> Callable[[], float]:
+def make_steps(
+    config, model, params, batches: list[dict[str, Any]], reference: Path | None = None, adapters: lora.Adapters | None = None
+) -> Callable[[], float]:
     """A step on each of some batches of one shape per call; returns the last one's loss.
 
     Args:
         config: of the algorithm and its optimizer.
         model, params: what trains, float32; given up to the training state.
         batches: as the loader gives them, or `make_batch`.
-        reference: checkpoint of the reference, where the algorithm has one.
+        reference: checkpoint of the reference, where the algorithm has one of its own.
+        adapters: that alone train, where `params` has some; the reference is then the base without them.
     """
     mesh, dtype = one_device(config), config.model.dtype
-    with jax.set_mesh(mesh):
+    backend = attention.chosen(mesh, config.model.attention)
+    with jax.set_mesh(mesh), attention.BACKEND(backend):
         algorithm = algorithms.make(config, model)
         schedule = optim.make_schedule(config.optim, 1000)
         optimizer = optim.make_optimizer(config.optim, schedule, model.trained_layers)
-        trainable, base = lora.split(params, config.optim.freeze)
+        trainable, base = lora.split(params, config.optim.freeze, adapters)
         del params
         fixed = {"base": base}
         if reference:

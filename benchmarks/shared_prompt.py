@@ -5,13 +5,15 @@
 
 A CLIP tower of 336 pixels by patches of 14 (2 layers, frozen, as in configs/dpo_llava.py) and a Llama 512 wide with 8 layers; 2 pairs about
 drawn pictures, answers of some 30 tokens, float32, the reference computed in the step. Both sides stand in one process and take turns;
-after their first step the losses and the gradients (the optimizer's first moments) are compared. The answers of a pair are alike, so that
-most of their gradients cancels: in float32 what is left carries the rounding of what cancelled; float64 tells whether more is wrong.
+after their first step the losses and the gradients (the optimizer's first moments) are compared. The rejected answers say something else
+altogether: of answers that are alike most of the gradients cancels, and in float32 what is left is the rounding of what cancelled (--alike
+shows it; float64 tells whether more is wrong).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
@@ -28,13 +30,17 @@ SIDES = {"duplicated": False, "shared": True}
 NORMS = {"largest entry": lambda a: np.abs(a).max(), "norm": np.linalg.norm}
 
 
-def make_input(folder: Path) -> None:
-    """The checkpoint, and rows whose answers say the same thing at some length."""
-    from scripts.make_tiny_checkpoint import make_llava, make_pictures
+def make_input(folder: Path, alike: bool) -> None:
+    """The checkpoint, and rows whose answers are some 30 tokens long."""
+    from scripts.make_tiny_checkpoint import ENGLISH, make_llava, make_pictures
 
     make_llava(folder / "model", vocab_size=4096, hidden_size=512, intermediate_size=1408, layers=8, heads=8, kv_heads=4, image_size=336,
                patch_size=14, vision_hidden_size=128, vision_layers=2)  # fmt: skip
     make_pictures(folder / "data", n_train=PAIRS, n_heldout=2, size=336)
+    if not alike:
+        file = folder / "data" / "train.jsonl"
+        rows = [json.loads(line) | {"rejected": said} for line, said in zip(file.read_text().splitlines(), ENGLISH.splitlines())]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def make_side(folder: Path, shared: bool, dtype: str):
@@ -64,12 +70,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
+    parser.add_argument("--alike", action="store_true", help="answers of a pair that differ by a word")
     options = parser.parse_args()
     restart_with_huge_pages()
     jax.config.update("jax_enable_x64", options.dtype == "float64")
     print(machine.cpu_name())
     with tempfile.TemporaryDirectory() as folder:
-        make_input(Path(folder))
+        make_input(Path(folder), options.alike)
         made = {name: make_side(Path(folder), shared, options.dtype) for name, shared in SIDES.items()}
     steps = {name: step for name, (step, _) in made.items()}
     losses = {name: step() for name, step in steps.items()}
