@@ -200,9 +200,12 @@ def write_tensor(parts: list[tuple[Entry, tuple[int, ...]]], leaf: Callable[[str
     pieces = [leaf(entry.path, index).transpose(np.argsort(entry.perm)) for entry, index in parts]
     first = parts[0][0]
     if len(pieces) == 1:
-        whole = np.empty(pieces[0].shape, pieces[0].dtype)
-        copy_into(whole, pieces[0])
-        return whole
+        [piece] = pieces
+        if piece.flags.c_contiguous:
+            return piece
+        out = np.empty(piece.shape, piece.dtype)
+        copy_into(out, piece)
+        return out
     axis, shape = first.part[0], first.full
     blocks = [piece.reshape(*shape[:axis], first.blocks, -1, *shape[axis + 1 :]) for piece in pieces]
     return np.asarray(np.concatenate(blocks, axis + 1).reshape(shape), order="C")

@@ -179,10 +179,10 @@ def by_kernel(spec: Spec | None, dtype: jnp.dtype, softcap: float | None, slopes
         cannot |= {"rows of an odd length": spec.segment_ids.shape[1] % 2 > 0}
     else:
         cannot |= {"tokens that see each other both ways": spec.blocks is not None}
-    wanted = ", ".join(name for name, needed in cannot.items() if needed)
-    if wanted and backend != "auto":
-        raise UserError(f"config.model.attention is {backend!r}, whose kernels cannot do {wanted}, as is needed here; set 'auto'")
-    return not wanted
+    lacking = ", ".join(name for name, needed in cannot.items() if needed)
+    if lacking and backend != "auto":
+        raise UserError(f"config.model.attention is {backend!r}, whose kernels cannot do {lacking}, as is needed here; set 'auto'")
+    return not lacking
 
 
 def _by_kernel(q: Array, k: Array, v: Array, spec: Spec, softcap: float | None) -> Float[Array, "B K G T H"]:
