@@ -7,7 +7,7 @@ hh-rlhf ("harmless", 1200 rows): 88 tokens and sigma 1.14 of a prompt, 37 and 0.
 the `max_length` of TRL's trainers. What is timed is one pass over all rows by training steps alone: forward, reference in the step where
 there is one, backward, clipping, AdamW; data loading lies outside on both sides. TRL pads each batch of 8 pairs, or 16 rows with a label,
 to its longest (8 is its default); here about as many stand in two packed rows of 1024 columns. "sft" is TRL's packing (`packing=True`,
-"bfd") against ours, two rows of 1024 a batch on both sides.
+"bfd") against ours, two rows of 1024 a batch on both sides; "sft_8" is the same with eight, TRL's default.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from aligner.hugepages import restart_with_huge_pages
 from benchmarks import machine, sides, torch_sides
 from benchmarks.dpo_step import SHAPE
 
-LONGEST, BATCH, ROWS = 1024, 8, 2  # columns; pairs of a batch; packed rows of a batch
-PAIRS = {"sft": 51, "dpo": 30, "kto": 26, "reward": 48}  # as many as fill whole batches of packed rows
+LONGEST, BATCH = 1024, 8  # columns; pairs of a batch
+ROWS = {"sft": 2, "sft_8": 8, "dpo": 2, "kto": 2, "reward": 2}  # packed rows of a batch
+PAIRS = {"sft": 51, "sft_8": 37, "dpo": 30, "kto": 26, "reward": 48}  # as many as fill whole batches of packed rows
 PROMPT, ANSWER = (88, 1.14), (37, 0.88)  # medians and sigmas of lengths in tokens
 CASES = ("sft", "dpo", "kto", "reward")
 SIDES = ("TRL", "aligner")
@@ -39,7 +40,7 @@ def rows_of(case: str) -> list[dict]:
     length = lambda median, sigma: int(np.clip(median * np.exp(sigma * rng.standard_normal()), 4, LONGEST // 2 - 2))
     pair = lambda: {"prompt": words(length(*PROMPT)), "chosen": " " + words(length(*ANSWER)), "rejected": " " + words(length(*ANSWER))}
     pairs = [pair() for _ in range(PAIRS[case])]
-    if case == "sft":
+    if case.startswith("sft"):
         return [{"text": pair["prompt"] + pair[answer]} for pair in pairs for answer in ("chosen", "rejected")]
     if case == "kto":
         answers = [("chosen", True), ("rejected", False)]
@@ -71,11 +72,11 @@ def trl_epochs(case: str, folder: Path, answer: Callable[..., None]) -> None:
 
     rows = rows_of(case)
     config, trainer, more = {
-        "sft": (trl.SFTConfig, trl.SFTTrainer, dict(packing=True, max_length=LONGEST, per_device_train_batch_size=ROWS)),
+        "sft": (trl.SFTConfig, trl.SFTTrainer, dict(packing=True, max_length=LONGEST, per_device_train_batch_size=ROWS[case])),
         "dpo": (trl.DPOConfig, trl.DPOTrainer, dict(max_length=None, beta=torch_sides.BETA, per_device_train_batch_size=BATCH)),
         "kto": (trl.KTOConfig, trl.KTOTrainer, dict(max_length=None, beta=torch_sides.BETA, per_device_train_batch_size=2 * BATCH)),
         "reward": (trl.RewardConfig, trl.RewardTrainer, dict(max_length=None, per_device_train_batch_size=BATCH)),
-    }[case]
+    }[case.removesuffix("_8")]
     load = AutoModelForCausalLM.from_pretrained
     models = dict(model=load(folder))
     if case in ("dpo", "kto"):
@@ -98,10 +99,10 @@ def aligner_epoch(case: str, folder: Path) -> Callable[[], float]:
     from aligner.data import loader
     from benchmarks.aligner_side import make_config, make_steps
 
-    config = make_config("float32", case)
+    config = make_config("float32", case.removesuffix("_8"))
     config.data.train.path = str(folder / "rows.jsonl")
     config.data.max_length = LONGEST
-    config.data.packing, config.data.packed_length, config.data.batch_size = True, LONGEST, ROWS
+    config.data.packing, config.data.packed_length, config.data.batch_size = True, LONGEST, ROWS[case]
     Path(config.data.train.path).write_text("".join(json.dumps(row) + "\n" for row in rows_of(case)))
     model, disk = convert.open_model(folder, score_head=case == "reward")
     params = convert.load_params(model, disk)
@@ -129,7 +130,7 @@ def serve(name: str, case: str, folder: Path, turn: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES)
+    parser.add_argument("--cases", nargs="+", default=CASES, choices=ROWS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--turn", type=int, default=1, help="passes that a side makes in a turn")
     parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)  # the process of one side
