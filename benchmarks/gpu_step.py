@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,7 +75,7 @@ def trl_steps(case: str, folder: Path, options: argparse.Namespace, answer: Call
     import torch
     import trl
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     cuda = torch.cuda.is_available()
     kernel = "flash_attention_2" if cuda and importlib.util.find_spec("flash_attn") else "sdpa"
@@ -84,16 +83,8 @@ def trl_steps(case: str, folder: Path, options: argparse.Namespace, answer: Call
     load = lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=kernel)
     wait = torch.cuda.synchronize if cuda else lambda: None
 
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *args, **kwargs):
-            wait()
-            self.start = time.perf_counter(), time.process_time()
-
-        def on_step_end(self, *args, **kwargs):
-            wait()
-            spent = time.perf_counter() - self.start[0], time.process_time() - self.start[1]
-            answer(*spent, dict(peak=torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0, kernel=kernel))
-
+    peak = lambda: torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+    clock = torch_sides.step_clock(lambda *spent: answer(*spent, dict(peak=peak(), kernel=kernel)), wait)
     rows = rows_of(case, options)
     if case == "sft":
         config, trainer, more = trl.SFTConfig, trl.SFTTrainer, dict(max_length=options.length)
@@ -114,7 +105,7 @@ def trl_steps(case: str, folder: Path, options: argparse.Namespace, answer: Call
             max_grad_norm=torch_sides.MAX_GRAD_NORM, logging_strategy="no", disable_tqdm=True, **more,
         )  # fmt: skip
         models |= dict(model=load(), processing_class=AutoTokenizer.from_pretrained(folder))
-        trainer(args=args, train_dataset=Dataset.from_list(rows), callbacks=[Clock()], **models).train()
+        trainer(args=args, train_dataset=Dataset.from_list(rows), callbacks=[clock], **models).train()
 
 
 def aligner_steps(case: str, folder: Path, options: argparse.Namespace) -> Callable[[], dict[str, Any]]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,15 +40,8 @@ def even(prompts, completions, **columns) -> list[float]:
 def run_trl(folder: Path, answer: Callable[[float, float], None]) -> None:
     """TRL's loop; `answer` is called with the seconds and CPU seconds of each step, and ends the process when no more are wanted."""
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *args, **kwargs):
-            self.start = time.perf_counter(), time.process_time()
-
-        def on_step_end(self, *args, **kwargs):
-            answer(time.perf_counter() - self.start[0], time.process_time() - self.start[1])
 
     with tempfile.TemporaryDirectory() as out:
         args = GRPOConfig(
@@ -61,7 +53,7 @@ def run_trl(folder: Path, answer: Callable[[float, float], None]) -> None:
         rows = Dataset.from_list([{"prompt": as_text(ids)} for ids in prompts()])
         GRPOTrainer(
             model=AutoModelForCausalLM.from_pretrained(folder), reward_funcs=even, args=args, train_dataset=rows,
-            processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"), callbacks=[Clock()],
+            processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"), callbacks=[torch_sides.step_clock(answer)],
         ).train()  # fmt: skip
 
 

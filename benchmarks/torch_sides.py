@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -38,6 +39,27 @@ def make_checkpoint(
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
+def step_clock(after_step: Callable[[float, float], None], wait: Callable[[], None] = lambda: None) -> Any:
+    """A callback for a trainer of TRL.
+
+    Args:
+        after_step: called with the seconds and CPU seconds of each step; others may take their turn in it.
+        wait: returns when the device has done what it was asked for.
+    """
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            wait()
+            self.start = time.perf_counter(), time.process_time()
+
+        def on_step_end(self, *args, **kwargs):
+            wait()
+            after_step(time.perf_counter() - self.start[0], time.process_time() - self.start[1])
+
+    return Clock()
+
+
 def run_trl(folder: Path, pairs: list[dict], dtype: str, steps: int, after_step: Callable[[float, float], None]) -> None:
     """Train with TRL's DPOTrainer for `steps` steps; the reference model is computed in the step.
 
@@ -46,18 +68,11 @@ def run_trl(folder: Path, pairs: list[dict], dtype: str, steps: int, after_step:
 
     Args:
         pairs: rows of strings with `prompt, chosen, rejected`; all of them are the batch of every step.
-        after_step: called with the seconds and CPU seconds of each step; others may take their turn in it.
+        after_step: as `step_clock` takes it.
     """
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *args, **kwargs):
-            self.start = time.perf_counter(), time.process_time()
-
-        def on_step_end(self, *args, **kwargs):
-            after_step(time.perf_counter() - self.start[0], time.process_time() - self.start[1])
 
     policy = AutoModelForCausalLM.from_pretrained(folder)
     assert all(p.dtype.itemsize == 4 for p in policy.parameters())  # float32 master weights also with bf16=True
@@ -69,7 +84,7 @@ def run_trl(folder: Path, pairs: list[dict], dtype: str, steps: int, after_step:
         )  # fmt: skip
         DPOTrainer(
             model=policy, ref_model=AutoModelForCausalLM.from_pretrained(folder), args=args, train_dataset=Dataset.from_list(pairs),
-            processing_class=AutoTokenizer.from_pretrained(folder), callbacks=[Clock()],
+            processing_class=AutoTokenizer.from_pretrained(folder), callbacks=[step_clock(after_step)],
         ).train()  # fmt: skip
 
 
