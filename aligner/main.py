@@ -10,6 +10,7 @@ goes on where the run stopped.
 
 import errno
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -43,7 +44,7 @@ def start_jax() -> None:
 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "aligner" / "jax"))
     jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
     arguments = world(os.environ)
     if arguments is not None:
         try:
@@ -74,13 +75,25 @@ def main(argv: list[str]) -> int:
 
 def train(config: ConfigDict, directory: str) -> None:
     """Run as the config says, in a folder of this machine."""
-    from aligner import algorithms, online, run, workdir  # after the flags, so that a typo is told at once
+    from aligner import algorithms, workdir  # after the flags, so that a typo is told at once
     from aligner.console import say
+    from aligner.convert.assets import leave_pytorch_out
 
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells a dozen lines for every save
     if new := workdir.bring_up_to_date(directory, defaults(sys.argv)):
         say(f"the run in {directory} is of an earlier aligner; these count as their defaults: config.{', config.'.join(new)}")
-    (online if config.algorithm.name in algorithms.ONLINE else run).run(config, directory)
+    if not names_a_function(config):
+        leave_pytorch_out()
+    if config.algorithm.name in algorithms.ONLINE:
+        from aligner.online import run
+    else:
+        from aligner.run import run
+    run(config, directory)
+
+
+def names_a_function(config: ConfigDict) -> bool:
+    """Whether some setting is a "package.module:function" (a reward, a formatter, a setup): code that may want anything."""
+    return re.search(r'"[\w.]+:[A-Za-z_]\w*"', config.to_json_best_effort()) is not None
 
 
 def cli() -> None:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from aligner.convert.assets import leave_pytorch_out
 from aligner.types import UserError
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -147,4 +148,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    leave_pytorch_out()
     sys.exit(main())

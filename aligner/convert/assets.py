@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,23 @@ COMPANIONS = (
     "chat_template*",
     "additional_chat_templates/*",
 )
+
+
+def leave_pytorch_out() -> None:
+    """Have transformers take PyTorch for not installed: to import it takes seconds of every start, and nothing here computes with it.
+
+    For programs, before anything reads a checkpoint: in this process transformers has no PyTorch models from then on, while
+    `import torch` works as before. Nothing happens where either is imported already, because somebody may need them.
+    """
+    if sys.modules.keys() & {"torch", "transformers"}:
+        return
+    sys.modules["torch"] = None  # which reads as "not installed"
+    try:
+        from transformers.utils import is_torch_available
+
+        is_torch_available()  # remembers its answer
+    finally:
+        del sys.modules["torch"]
 
 
 class Processor(NamedTuple):

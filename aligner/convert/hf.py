@@ -315,7 +315,13 @@ def is_ignored(conversion: Conversion, name: str) -> bool:
 
 def abstract_params(model: Model) -> Params:
     """The model's tree as shapes."""
-    return jax.eval_shape(model.init, jax.random.key(0))
+    return jax.tree.map(lambda leaf: leaf, _shapes(model.init))  # a tree of the caller's own
+
+
+@functools.lru_cache(maxsize=16)
+def _shapes(init: Callable[..., Params]) -> Params:
+    """What `init` makes. Remembered: a start asks several times, and every trace takes half a second."""
+    return jax.eval_shape(lambda: init(jax.random.key(0)))
 
 
 def find_folder(path: str | Path, revision: str | None = None, weights: bool = True) -> Path:

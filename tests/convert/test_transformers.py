@@ -4,6 +4,8 @@ import filecmp
 import json
 import os
 import re
+import subprocess
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -14,7 +16,9 @@ from safetensors.numpy import load_file, save_file
 
 from aligner import convert
 from aligner.convert.verify import verify
+from scripts.make_tiny_checkpoint import make_llava
 from tests.convert.folders import assert_same
+from tests.resume.runs import ROOT
 from tests.torch_required import torch
 
 TEXT = dict(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -125,3 +129,24 @@ def test_special_values_keep_their_bits(tmp_path):
     model, params = convert.load(tmp_path / "a", dtype="float32")
     convert.save(model, params, tmp_path / "b")
     assert_same(tensors, load_file(tmp_path / "b" / "model.safetensors"))
+
+
+WITHOUT = """
+import sys
+from aligner.convert import load, model_from_folder
+from aligner.convert.assets import leave_pytorch_out
+leave_pytorch_out()
+model, params = load(sys.argv[1])
+assert model.assets.tokenizer("a").input_ids
+assert model.assets.processor.image_processor
+assert "torch" not in sys.modules, "PyTorch was imported"
+import torch
+assert torch.ones(2).sum() == 2
+"""
+
+
+def test_programs_do_not_import_pytorch(tmp_path):
+    make_llava(tmp_path, hidden_size=32, layers=1, heads=2, kv_heads=2, vision_hidden_size=16, vision_layers=2, vision_heads=2)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", WITHOUT, tmp_path], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
