@@ -47,6 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/dpo_llava.py")
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=64, help="of the training set, each with a picture")
     parser.add_argument("--again", type=int, default=5, help="starts after the first; their median counts")
     parser.add_argument("--json", help="file to write the figures to")
     options = parser.parse_args()
@@ -55,7 +56,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_llava(folder / "model", hidden_size=256, layers=options.layers, vision_layers=4)
-        make_pictures(folder / "data", n_train=64, n_heldout=8)
+        make_pictures(folder / "data", n_train=options.rows, n_heldout=8)
         settings = {
             "model.path": folder / "model", "data.train.path": folder / "data" / "train.jsonl", "data.train.split": "train",
             "data.max_length": 160, "data.batch_size": 8, "train.steps": 4, "checkpoint.export": False,

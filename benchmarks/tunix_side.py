@@ -42,15 +42,17 @@ def dpo(folder: Path, rows: list[dict[str, list[int]]], optimizer: optax.Gradien
 
 
 def sft(folder: Path, rows: list[dict[str, list[int]]], optimizer: optax.GradientTransformation) -> tuple[Any, Any]:
-    """(trainer, batch): rows of one length, of which every token but the first is learned."""
+    """(trainer, batch): rows of one length, of which the completions are learned."""
 
     def model_input(x: peft_trainer.TrainingInput) -> dict[str, jax.Array]:
-        places = dict(positions=utils.build_positions_from_mask(x.input_mask), attention_mask=utils.make_causal_attn_mask(x.input_mask))
+        real = jax.numpy.ones_like(x.input_mask)  # the batch's mask says what is learned
+        places = dict(positions=utils.build_positions_from_mask(real), attention_mask=utils.make_causal_attn_mask(real))
         return dict(input_tokens=x.input_tokens, input_mask=x.input_mask, **places)
 
     tokens = np.array([row["prompt"] + row["completion"] for row in rows], np.int32)
     trainer = peft_trainer.PeftTrainer(load(folder), optimizer, peft_trainer.TrainingConfig(eval_every_n_steps=10**9))
-    batch = peft_trainer.TrainingInput(input_tokens=tokens, input_mask=np.ones(tokens.shape, bool))
+    learned = np.array([[False] * len(row["prompt"]) + [True] * len(row["completion"]) for row in rows])
+    batch = peft_trainer.TrainingInput(input_tokens=tokens, input_mask=learned)
     return trainer.with_gen_model_input_fn(model_input), batch
 
 

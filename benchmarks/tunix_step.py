@@ -4,7 +4,8 @@
 
 TUNIX is a virtual environment with google-tunix 0.1.7 and its JAX; nothing of aligner need be installed there. The Llama of
 benchmarks/dpo_step.py, float32. DPO: the pairs of benchmarks/dpo_step.py, the reference computed in the step. SFT: 8 rows of 256 tokens,
-all but the first learned; Tunix cannot pack, so these are full without packing. Both sides clip at 1.0 and take an AdamW step. Tunix's own
+learned are all but the first or, in `sft_answers`, the 128 of the answer, as in instruction tuning; Tunix cannot pack, so the rows are full
+without packing. Both sides clip at 1.0 and take an AdamW step. Tunix's own
 loop runs, and what it does from one batch to the next is timed; "Tunix, huge pages" is Tunix with what aligner's command line asks of the
 C library. Tunix's Llama ignores the checkpoint's RoPE base and takes 1e6, so the checkpoint here has that. The losses of all steps are
 compared: those after the first depend on gradients, clipping and optimizer, too.
@@ -26,28 +27,29 @@ from benchmarks.dpo_step import OURS, SHAPE, pairs
 ROWS, LENGTH = 8, 256
 HUGE = "Tunix, huge pages"
 TUNIX = ("Tunix", HUGE)
-CASES = {"dpo": OURS, "sft": {"aligner": {}}}
+CASES = {"dpo": OURS, "sft": {"aligner": {}}, "sft_answers": {"aligner": {}}}
 ROPE_THETA = 1e6
 
 
-def documents() -> list[dict[str, list[int]]]:
-    """Rows as token ids; the first token is the prompt, which nothing can predict."""
+def documents(prompt: int = 1) -> list[dict[str, list[int]]]:
+    """Rows as token ids. The first token at least is the prompt, because nothing can predict it."""
     tokens = np.random.default_rng(1).integers(4, SHAPE["vocabulary"], (ROWS, LENGTH)).tolist()
-    return [{"prompt": row[:1], "completion": row[1:]} for row in tokens]
+    return [{"prompt": row[:prompt], "completion": row[prompt:]} for row in tokens]
 
 
 def serve(name: str, case: str, folder: Path, turn: int) -> None:
     """The process of one side; answers with the losses of all steps so far."""
-    rows = {"dpo": pairs, "sft": documents}[case]()
+    rows = {"dpo": pairs, "sft": documents, "sft_answers": lambda: documents(LENGTH // 2)}[case]()
+    algorithm = case.removesuffix("_answers")
     if name in TUNIX:
         from benchmarks import tunix_side
 
-        return tunix_side.train(case, folder, rows, sides.answering(machine.resident_mib(), turn))
+        return tunix_side.train(algorithm, folder, rows, sides.answering(machine.resident_mib(), turn))
     restart_with_huge_pages()
     from benchmarks.aligner_side import aligner_step
 
     answer = sides.answering(machine.resident_mib(), turn)
-    step, losses = aligner_step(folder, rows, "float32", algorithm=case, **CASES[case][name]), []
+    step, losses = aligner_step(folder, rows, "float32", algorithm=algorithm, **CASES[case][name]), []
     sides.serve(lambda: losses.append(step()) or losses, answer)
 
 
