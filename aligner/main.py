@@ -10,7 +10,6 @@ goes on where the run stopped.
 
 import errno
 import os
-import re
 import signal
 import sys
 from pathlib import Path
@@ -82,18 +81,12 @@ def train(config: ConfigDict, directory: str) -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells a dozen lines for every save
     if new := workdir.bring_up_to_date(directory, defaults(sys.argv)):
         say(f"the run in {directory} is of an earlier aligner; these count as their defaults: config.{', config.'.join(new)}")
-    if not names_a_function(config):
-        leave_pytorch_out()
+    leave_pytorch_out(config.to_json_best_effort())
     if config.algorithm.name in algorithms.ONLINE:
         from aligner.online import run
     else:
         from aligner.run import run
     run(config, directory)
-
-
-def names_a_function(config: ConfigDict) -> bool:
-    """Whether some setting is a "package.module:function" (a reward, a formatter, a setup): code that may want anything."""
-    return re.search(r'"[\w.]+:[A-Za-z_]\w*"', config.to_json_best_effort()) is not None
 
 
 def cli() -> None:

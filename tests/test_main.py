@@ -9,7 +9,6 @@ import sys
 
 import pytest
 from absl import flags
-from ml_collections import ConfigDict
 from PIL import Image
 
 from aligner import main, run
@@ -32,7 +31,7 @@ def nothing_is_loaded(monkeypatch):
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(run, "load", load)
-    monkeypatch.setattr("aligner.convert.assets.leave_pytorch_out", lambda: None)  # later tests of this process may need it
+    monkeypatch.setattr("aligner.convert.assets.leave_pytorch_out", lambda settings: None)  # later tests of this process may need it
 
 
 def forget_flags():
@@ -322,10 +321,3 @@ def test_as_a_program(tmp_path):
     shown = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert "Train a model as a config file says." in shown.stdout
     assert "--workdir" in shown.stdout
-
-
-def test_functions_named_in_a_config():
-    config = ConfigDict({"setup": "", "path": "gs://bucket/rows:train", "pairs": [("my_rewards:short", 1.0)]})
-    assert main.names_a_function(config)
-    config.pairs = [("model/.*", {"learning_rate": 2.0})]
-    assert not main.names_a_function(config)

@@ -148,5 +148,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave_pytorch_out()
+    leave_pytorch_out(" ".join(sys.argv))
     sys.exit(main())

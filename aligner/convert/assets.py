@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -36,13 +37,14 @@ COMPANIONS = (
 )
 
 
-def leave_pytorch_out() -> None:
+def leave_pytorch_out(settings: str) -> None:
     """Have transformers take PyTorch for not installed: to import it takes seconds of every start, and nothing here computes with it.
 
     For programs, before anything reads a checkpoint: in this process transformers has no PyTorch models from then on, while
-    `import torch` works as before. Nothing happens where either is imported already, because somebody may need them.
+    `import torch` works as before. Nothing happens where somebody may want those: where either is imported already, or where the
+    program's settings, as one text, name a function ("package.module:function", a reward or a formatter).
     """
-    if sys.modules.keys() & {"torch", "transformers"}:
+    if sys.modules.keys() & {"torch", "transformers"} or re.search(r"\b[\w.]+:[A-Za-z_]", settings):
         return
     sys.modules["torch"] = None  # which reads as "not installed"
     try:

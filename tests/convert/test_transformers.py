@@ -135,18 +135,26 @@ WITHOUT = """
 import sys
 from aligner.convert import load, model_from_folder
 from aligner.convert.assets import leave_pytorch_out
-leave_pytorch_out()
-model, params = load(sys.argv[1])
+folder, settings, left_out = sys.argv[1:]
+leave_pytorch_out(settings)
+model, params = load(folder)
 assert model.assets.tokenizer("a").input_ids
 assert model.assets.processor.image_processor
-assert "torch" not in sys.modules, "PyTorch was imported"
+assert ("torch" not in sys.modules) == (left_out == "yes")
 import torch
 assert torch.ones(2).sum() == 2
 """
 
 
-def test_programs_do_not_import_pytorch(tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "left_out"),
+    [
+        ('{"path": "gs://bucket/rows", "groups": [["(?:model|head)/.*", {"learning_rate": 2.0}]]}', "yes"),
+        ('{"reward_funcs": ["my_rewards:short"]}', "no"),
+    ],
+)
+def test_programs_leave_pytorch_out_unless_a_function_may_want_it(tmp_path, settings, left_out):
     make_llava(tmp_path, hidden_size=32, layers=1, heads=2, kv_heads=2, vision_hidden_size=16, vision_layers=2, vision_heads=2)
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", WITHOUT, tmp_path], cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", WITHOUT, tmp_path, settings, left_out]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
