@@ -1,10 +1,12 @@
-"""A GRPO step against TRL's on the same work: 8 answers of 64 tokens to each of 2 prompts of 64, their scoring, one update.
+"""A GRPO step against TRL's and Tunix's on the same work: 8 answers of 64 tokens to each of 2 prompts of 64, their scoring, one update.
 
-    python -m benchmarks.grpo_step --rounds 3
+    python -m benchmarks.grpo_step --rounds 3 --tunix-python TUNIX/bin/python
 
 Llama as in benchmarks/dpo_step.py, float32, drawn at temperature 1, no KL term, a reward that costs nothing (the share of even token
-ids), clip at 1.0 and AdamW on both sides, each a process of its own that waits while the other works. TRL's own training loop runs; its
-step is what lies between `on_step_begin` and `on_step_end`: writing the answers, the reward, the update. Ratios are paired by round.
+ids), clip at 1.0 and AdamW on all sides, each a process of its own that waits while the other works. TRL's own training loop runs; its
+step is what lies between `on_step_begin` and `on_step_end`: writing the answers, the reward, the update. Tunix's is what its own loop does
+from one batch of prompts to the next; TUNIX is a virtual environment as in benchmarks/tunix_step.py, whose checkpoint is taken too, and
+without the option two sides are compared. Ratios are paired by round.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ import numpy as np
 from aligner.hugepages import restart_with_huge_pages
 from benchmarks import machine, sides, torch_sides
 from benchmarks.dpo_step import SHAPE
+from benchmarks.tunix_step import ROPE_THETA
 
 PROMPTS, ANSWERS, PROMPT, NEW = 2, 8, 64, 64
-SIDES = ("TRL", "aligner")
+SIDES = ("TRL", "Tunix", "aligner")
 
 
 def prompts() -> np.ndarray:
@@ -112,12 +115,17 @@ def serve(name: str, folder: Path) -> None:
         restart_with_huge_pages()
         one = aligner_step(folder)
         sides.serve(one, sides.answering(machine.resident_mib()))
+    if name == "Tunix":
+        from benchmarks import tunix_side
+
+        return tunix_side.grpo(folder, prompts(), ANSWERS, NEW, even, sides.answering(machine.resident_mib()))
     run_trl(folder, sides.answering(machine.resident_mib()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tunix-python", metavar="PATH", help="the interpreter of an environment that has Tunix")
     parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)  # the process of one side
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -125,13 +133,11 @@ def main() -> None:
         return serve(options.serve, options.folder)
     print(machine.cpu_name())
     with tempfile.TemporaryDirectory() as folder:
-        torch_sides.make_checkpoint(Path(folder), **SHAPE)
-        commands = {name: ["benchmarks.grpo_step", "--serve", name, "--folder", folder] for name in SIDES}
-        found = sides.take_turns(commands, options.rounds)
-    for name, rounds in found.items():
-        print(f"{name}: " + ", ".join(f"{one['seconds']:.2f} s ({one['cpu_seconds']:.2f} CPU s)" for one in rounds))
-    wall, cpu = (sides.ratio(found, "TRL", "aligner", key) for key in ("seconds", "cpu_seconds"))
-    print(f"time(TRL) / time(aligner), median of rounds: {wall:.2f}; of CPU time {cpu:.2f}")
+        torch_sides.make_checkpoint(Path(folder), **SHAPE, rope_theta=ROPE_THETA)
+        names = [name for name in SIDES if name != "Tunix" or options.tunix_python]
+        commands = {name: ["benchmarks.grpo_step", "--serve", name, "--folder", folder] for name in names}
+        found = sides.take_turns(commands, options.rounds, interpreters={"Tunix": options.tunix_python})
+    sides.summary(found, names[:-1])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from tunix.generate.sampler import CacheConfig, Sampler
 from tunix.models.llama3 import model as llama3
 from tunix.models.llama3 import params as llama3_params
 from tunix.sft import peft_trainer, utils
@@ -20,7 +21,66 @@ from tunix.sft.dpo import dpo_trainer
 from benchmarks.torch_sides import BETA, LEARNING_RATE, MAX_GRAD_NORM
 
 
-def load(folder: Path) -> llama3.Llama3:
+class Words:
+    """A tokenizer whose token `i` is the word `w{i}`; no token ends an answer."""
+
+    encode = staticmethod(lambda text: [int(word[1:]) for word in text.split()])
+    decode = staticmethod(lambda ids: " ".join(f"w{i}" for i in ids))
+    bos_id = pad_id = staticmethod(lambda: 0)
+    eos_id = staticmethod(lambda: -1)
+
+
+def sampler(folder: Path, prompts: np.ndarray, dtype: str, new: int, greedy: bool) -> Callable[[], np.ndarray]:
+    """A function that answers prompts [N,P] of token ids with `new` tokens each, [N,new], by Tunix's own sampler."""
+    model = load(folder, getattr(jax.numpy, dtype))
+    config = model.config
+    cache = CacheConfig(prompts.shape[1] + new, config.num_layers, config.num_kv_heads, config.head_dim)
+    write = Sampler(model, Words(), cache)
+    texts = list(map(Words.decode, prompts))
+    how = {} if greedy else dict(temperature=1.0, top_p=1.0)
+    return lambda: np.stack(write(texts, new, max_prompt_length=prompts.shape[1], **how).tokens)
+
+
+def grpo(folder: Path, prompts: np.ndarray, answers: int, new: int, reward: Callable, answer: Callable[..., None]) -> None:
+    """Train by GRPO for ever: `answers` of `new` tokens each to prompts [N,P], drawn at temperature 1, no KL term, one update.
+
+    `answer` is called after each step with its seconds and CPU seconds: of all that Tunix's loop does for one batch of prompts.
+    """
+    from tunix.rl import rl_cluster
+    from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
+    from tunix.rl.rollout.base_rollout import RolloutConfig
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
+    length = prompts.shape[1]
+    config = rl_cluster.ClusterConfig(
+        role_to_mesh=dict.fromkeys((rl_cluster.Role.ACTOR, rl_cluster.Role.ROLLOUT, rl_cluster.Role.REFERENCE), mesh),
+        training_config=rl_cluster.RLTrainingConfig(
+            actor_optimizer=clipped_adamw(), eval_every_n_steps=10**9, max_steps=10**6, mini_batch_size=len(prompts)
+        ),
+        rollout_config=RolloutConfig(
+            max_tokens_to_generate=new, max_prompt_length=length, kv_cache_size=length + new, temperature=1.0, top_p=1.0
+        ),
+    )
+    cluster = rl_cluster.RLCluster(actor=load(folder, mesh=mesh), tokenizer=Words(), cluster_config=config)
+    learner = GRPOLearner(cluster, GRPOConfig(num_generations=answers, beta=0.0), reward)
+
+    def turns() -> Iterator[dict[str, np.ndarray]]:
+        texts = np.array(list(map(Words.decode, prompts)))
+        yield {"prompts": texts}  # what the loop reads ahead, of sizes alone
+        while True:
+            start = time.perf_counter(), time.process_time()
+            yield {"prompts": texts}
+            jax.block_until_ready(nnx.state(cluster.actor_trainer.model))
+            answer(time.perf_counter() - start[0], time.process_time() - start[1])
+
+    learner.train(turns())
+
+
+def clipped_adamw() -> optax.GradientTransformation:
+    return optax.chain(optax.clip_by_global_norm(MAX_GRAD_NORM), optax.adamw(LEARNING_RATE, weight_decay=0.0))
+
+
+def load(folder: Path, dtype: Any = None, mesh: jax.sharding.Mesh | None = None) -> llama3.Llama3:
     """The Hugging Face checkpoint by Tunix's own loader, which wants its sizes told."""
     hf = json.loads((folder / "config.json").read_text())
     config = llama3.ModelConfig(
@@ -29,7 +89,7 @@ def load(folder: Path) -> llama3.Llama3:
         num_kv_heads=hf["num_key_value_heads"], rope_theta=hf["rope_parameters"]["rope_theta"], norm_eps=hf["rms_norm_eps"],
         weight_tying=hf["tie_word_embeddings"],
     )  # fmt: skip
-    return llama3_params.create_model_from_safe_tensors(str(folder), config)
+    return llama3_params.create_model_from_safe_tensors(str(folder), config, mesh, dtype)
 
 
 def dpo(folder: Path, rows: list[dict[str, list[int]]], optimizer: optax.GradientTransformation) -> tuple[Any, Any]:
@@ -64,8 +124,7 @@ def train(case: str, folder: Path, rows: list[dict[str, list[int]]], answer: Cal
         folder: Hugging Face checkpoint of policy and reference, with the RoPE base that Tunix's Llama always has, 1e6.
         answer: called after each step with its seconds, its CPU seconds and the losses of all steps so far.
     """
-    optimizer = optax.chain(optax.clip_by_global_norm(MAX_GRAD_NORM), optax.adamw(LEARNING_RATE, weight_decay=0.0))
-    trainer, batch = {"dpo": dpo, "sft": sft}[case](folder, rows, optimizer)
+    trainer, batch = {"dpo": dpo, "sft": sft}[case](folder, rows, clipped_adamw())
 
     def turns() -> Iterator[Any]:
         losses = []
