@@ -23,7 +23,7 @@ from orbax.checkpoint import v1 as ocp
 
 from aligner import seal
 from aligner.state import TrainState
-from aligner.types import Params, UserError
+from aligner.types import Params, SaveError, UserError
 
 FOLDER = "checkpoints"
 REST = [field.name for field in dataclasses.fields(TrainState) if field.name != "trainable"]
@@ -54,7 +54,7 @@ def open_checkpoints(workdir: str | Path, keep: int) -> Iterator[Checkpoints]:
 
 
 def save(checkpoints: Checkpoints, state: TrainState, metadata: dict[str, Any]) -> None:
-    """Save in the background. Waits for the save before it, and raises UserError if that went wrong. `metadata` is JSON."""
+    """Save in the background. Waits for the save before it, and raises SaveError if that went wrong. `metadata` is JSON."""
     if jax.default_backend() == "cpu":  # host arrays are written from where they lie, and the next step would overwrite them
         state = _copy(state)
     step = int(state.step)
@@ -71,7 +71,7 @@ def _copy(state: TrainState) -> TrainState:
 
 
 def wait(checkpoints: Checkpoints) -> None:
-    """Until the save under way is complete; raises UserError if it went wrong."""
+    """Until the save under way is complete; raises SaveError if it went wrong."""
     with _told(checkpoints):
         checkpoints.orbax.wait()
 
@@ -88,7 +88,7 @@ def _told(checkpoints: Checkpoints) -> Iterator[None]:
         number = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's; its first line is mostly the file's name
         reason = os.strerror(int(number[1])) if number else first_line(error)
         mend = "make room or mend what is wrong there, then give the same command to go on"
-        raise UserError(f"a checkpoint could not be written to {folder}: {reason}. {left}; {mend}") from error
+        raise SaveError(f"a checkpoint could not be written to {folder}: {reason}. {left}; {mend}") from error
 
 
 def _parts(state: TrainState) -> dict[str, Any]:

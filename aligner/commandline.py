@@ -92,7 +92,7 @@ def _problem(config: Any, name: str, value: str | None) -> str | None:
     return None if taken else f"{where} must be {_KINDS[kind]}{example}, not {value!r}"
 
 
-def check_out(path: str | Path) -> Path:
+def check_out(path: str | Path, option: str = "--out") -> Path:
     """The path, if a file can be written there; raises UserError. Asked before the work whose result it is to hold."""
     path = Path(path)
     try:
@@ -101,7 +101,7 @@ def check_out(path: str | Path) -> Path:
         if new:
             path.unlink()
     except OSError as error:
-        raise UserError(f"--out: {path} cannot be written: {error.strerror}") from None
+        raise UserError(f"{option}: {path} cannot be written: {error.strerror}") from None
     return path
 
 

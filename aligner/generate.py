@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> Path:
     os.replace(finished, out)
     partial.unlink()
     partial.with_suffix(".settings").unlink()
-    failed = [record["not_answered"] for record in records if "not_answered" in record]
+    failed = [record["not_answered"].partition(":")[0] for record in records if "not_answered" in record]
     say(f"{len(records) - len(failed)} of {len(records)} rows answered, {len(written)} lines written")
     say(*[f"  not answered, {reason}: {failed.count(reason)}" for reason in sorted(set(failed))[:5]])
     return out
@@ -134,6 +134,10 @@ def check(args: argparse.Namespace) -> None:
     by_row.check(args, ("n", "max_new_tokens", "max_prompt_length"))
     names = {field.name for field in dataclasses.fields(sampling.Sampling)} & vars(args).keys()
     sampling.check(sampling.Sampling(**{name: getattr(args, name) for name in names}), where="--")
+    if "" in args.stop:
+        raise UserError("--stop '' would end every answer at once; give a text that is not empty, or leave it out")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed is {args.seed}; it must be from 0 to 2^63 - 1")
     if args.write != "answers" and not args.reward_model:
         raise UserError(f"--write {args.write} needs --reward-model, which says which answer is the best")
     if args.write == "preference" and args.n < 2:
@@ -168,7 +172,7 @@ def answer_rows(block: range, rows: Any, to_sample: Any, engine: Any, params: An
     rewards = iter(reward(*zip(*flat))) if reward and flat else None
     answered = dict(zip(good, zip(texts, answers)))
     for i in block:
-        record = {**by_row.json_able(rows[i]), "prompt": plain(prompts.get(i))}
+        record = by_row.json_able(rows[i]) | ({"prompt": plain(prompts[i])} if i in prompts else {})
         if i not in answered:
             yield {**record, "not_answered": found[i]}
             continue

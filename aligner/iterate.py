@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+from aligner import workdir
 from aligner.commandline import parse
+from aligner.main import CONFIG, WORKDIR, start_jax
 from aligner.types import UserError
 
 FLAGS = flags.FLAGS
@@ -28,8 +30,6 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """The command line beside --config and --workdir."""
-    config_flags.DEFINE_config_file("config", None, "Config of the training of a round, on pairs.", lock_config=True)
-    flags.DEFINE_string("workdir", None, "Where all rounds keep what they make.")
     flags.DEFINE_integer("rounds", 3, "How many.")
     flags.DEFINE_string("prompts", None, "Dataset with the prompts; for --spin with the answers too.")
     flags.DEFINE_string("reward_model", "", "Judges the answers.")
@@ -53,11 +53,16 @@ def run(config: ConfigDict, workdir: Path, rounds: int, prompts: str, reward_mod
     Returns:
         The folder of the last round's model.
     """
+    from aligner.run import call_setup
     from aligner.run import run as train
 
     if bool(reward_model) == spin:
         raise UserError("give either --reward_model, which judges the answers, or --spin, which prefers the dataset's own")
     check(config, rounds)
+    config = config.copy_and_resolve_references()
+    if config.setup:
+        call_setup(config)
+        config.setup = ""  # not again in every round
     # pairs stand in a folder of the round, what their prompts show where the prompts stand
     beside = Path(prompts).absolute()
     media = config.data.train.image_folder or (str(beside if beside.is_dir() else beside.parent) if beside.exists() else "")
@@ -139,11 +144,10 @@ def main(argv: list[str]) -> int:
     for name in ("config", "workdir", "prompts"):
         if getattr(FLAGS, name) is None:
             raise UserError(f"--{name} is missing; see python -m aligner.iterate --helpshort")
-    from aligner.main import start_jax
-
     start_jax()
-    options = dict(max_new_tokens=FLAGS.max_new_tokens, temperature=FLAGS.temperature, dtype=FLAGS.config.model.dtype)
-    folder = run(FLAGS.config, Path(FLAGS.workdir), FLAGS.rounds, FLAGS.prompts, FLAGS.reward_model, FLAGS.spin, FLAGS.n, **options)
+    config = workdir.resolve(CONFIG.value, WORKDIR.value)
+    options = dict(max_new_tokens=FLAGS.max_new_tokens, temperature=FLAGS.temperature, dtype=config.model.dtype)
+    folder = run(config, Path(WORKDIR.value), FLAGS.rounds, FLAGS.prompts, FLAGS.reward_model, FLAGS.spin, FLAGS.n, **options)
     print(f"written: {folder}")
     return 0
 

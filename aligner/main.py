@@ -27,7 +27,7 @@ from ml_collections import ConfigDict, config_flags
 
 from aligner.commandline import defaults, parse
 from aligner.processes import EXAMPLE, world
-from aligner.types import UserError
+from aligner.types import SaveError, UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :ARGUMENT if it takes one.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps all that it makes.")
@@ -41,6 +41,7 @@ def start_jax() -> None:
         os.environ.setdefault("NPROC", "32")
     import jax
 
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells a dozen lines for every save
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "aligner" / "jax"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
@@ -78,7 +79,6 @@ def train(config: ConfigDict, directory: str) -> None:
     from aligner.console import say
     from aligner.convert.assets import leave_pytorch_out
 
-    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells a dozen lines for every save
     if new := workdir.bring_up_to_date(directory, defaults(sys.argv)):
         say(f"the run in {directory} is of an earlier aligner; these count as their defaults: config.{', config.'.join(new)}")
     leave_pytorch_out(config.to_json_best_effort())
@@ -86,20 +86,25 @@ def train(config: ConfigDict, directory: str) -> None:
         from aligner.online import run
     else:
         from aligner.run import run
-    run(config, directory)
+    with workdir.alone(directory):
+        run(config, directory)
 
 
 def cli() -> None:
     try:
         app.run(main, flags_parser=parse)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, SaveError):
+            sys.stdout.flush()
+            os._exit(2)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
             raise
         where = f" to {error.filename}" if error.filename else ""
-        print(f"error: nothing more can be written{where}: {error.strerror}; make room and give the same command to go on", file=sys.stderr)
+        mend = "make room" if error.errno not in (errno.EROFS, errno.EACCES) else "make that possible"
+        print(f"error: nothing more can be written{where}: {error.strerror}; {mend} and give the same command to go on", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # before there is a state to save, or the second one
         print("stopped at once; the same command goes on from the newest checkpoint", file=sys.stderr)

@@ -107,9 +107,12 @@ def read(workdir: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def has(workdir: str | Path, step: int, split: str) -> bool:
-    """Whether metrics.jsonl holds a line of this step and split."""
-    return any(record["step"] == step and record["split"] == split for record in read(workdir))
+def evaluation(workdir: str | Path, dataset: str = "", step: int | None = None) -> dict[str, float]:
+    """The newest evaluation of a set ("" is the one without a name) in metrics.jsonl, or that of a step; {} without one."""
+    for record in reversed(read(workdir)):
+        if record["split"] == "eval" and record.get("dataset", "") == dataset and step in (None, record["step"]):
+            return {name: value for name, value in record.items() if name not in ("step", "split", "dataset")}
+    return {}
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from aligner.check import check_config
 from aligner.console import progress, say, short, tracing
 from aligner.convert import peft
 from aligner.data import loader
-from aligner.generation.engine import make_engine
+from aligner.generation.engine import check_growth, make_engine
 from aligner.generation.sampling import Sampling, stop_tokens
 from aligner.generation.sampling import check as check_sampling
 from aligner.likelihood import cast
@@ -42,7 +42,6 @@ from aligner.run import (
     finish,
     frozen_copy,
     ids_hash,
-    last_eval,
     load,
     load_frozen,
     put,
@@ -99,6 +98,8 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     supervised = loader.load_dataset(config, "ptx", model, "supervised", cache_dir=directory / "data") if c.get("ptx_coef") else None
     for dataset in filter(None, (prompts, held_out, supervised)):
         say(*dataset.report)
+    for asked in filter(None, (prompts, held_out)):
+        check_growth(model, asked.lengths, manner.max_new_tokens)
     updates = c.num_mini_batches * c.num_iterations
     size = config.data.batch_size * c.num_mini_batches  # prompts of a rollout
     steps = config.train.steps or max(1, int(config.train.epochs * prompts.size / size * updates))
@@ -138,9 +139,11 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         fixed |= {name: load_frozen(config, *other, mesh) for name, other in algorithm.others.items()}
         host = {"position": 0, "beta": float(c.beta), "running": [0, 0.0, 0.0], "num_tokens": 0}
         host |= {"lagrangian": float(c.lagrangian_init)} if c.get("cost_funcs") else {}
+        rows = ", ".join(dataset.fingerprint for dataset in filter(None, (prompts, supervised)))
         restored = checkpoint.restore(checkpoints, state.abstract(train_state))
         if restored:
             train_state, kept = restored
+            workdir.check_rows(kept, rows, directory)
             host = kept["host"]
             if (done := int(train_state.step)) > steps:
                 raise UserError(f"the run in {directory} has done {done} steps, and config.train.steps is {steps}; give {done} or more")
@@ -230,7 +233,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
 
             def save() -> None:
                 nonlocal saved
-                checkpoint.save(checkpoints, train_state, {"host": dict(host)})
+                checkpoint.save(checkpoints, train_state, {"host": dict(host), "rows": rows})
                 saved = step
 
             def hold_out() -> None:
@@ -240,7 +243,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                 say(f"step {step}: held-out {short(last)}")
 
             try:
-                if restored and due(step) and not metrics.has(directory, step, "eval"):
+                if restored and due(step) and not metrics.evaluation(directory, step=step):
                     hold_out()  # the run was killed while it evaluated
                 while step < steps:
                     iteration, update = divmod(step, updates)
@@ -282,7 +285,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         checkpoint.wait(checkpoints)
         if config.checkpoint.export:
             convert.save(model, exported(model, disk, without_critic(train_state.trainable), adapters, mesh), directory / "export")
-        last = last or (last_eval(directory) if held_out else {})
+        last = last or (metrics.evaluation(directory) if held_out else {})
         finish(config, directory, steps, last, time.monotonic() - started)
     return last
 

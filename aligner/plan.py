@@ -19,14 +19,15 @@ from typing import Any
 
 from absl import app, flags
 
+from aligner.commandline import check_out
 from aligner.types import UserError
 
 TOPOLOGY = flags.DEFINE_string("topology", "cpu:1", "v5e:4x8, v5p:4x4x4, v6e:4x4, cpu:8, cuda:h200:8 ...")
 JSON = flags.DEFINE_string("json", None, "Write the figures to this file as well.")
-TOKENS = flags.DEFINE_integer("tokens", None, "Columns of a row; default: data.max_length, for prompt and both answers.")
-SCORED = flags.DEFINE_integer("scored", None, "Scored positions of a row; default: half of its columns.")
-IMAGES = flags.DEFINE_integer("images", 1, "Images of a row, for models that see.")
-EXAMPLES = flags.DEFINE_integer("examples", None, "Examples of a row; default: 1, packed: one for every 256 columns.")
+TOKENS = flags.DEFINE_integer("tokens", None, "Columns of a row; default: data.max_length, for prompt and both answers.", lower_bound=1)
+SCORED = flags.DEFINE_integer("scored", None, "Scored positions of a row; default: half of its columns.", lower_bound=1)
+IMAGES = flags.DEFINE_integer("images", 1, "Images of a row, for models that see.", lower_bound=0)
+EXAMPLES = flags.DEFINE_integer("examples", None, "Examples of a row; default: 1, packed: one for every 256 columns.", lower_bound=1)
 SEARCH = flags.DEFINE_boolean("search", True, "Where the config does not fit, look for the first setting with which it does.")
 
 GIB = 2**30
@@ -178,6 +179,8 @@ def main(argv: list[str]) -> int:
 
     if CONFIG.value is None:
         raise UserError("--config is missing; for example: python -m aligner.plan --config configs/dpo_llava.py --topology v5e:4x8")
+    if JSON.value:
+        check_out(JSON.value, "--json")
     devices, chip, estimate = devices_of(TOPOLOGY.value)
     from aligner import workdir
     from aligner.run import call_setup

@@ -7,11 +7,14 @@ on with the first missing part, and another run with the same weights, rows and 
 import hashlib
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from aligner.console import bar
 from aligner.types import Batch
@@ -62,9 +65,9 @@ def compute_columns(
     for start in range(0, count, BATCHES_PER_PART):
         stop = min(start + BATCHES_PER_PART, count)
         path = folder / f"part-{start:06d}-{stop:06d}.npz"
-        if path.exists():
-            with np.load(path) as part:
-                fill(part)
+        kept = _read(path)
+        if kept is not None:
+            fill(kept)
             continue
         progress = bar(count, title, "batch", start, leave=False) if progress is None else progress
         stream = iter(batches()) if stream is None else stream
@@ -88,6 +91,17 @@ def compute_columns(
     if progress is not None:
         progress.close()
     return columns
+
+
+def _read(path: Path) -> dict[str, np.ndarray] | None:
+    """A part; None where it is not there or damaged, for one of the processes at least: it is computed again, by all of them together."""
+    try:
+        with np.load(path) as part:
+            kept = dict(part)
+    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile):
+        kept = None
+    whole = multihost_utils.process_allgather(np.bool_(kept is not None)).all()
+    return kept if whole else None
 
 
 def _gather(results: list[Mapping[str, jax.Array]]) -> dict[str, np.ndarray]:

@@ -126,6 +126,8 @@ def pull(fs: Any, root: str, folder: Path) -> list[str]:
     """Fetch a run, unless the folder here holds a checkpoint as new. Returns the names of all files there."""
     names = [name.removeprefix(root).lstrip("/") for name in fs.find(root)] if fs.exists(root) else []
     whole = {int(name.split("/")[1].removesuffix(".json")) for name in names if name.startswith(f"{seal.FOLDER}/")}
+    if not names and checkpoint.steps(folder):
+        log.warning("there is no run any more where the workdir is; it goes on from the copy in %s: remove that to start anew", folder)
     if not names or (folder.exists() and max(whole, default=0) <= max(checkpoint.steps(folder), default=0)):
         return names
     beside = folder.with_name(f"{folder.name}.{os.getpid()}.part")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from aligner.data.catalogue import with_template
 from aligner.data.mixture import is_set
 from aligner.likelihood import cast
 from aligner.models import attention
+from aligner.models.decoder import outgrown
 from aligner.prepare import compute_columns, fingerprint
 from aligner.stopping import Stopped, catch_signals, watchdog
 from aligner.train_step import jit, jit_train_step, make_eval_step
@@ -68,7 +69,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     train, evaluations = look("train"), {name: look(split) for name, split in eval_splits(config).items()}
     for dataset in (train, *evaluations.values()):
         say(*dataset.report)
-        check_answers(config, dataset)
+        check_answers(config, model, dataset)
     steps = config.train.steps if config.train.steps is not None else max(1, int(config.train.epochs * train.size / config.data.batch_size))
     schedule = optim.make_schedule(config.optim, steps)
     optimizer = optim.make_optimizer(config.optim, schedule, model.trained_layers)
@@ -110,10 +111,11 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         batches = loader.batches(
             train, config.data.batch_size, seed=config.seed, shuffle=config.data.shuffle, rows=local_rows(mesh, config.data.batch_size)
         )
-        counted = 0
+        counted, rows = 0, train.fingerprint
         restored = checkpoint.restore(checkpoints, state.abstract(train_state))
         if restored:
             train_state, kept = restored
+            workdir.check_rows(kept, rows, directory)
             batches.set_state(kept["data"])
             counted = kept["num_tokens"]
             if (done := int(train_state.step)) > steps:
@@ -164,19 +166,23 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                 if number % config.log.every == 0 or number == steps or number == 1:
                     write(number, "train", values | {"num_tokens": counted, "example_ids_hash": ids_hash(ids)})
 
-            def hold_out() -> None:
+            def hold_out(missing: bool = False) -> None:
+                """Evaluate all sets, or those that the run before, which stopped here, did not come to."""
                 nonlocal last
                 for name, evaluation in reversed(evaluations.items()):  # `last` is the first one's
+                    last = metrics.evaluation(directory, name, step) if missing else {}
+                    if last:
+                        continue
                     last = evaluate(evaluation)
                     write(step, "eval", {"dataset": name} | last if name else last)
                     say(f"step {step}: {name or 'held-out'} " + short(last))
 
             def save() -> None:
-                checkpoint.save(checkpoints, train_state, {"data": data_state, "num_tokens": counted})
+                checkpoint.save(checkpoints, train_state, {"data": data_state, "rows": rows, "num_tokens": counted})
 
             try:
-                if restored and due(step) and not metrics.has(directory, step, "eval"):
-                    hold_out()  # the run stopped while it evaluated
+                if restored and due(step):
+                    hold_out(missing=True)
                 while step < steps:
                     batch = put(next(batches), columns[train.name], mesh)
                     data_state = batches.get_state()
@@ -213,7 +219,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                 metrics.draw_curves(directory)
                 raise
         if not last and evaluations:
-            last = last_eval(directory)
+            last = metrics.evaluation(directory, next(iter(evaluations)))
         if len(shapes) > 1:
             say(f"the step was compiled {len(shapes)} times: the shapes of batches changed")
         checkpoint.wait(checkpoints)
@@ -223,12 +229,19 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     return last
 
 
-def check_answers(config: ConfigDict, dataset: loader.Dataset) -> None:
-    """An algorithm on lists has room for `answers` of them; a longer list would lose its last ones."""
+def check_answers(config: ConfigDict, model: Model, dataset: loader.Dataset) -> None:
+    """An algorithm on lists has room for `answers` of them; a longer list would lose its last ones. And answers share a prompt only where
+    none of them changes how it is turned."""
     room = config.algorithm.get("answers", dataset.answers)
     if dataset.answers > room:
         most = dataset.answers
         raise UserError(f"config.{dataset.name} has rows of {most} answers, but config.algorithm.answers is {room}; set it to {most}")
+    text = getattr(model.config, "text_config", model.config)
+    if config.data.shared_prompt and dataset.answers > 1 and (limit := outgrown(text, *dataset.texts.T)):
+        raise UserError(
+            f"config.{dataset.name}: beyond {limit} tokens this {model.family} turns all of a text otherwise (its rope_type), and answers "
+            f"cannot share a prompt; set config.data.shared_prompt=False, or config.data.max_length to {limit} at most"
+        )
 
 
 def call_setup(config: ConfigDict) -> None:
@@ -358,12 +371,6 @@ def check_finite(step: int, values: Mapping[str, float], ids: np.ndarray, limit:
             f"loss or gradient was not finite in {in_a_row} steps in a row, the last one step {step} with rows {rows}; "
             "a lower config.optim.learning_rate or config.model.dtype=float32 may help"
         )
-
-
-def last_eval(directory: str | Path) -> dict[str, float]:
-    """The newest evaluation in metrics.jsonl, of the first set."""
-    found: Iterable[dict] = (record for record in reversed(metrics.read(directory)) if record["split"] == "eval")
-    return {k: v for k, v in next(iter(found), {}).items() if k not in ("step", "split", "dataset")}
 
 
 def exported(model: Model, disk: Any, trainable: Params, adapters: lora.Adapters | None, mesh: jax.sharding.Mesh) -> Params:

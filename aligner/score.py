@@ -19,6 +19,7 @@ import functools
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,10 @@ def run(args: argparse.Namespace) -> Path:
                 file.flush()
     os.replace(partial, out)
     partial.with_suffix(".settings").unlink()
+    with out.open(encoding="utf-8") as file:
+        failed = Counter(json.loads(record).get("not_scored", "").partition(":")[0] for record in file if '"not_scored"' in record)
+    del failed[""]  # a row that has these letters in it
+    say(f"{len(rows) - failed.total()} of {len(rows)} rows scored", *(f"  not scored, {why}: {n}" for why, n in failed.most_common(5)))
     return out
 
 

@@ -55,7 +55,11 @@ def check(checkpoint: Path) -> None:
     """
     if not exists(checkpoint):
         return
-    for name, (size, crc) in json.loads(_path(checkpoint).read_text()).items():
+    try:
+        noted = json.loads(_path(checkpoint).read_text())
+    except ValueError:  # the note is torn, which says nothing of the checkpoint
+        return
+    for name, (size, crc) in noted.items():
         path = checkpoint / name
         if not path.is_file():
             raise ValueError(f"{name} is missing")

@@ -266,5 +266,9 @@ class UserError(Exception):
     """Bad input. Its message is one sentence that names the thing, where it is and the nearest fix; no traceback is shown."""
 
 
+class SaveError(UserError):
+    """A checkpoint could not be written. Threads of Orbax may wait for minutes for one that failed: whoever tells of it ends at once."""
+
+
 __all__ = ["Algorithm", "Array", "Batch", "Bool", "Conversion", "Float", "Head", "Int", "Last", "Max", "Mean", "Media", "Min", "Model",
-           "Output", "Params", "Scores", "Term", "UserError"]  # fmt: skip
+           "Output", "Params", "SaveError", "Scores", "Term", "UserError"]  # fmt: skip

@@ -1,15 +1,18 @@
 """What a working directory is: the resolved config, the model's companion files, and the run that may go on in it."""
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 from ml_collections import ConfigDict
 
+from aligner.console import say
 from aligner.types import Model, Params, UserError
 
 if TYPE_CHECKING:
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 ASSETS = "assets"
 SOURCE = "source.json"  # which weights the run started from
+LOCK = "running.tmp"  # who works here
 
 # On a restart these may differ from what the workdir was started with; they are reported. Anything else is another run.
 MAY_DIFFER = (
@@ -58,21 +62,65 @@ def check(config: ConfigDict, workdir: str | Path) -> list[str]:
         UserError: the workdir belongs to a run whose config differs in what may not differ.
     """
     path = Path(workdir) / CONFIG
-    if Path(workdir).exists() and not Path(workdir).is_dir():
-        raise UserError(f"--workdir {workdir} is a file; name a folder, new or of an earlier run")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--workdir {workdir} cannot be made ({error.strerror}); name a folder in which you may write") from None
+    make(workdir)
     if not path.exists():
         return []
     before, now = flat(read_config(workdir)), flat(json.loads(json.dumps(config.to_dict())))
-    changed = {key: (before.get(key), now.get(key)) for key in before.keys() | now.keys() if not _same(before.get(key), now.get(key))}
+    same = lambda key: _same(before.get(key), now.get(key)) or _same_inside(before.get(key), now.get(key), workdir)
+    changed = {key: (before.get(key), now.get(key)) for key in before.keys() | now.keys() if not same(key)}
     refused = sorted(key for key in changed if not any(key == free or key.startswith(free + ".") for free in MAY_DIFFER))
     if refused:
         what = "; ".join(f"config.{key} was {changed[key][0]!r} and is {changed[key][1]!r}" for key in refused)
         raise UserError(f"{workdir} belongs to a run with another config: {what}. Use another --workdir, or the settings of that run")
     return [f"config.{key} was {changed[key][0]!r} and is now {changed[key][1]!r}" for key in sorted(changed)]
+
+
+@contextlib.contextmanager
+def alone(workdir: str | Path, patience: float = 120.0) -> Iterator[None]:
+    """No other run works in the workdir meanwhile. One that ends (a launcher may start the next while a run still saves) is waited for.
+
+    The lock is the system's and goes with the process, however that ends. Process 0 holds it.
+
+    Raises:
+        UserError: another run is there after `patience` seconds.
+    """
+    import fcntl
+
+    make(workdir)
+    if jax.process_index() != 0:
+        yield
+        return
+    with (Path(workdir) / LOCK).open("a+") as file:
+        begun, told = time.monotonic(), False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                file.seek(0)
+                other = f"another run works in {workdir} ({file.read().strip() or 'on another machine'})"
+                if time.monotonic() - begun > patience:
+                    raise UserError(f"{other}; wait for its end, stop it, or use another --workdir") from None
+                if not told:
+                    say(f"{other}; waiting for its end")
+                    told = True
+                time.sleep(1)
+            except OSError:  # a file system without locks
+                break
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield
+
+
+def make(workdir: str | Path) -> None:
+    """The folder, if there is none."""
+    if Path(workdir).exists() and not Path(workdir).is_dir():
+        raise UserError(f"--workdir {workdir} is a file; name a folder, new or of an earlier run")
+    try:
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir {workdir} cannot be made ({error.strerror}); name a folder in which you may write") from None
 
 
 def bring_up_to_date(workdir: str | Path, defaults: ConfigDict) -> list[str]:
@@ -109,6 +157,12 @@ def _same(before: Any, now: Any) -> bool:
     """Equal, or two ways to write the path of one file or folder, such as with and without a slash at its end."""
     paths = isinstance(before, str) and isinstance(now, str) and os.path.exists(before) and os.path.exists(now)
     return before == now or (paths and os.path.samefile(before, now))
+
+
+def _same_inside(before: Any, now: Any, workdir: str | Path) -> bool:
+    """One file or folder of the workdir, which stands elsewhere than when the run before recorded it: moved, or on another machine."""
+    paths = isinstance(before, str) and isinstance(now, str) and now.startswith(f"{workdir}/")
+    return paths and before.endswith(now.removeprefix(str(workdir)))
 
 
 def record(config: ConfigDict, workdir: str | Path) -> None:
@@ -179,7 +233,10 @@ def read_source(workdir: str | Path) -> dict[str, Any]:
     path = Path(workdir) / SOURCE
     if not path.exists():
         raise UserError(f"{workdir} is not the working directory of a run that has begun to train: it has no {SOURCE}")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); bring it back from a copy, or start anew in another --workdir") from None
 
 
 def check_source(workdir: str | Path, model: Model, fingerprint: str, adapters: "Adapters | None" = None) -> None:
@@ -199,6 +256,19 @@ def check_source(workdir: str | Path, model: Model, fingerprint: str, adapters: 
     elif jax.process_index() == 0:
         folder, dtypes = str(model.assets.folder), dict(model.assets.dtypes)
         write_json(path, dict(path=folder, fingerprint=fingerprint, source_dtype=model.source_dtype, dtypes=dtypes, adapters=described))
+
+
+def check_rows(kept: Mapping[str, Any], rows: str, workdir: str | Path) -> None:
+    """A checkpoint's place in the data is one in the rows that it learned from; `kept` is its metadata, `rows` names those of now.
+
+    Raises:
+        UserError: they changed. Checkpoints of an earlier aligner do not say.
+    """
+    if kept.get("rows", rows) != rows:
+        raise UserError(
+            f"config.data.train no longer holds what the run in {workdir} learned from (rows, their order, images or the chat template "
+            "changed), and where it stopped has no meaning there; bring that back, or start anew in another --workdir"
+        )
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -12,10 +12,11 @@ from aligner import algorithms, convert, lora, metrics, sharding, state
 from aligner.check import check_config
 from aligner.convert import peft
 from aligner.likelihood import cast, make_likelihood
+from aligner.models import from_hf
 from aligner.train_step import jit, make_train_step
 from aligner.types import UserError
 from tests.invariance.step import keep_gradient, one_device, put
-from tests.models import tiny
+from tests.models import tiny, vision_configs
 
 BAR = 1e-5
 
@@ -131,6 +132,23 @@ def test_dropout_is_a_function_of_the_key_and_off_without_one(llava):
     assert np.abs(logps(keys[0]) - logps(keys[1])).max() > 1e-2
     np.testing.assert_array_equal(logps(None), logps(None, plain[2]))
     np.testing.assert_array_equal(logps(keys[0], plain[2]), logps(None, plain[2]))
+
+
+@pytest.mark.slow
+def test_dropout_reaches_the_layers_that_look_at_pictures():
+    """Llama 3.2 Vision's, which are applied apart from the decoder's own."""
+    hf = vision_configs.hf_config("mllama", vision_configs.CASES["mllama"][1])
+    model = from_hf(hf)
+    params, batch = tiny.perturbed(model), model.inputs(vision_configs.batch("mllama", hf, [0, 2]))
+    adapters = lora.plan(configure(lora__dropout=0.5, lora__targets=(".*cross_layers/.*",)), model, params)
+    key = jax.random.key(0)
+    params = lora.attach(tiny.as_arrays(params), adapters, {}, key=key, dtype=jnp.float32, init="kaiming", rules=model.sharding_rules)
+    leaves = lora.flatten(params)
+    leaves |= {path: jnp.ones_like(leaf) for path, leaf in leaves.items() if path.endswith("lora_b")}
+    hidden = lambda key: model.apply(lora.unflatten(leaves), batch, features=model.encode(params, batch), key=key).hidden
+    plain, one, other = map(hidden, (None, jax.random.key(1), jax.random.key(2)))
+    assert np.abs(plain - one).max() > 1e-3 and np.abs(one - other).max() > 1e-3
+    np.testing.assert_array_equal(one, hidden(jax.random.key(1)))
 
 
 def test_dropout_scales_what_it_keeps_and_differs_by_layer():

@@ -1,6 +1,9 @@
 """Rounds of generate, judge, train on a tiny model."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -11,6 +14,7 @@ from aligner.types import UserError
 from configs import common, grpo_llama3
 from scripts.make_tiny_checkpoint import make_llama
 from scripts.online_demo import make_words, question
+from tests.resume.runs import ROOT
 
 
 def test_self_play_prefers_the_datasets_answer():
@@ -28,6 +32,27 @@ def test_self_play_prefers_the_datasets_answer():
 def test_one_judge_it_must_be(tmp_path):
     with pytest.raises(UserError, match="either --reward_model"):
         iterate.run(common.base(), tmp_path, 1, "x", "", False, 2)
+
+
+def command(folder, *settings):
+    """What `python -m aligner.iterate` does with a preset of random weights."""
+    line = [sys.executable, "-m", "aligner.iterate", "--config=configs/dpo_llama3.py:tiny", f"--workdir={folder}", "--spin", *settings]
+    return subprocess.run(line, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+
+
+def test_from_the_command_line(tmp_path):
+    done = command(tmp_path, "--prompts=x", "--rounds=0")
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == "error: --rounds is 0; it must be at least 1", done.stderr
+
+
+@pytest.mark.slow
+def test_self_play_from_the_command_line(tmp_path):
+    rows = [{"messages": [*question(a, a + 1), {"role": "assistant", "content": str(2 * a + 1)}]} for a in range(16)]
+    (tmp_path / "messages.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))
+    sizes = ("--rounds=1", "--max_new_tokens=8", "--config.train.steps=2", "--config.data.batch_size=8", "--config.data.eval.path=")
+    done = command(tmp_path / "spin", f"--prompts={tmp_path / 'messages.jsonl'}", *sizes)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "spin" / "round-0" / "train" / "export" / "config.json").exists()
 
 
 def test_rounds_that_cannot_be_are_refused(tmp_path):

@@ -12,7 +12,7 @@ from absl import flags
 from PIL import Image
 
 from aligner import main, run
-from aligner.types import UserError
+from aligner.types import SaveError, UserError
 from tests.resume import runs
 from tests.resume.runs import ROOT, demo
 
@@ -321,3 +321,17 @@ def test_as_a_program(tmp_path):
     shown = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert "Train a model as a config file says." in shown.stdout
     assert "--workdir" in shown.stdout
+
+
+def test_a_save_that_failed_ends_the_process_at_once(monkeypatch, capsys):
+    """Without waiting for Orbax's threads, some of which would wait for minutes."""
+    ended = []
+
+    def fail(*args, **kwargs):
+        raise SaveError("a checkpoint could not be written")
+
+    monkeypatch.setattr(main.app, "run", fail)
+    monkeypatch.setattr(main.os, "_exit", ended.append)
+    with pytest.raises(SystemExit):
+        main.cli()
+    assert ended == [2] and "error: a checkpoint could not be written" in capsys.readouterr().err

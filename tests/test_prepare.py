@@ -96,3 +96,13 @@ def test_fingerprint():
     first = prepare.fingerprint(**parts)
     assert first == prepare.fingerprint(**dict(reversed(parts.items()))) and len(first) == 16
     assert len({prepare.fingerprint(**{**parts, key: "other"}) for key in parts} | {first}) == len(parts) + 1
+
+
+@pytest.mark.parametrize("harm", [lambda whole: whole[: len(whole) // 2], lambda whole: b"", lambda whole: whole[:200] + bytes([whole[200] ^ 8]) + whole[201:]])
+def test_a_damaged_part_is_computed_again(tmp_path, harm):
+    Source().run(tmp_path)
+    part = sorted(tmp_path.glob("*.npz"))[1]
+    part.write_bytes(harm(part.read_bytes()))
+    again = Source()
+    check(again.run(tmp_path))
+    assert again.computed == [7, 9]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -131,6 +132,15 @@ def run_build(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_folder(out: str) -> None:
+    """Whether a folder can be made there; told before the work whose result it is to hold."""
+    there = next(path for path in (Path(out).absolute(), *Path(out).absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"--out {out} cannot be made: {there} is a file.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out} cannot be made: you may not write in {there}.")
+
+
 def _enable_x64() -> None:
     import jax
 
@@ -141,6 +151,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 1 verify found a difference, 2 bad input."""
     args = parser().parse_args(argv)
     try:
+        if getattr(args, "out", None):
+            check_folder(args.out)
         return args.run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -105,7 +106,7 @@ class Assets:
         """The Hugging Face tokenizer, read on first use."""
         from transformers import AutoTokenizer
 
-        return self._pretrained(AutoTokenizer, "tokenizer")
+        return self._pretrained(AutoTokenizer.from_pretrained, "tokenizer")
 
     @functools.cached_property
     def processor(self) -> Any:
@@ -118,11 +119,14 @@ class Assets:
         from transformers import AutoImageProcessor, AutoProcessor
 
         try:
-            return self._pretrained(AutoProcessor, "processor")
+            made = self._pretrained(AutoProcessor.from_pretrained, "processor")
+            if importlib.util.find_spec("torchvision") and hasattr(made, "image_processor"):  # whose pixels differ a little from Pillow's
+                made.image_processor = AutoImageProcessor.from_pretrained(self.folder, backend="pil")
+            return made
         except UserError as error:
             if "orchvision" not in str(error.__cause__) and not isinstance(error.__cause__, RecursionError):
                 raise
-        images = self._pretrained(AutoImageProcessor, "image processor")
+        images = self._pretrained(functools.partial(AutoImageProcessor.from_pretrained, backend="pil"), "image processor")
         return Processor(images, self._token("image"), self.chat_template or self._template(), self._token("video"))
 
     @functools.cached_property
@@ -161,7 +165,7 @@ class Assets:
 
     def _pretrained(self, auto: Any, what: str) -> Any:
         try:
-            made = auto.from_pretrained(self.folder)
+            made = auto(self.folder)
         except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"{self.folder} has no {what} that transformers can load ({reason}).") from error

@@ -33,6 +33,8 @@ def add_tokens(path: str | Path, tokens: Sequence[str], out_dir: str | Path, pad
     Raises:
         UserError: no tokens are new, or what `load` and `save` say.
     """
+    if blank := [token for token in tokens if not token.strip()]:
+        raise UserError(f"{blank[0]!r} is no token to add; give a text that is not empty.")
     model, params = load(path, dtype=None)
     tokenizer = model.assets.tokenizer
     known = len(tokenizer)

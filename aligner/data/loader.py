@@ -36,7 +36,8 @@ class Dataset:
         rows_total: number of rows of the source; columns computed per example have so many rows.
         dropped: reason -> (count, up to three row numbers).
         report: lines for people: what was read, dropped, and how long examples are.
-        fingerprint: sha256 over row numbers, token ids, image bytes, image-processor settings and the chat template.
+        fingerprint: sha256 over row numbers, token ids, image bytes, image-processor settings, the chat template, and what is packed
+            with what.
         shape: (T, S, I) of every batch: columns, scored positions, images of a row.
         examples: G, places for examples in a row.
         answers: R, the most answers that an example has.
@@ -46,6 +47,7 @@ class Dataset:
         details: reason -> what was wrong with the first row dropped for it.
         raw: number in the source -> (what people call the row, the row as the dataset has it).
         lengths: [size], how many columns of each row hold a token.
+        texts: [N, 2], tokens of each example's prompt, and of prompt and longest answer at most.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Dataset:
     details: Mapping[str, str] = dataclasses.field(default_factory=dict)
     raw: Callable[[int], tuple[str, Any]] | None = None
     lengths: np.ndarray | None = None
+    texts: np.ndarray | None = None
 
 
 def load_dataset(
@@ -135,6 +138,8 @@ def load_dataset(
         fingerprint = hashlib.sha256(fingerprint.encode() + places.tobytes()).hexdigest()
     row_ids, sizes = census.row_ids[places], sizes[places]
     plan, (T, S, I) = make_plan(sizes, data, needs, seed)
+    if data.get("packing", False):  # by the seed, and what was computed row by row holds for the very rows alone
+        fingerprint = hashlib.sha256(fingerprint.encode() + plan.members.tobytes() + plan.starts.tobytes()).hexdigest()
     G, answers = int(np.diff(plan.starts).max()), int(sizes[:, 3].max())
 
     def row(number: int) -> layout.Row:
@@ -176,6 +181,7 @@ def load_dataset(
         details=census.details,
         raw=lambda index: (rows.name(index), rows.raw(index)),
         lengths=lengths,
+        texts=np.stack([sizes[:, 0], np.minimum(sizes[:, 0] + sizes[:, 1], data.max_length)], axis=1),
     )
 
 

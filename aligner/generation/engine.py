@@ -16,9 +16,10 @@ from aligner.generation.sampling import Sampling
 from aligner.likelihood import cast
 from aligner.matmul import turn
 from aligner.models.cache import unroll
+from aligner.models.decoder import outgrown
 from aligner.models.pictures import Picture, blank, fill, placeholders
 from aligner.train_step import jit
-from aligner.types import Model, Params
+from aligner.types import Model, Params, UserError
 
 STRIDE = 16  # tokens between looks for stop strings, which only the host can see
 
@@ -122,6 +123,7 @@ def generate(
     if not len(prompts):
         return
     sampling, rows = engine.sampling, engine.rows
+    check_growth(engine.model, np.array([len(prompt.tokens) for prompt in prompts]), sampling.max_new_tokens)
     ids = range(len(prompts)) if ids is None else ids
     columns = bucket(max(len(prompt.tokens) for prompt in prompts)) + sampling.max_new_tokens
     crosses = decoding.text_config(engine.model).cross_layers  # which keep what they read; there a token stands for each picture
@@ -164,6 +166,16 @@ def generate(
                 owner[row] = None
         if (ended != done).any():
             state = state.replace(done=jnp.asarray(ended))
+
+
+def check_growth(model: Model, lengths: np.ndarray, new: int) -> None:
+    """Refuse to write `new` tokens after prompts of these lengths [N] where what is remembered of a text would not hold to its end."""
+    if limit := outgrown(decoding.text_config(model), lengths, lengths + new):
+        raise UserError(
+            f"beyond {limit} tokens this {model.family} turns all of a text otherwise (its rope_type goes by the length), which would "
+            f"have to be read anew for every token; a prompt of {lengths.max()} tokens and {new} new ones may grow past that: "
+            f"let both together be at most {limit}"
+        )
 
 
 def generate_all(

@@ -56,6 +56,7 @@ def check(sampling: Sampling, where: str = "config.generation.") -> None:
         "top_p": (0 < s.top_p <= 1, "above 0 and at most 1 (off)"),
         "min_p": (0 <= s.min_p <= 1, "between 0 (off) and 1"),
         "repetition_penalty": (s.repetition_penalty > 0, "above 0; 1 is off"),
+        "stop_strings": (all(s.stop_strings), "texts that are not empty"),
     }
     for name, (fine, words) in rules.items():
         if not fine:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from aligner.models.flash import flash
+from aligner.models.layers import scaled
 from aligner.sharding import constrain, per_device
 from aligner.types import Batch, UserError
 
@@ -145,7 +146,7 @@ def attention(
         batch, length, heads, width = q.shape
         groups = heads // k.shape[2]
         # the scale goes into q: [B,T,N,H] is smaller than [B,N,T,T]
-        q = (q * jnp.asarray(scale, q.dtype)).reshape(batch, length, k.shape[2], groups, width)
+        q = scaled(q, scale).reshape(batch, length, k.shape[2], groups, width)
         q = q.transpose(0, 2, 3, 1, 4)  # [B,K,G,T,H]: with heads leading the products need no copies of their own
         k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
         if spec is not None and spec.causal and spec.key_positions is None:

@@ -102,12 +102,12 @@ class CrossLayer(nn.Module):
         return x + gate("cross_attn_mlp_gate") * here.sees * y, memory
 
 
-def before(config: Any, mlp: type[nn.Module], x: Float[Array, "B T D"], here: Seen | None, number: Int[Array, ""]) -> Float[Array, "B T D"]:
-    """The cross layer with this number, if it is one, which comes before a layer of the decoder."""
-    if here is None:
-        return x
+def before(
+    config: Any, mlp: type[nn.Module], x: Float[Array, "B T D"], here: Seen, number: Int[Array, ""], rngs: dict[str, Array]
+) -> Float[Array, "B T D"]:
+    """The cross layer with this number, if it is one, which comes before a layer of the decoder. `rngs` are what adapters drop by."""
     one = jax.tree.map(lambda stacked: stacked[jnp.maximum(number, 0)], here.params)
-    run = lambda x: CrossLayer(config, mlp).apply({"params": one}, x, here)[0]
+    run = lambda x: CrossLayer(config, mlp).apply({"params": one}, x, here, rngs=rngs)[0]
     return jax.lax.cond(number >= 0, run, lambda x: x, x)
 
 

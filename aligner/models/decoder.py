@@ -17,7 +17,7 @@ from aligner.matmul import Turned
 from aligner.models import cross, moe, rope
 from aligner.models.attention import Spec, alibi_slopes, attention, dense, spec_of
 from aligner.models.cache import Cache, remember, unroll
-from aligner.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear, RMSNorm, at_least_float32, pick, rngs, stack
+from aligner.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear, RMSNorm, at_least_float32, pick, rngs, scaled, stack
 from aligner.sharding import constrain
 from aligner.types import Batch, Conversion, Head, Model, Output, Params
 
@@ -68,6 +68,7 @@ class DecoderConfig:
     final_softcap: float | None = None
     embedding_size: int | None = None  # where not hidden_size: projected to it, and back before the head
     embedding_scale: float = 1.0
+    scales_media: bool = False  # what stands for pictures is scaled as the embeddings are
     residual_scale: float = 1.0
     logits_scale: float = 1.0
     tie_word_embeddings: bool = False
@@ -163,13 +164,15 @@ class Layer(nn.Module):
         here: cross.Seen | None, window: Array, kind: Array, number: Array, crossing: Array, memory: tuple | None = None,
     ):  # fmt: skip
         c = self.config
-        x = cross.before(c, MLP, x, here, crossing)
+        if here is not None:
+            rngs = {"dropout": self.make_rng("dropout")} if self.has_rng("dropout") else {}
+            x = cross.before(c, MLP, x, here, crossing, rngs)
 
         def normed(name: str, y: Array) -> Array:
             return make_norm(c, name)(y) if name else y
 
         def add(x: Array, y: Array, norm: str) -> Array:
-            return normed(norm, x + y) if c.norm_sums else x + normed(norm, y) * c.residual_scale
+            return normed(norm, x + y) if c.norm_sums else x + scaled(normed(norm, y), c.residual_scale)
 
         into = normed(c.attention_norm, x)
         cos, sin = pick(tables, kind) if tables else (None, None)
@@ -227,6 +230,7 @@ class DecoderModel(nn.Module):
             here = self.crossed(x, features, batch, cache)
         elif features is not None:
             features, *deep = jnp.split(features, 1 + c.deepstack, axis=-1)
+            features = scaled(features, c.embedding_scale if c.scales_media else 1.0)
             x = merge(x, features, batch["media_index"])
             deep = tuple(merge(jnp.zeros_like(x), more, batch["media_index"]) for more in deep) or None
         x = self.placed(x, batch["positions"])
@@ -336,6 +340,19 @@ def run(config: DecoderConfig, params: Params, batch: Batch, features=None, cach
     params = params if cache is None else unroll(params)
     (hidden, cache), variables = CausalLM(config, remat).apply({"params": params}, batch, features, cache, rngs=rngs(key), mutable=["aux"])
     return Output(hidden, {name: value for name, (value,) in variables.get("aux", {}).get("model", {}).items()}, cache)
+
+
+def outgrown(config: DecoderConfig, start: np.ndarray, end: np.ndarray) -> int | None:
+    """The length beyond which all of a text is turned otherwise, its first tokens too, where one grows past it from `start` tokens to `end`
+    (both [N], of N texts); None where none does. What was made of such a text before does not hold any more."""
+    for kind in config.rope:
+        limit = rope.length_limit(kind, config.max_position_embeddings)
+        if limit is None:
+            continue
+        settled = start > limit if kind["rope_type"] == "longrope" else np.zeros(len(start), bool)
+        if np.any((end > limit) & (end > start) & ~settled):
+            return limit
+    return None
 
 
 def both_ways(config: DecoderConfig, batch: Batch) -> Array | None:

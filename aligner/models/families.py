@@ -101,6 +101,8 @@ def sandwich(hf: Any, **flags: Any) -> DecoderConfig:
 
 
 def gemma3(hf: Any) -> DecoderConfig:
+    if hf.attn_logit_softcapping is not None:  # Hugging Face's model does not read it
+        raise UserError(f"attn_logit_softcapping of the {hf.model_type} config is {hf.attn_logit_softcapping}; set it to null")
     names = [name for name in ("full_attention", "sliding_attention") if name in hf.layer_types]
     ropes = tuple(hf.rope_parameters[name] for name in names)  # each kind of layer has its own
     return sandwich(hf, qk_norm="head", rope=ropes, rope_of_layer=tuple(names.index(kind) for kind in hf.layer_types))
@@ -159,6 +161,7 @@ def granite(hf: Any) -> DecoderConfig:
         hf,
         query_scale=hf.attention_multiplier,
         embedding_scale=hf.embedding_multiplier,
+        scales_media=True,
         residual_scale=hf.residual_multiplier,
         logits_scale=1 / hf.logits_scaling,
     )

@@ -93,7 +93,8 @@ def encode(config: QwenVLConfig, params, batch: Batch, rngs, remat) -> Float[Arr
     features = [Merger(config).apply({"params": tree["merger"]}, units[0], rngs=rngs)]
     for number, unit in enumerate(units[1:]):
         merger = jax.tree.map(lambda leaf, number=number: leaf[number], tree["deepstack_merger_list"])
-        features.append(Merger(config, norm_joined=True).apply({"params": merger}, unit, rngs=rngs))
+        own = {name: jax.random.fold_in(key, number) for name, key in rngs.items()}  # all have the same path, and would drop the same
+        features.append(Merger(config, norm_joined=True).apply({"params": merger}, unit, rngs=own))
     return jnp.concatenate(features, axis=-1)
 
 

@@ -24,6 +24,13 @@ def check(parameters: Mapping[str, Any]) -> None:
         raise UserError(f"rope_type {kind!r} is not supported; supported are {', '.join(TYPES)}")
 
 
+def length_limit(parameters: Mapping[str, Any] | None, max_position_embeddings: int) -> int | None:
+    """How long a text may be before all of it, from its first token on, is turned otherwise (dynamic, longrope: the former ever more with
+    each token, the latter once); None where only positions count."""
+    kind = (parameters or {}).get("rope_type", "default")
+    return {"dynamic": max_position_embeddings, "longrope": (parameters or {}).get("original_max_position_embeddings")}.get(kind)
+
+
 def frequencies(
     parameters: Mapping[str, Any], dim: int, max_position_embeddings: int, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
 ) -> tuple[Float[Array, "... half"], float]:

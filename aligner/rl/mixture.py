@@ -19,9 +19,12 @@ def geometric(model: Model, share: float) -> Model:
     the reference's.
 
     Raises:
-        UserError: the model bends its logits, so that their sum is not a head's.
+        UserError: the model bends its logits, so that their sum is not a head's, or looks at pictures through cross-attention, whose
+            memory is of one set of parameters.
     """
     text = getattr(model.config, "text_config", model.config)
+    if text.cross_layers:
+        raise UserError(f"{model.family} models look at pictures through layers of their own, which a mixture of two has not; use another")
     twice = dataclasses.replace(text, num_hidden_layers=2 * text.num_hidden_layers)  # as many caches
     config = twice if text is model.config else dataclasses.replace(model.config, text_config=twice)
     shares = {"policy": 1 - share, "reference": share}

@@ -43,12 +43,16 @@ class Prompts:
         item: place in the endless order (a new one every epoch) -> Item.
         folder: where images of the rows are looked up.
         report: lines for people.
+        lengths: [size], their tokens.
+        fingerprint: as of a Dataset.
     """
 
     size: int
     item: Callable[[int], Item]
     folder: Path
     report: tuple[str, ...]
+    lengths: np.ndarray
+    fingerprint: str
 
 
 def load_prompts(config: Any, split: str, model: Model, cache_dir: str | Path | None = None) -> Prompts:
@@ -95,4 +99,4 @@ def load_prompts(config: Any, split: str, model: Model, cache_dir: str | Path | 
         return Item(index, sample.prompt, encoded, prompt, {"ground_truth": sample.ground_truth, **columns})
 
     report = describe(census, rows, name, rows.formatter, model)
-    return Prompts(len(census.row_ids), item, Path(rows.folder(0)), tuple(report))
+    return Prompts(len(census.row_ids), item, Path(rows.folder(0)), tuple(report), census.sizes[:, 0], census.fingerprint)

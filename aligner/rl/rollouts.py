@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from aligner.rl import rewards
 from aligner.rl.engines import RolloutEngine
 from aligner.rl.environments import Environment, play
 from aligner.rl.prompts import Item, Prompts
-from aligner.types import Model
+from aligner.types import Model, UserError
 
 
 class Group(NamedTuple):
@@ -320,6 +321,13 @@ def save(folder: Path, iteration: int, batch: Mapping[str, np.ndarray], host: Ma
 
 def load(folder: Path, iteration: int) -> tuple[dict[str, np.ndarray], dict, dict]:
     """(batch, host state, metrics) of a rollout."""
-    with np.load(folder / f"{iteration}.npz") as file:
-        batch = {name: file[name] for name in file.files if name != "__rest__"}
-        return batch, *json.loads(str(file["__rest__"]))
+    path = folder / f"{iteration}.npz"
+    try:
+        with np.load(path) as file:
+            batch = {name: file[name] for name in file.files if name != "__rest__"}
+            return batch, *json.loads(str(file["__rest__"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}), and the newest checkpoint stands in the middle of that rollout; "
+            "remove that checkpoint's folder to go on from the one before"
+        ) from None

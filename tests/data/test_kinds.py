@@ -206,7 +206,7 @@ def test_partners_stay_through_shuffling_packing_and_processes(tmp_path):
     assert scored_tokens(all_of(other)) != plain and other.fingerprint != dataset.fingerprint
     code = f"""
 from tests.data.test_kinds import *
-print(load({str(path)!r}, "unpaired").fingerprint)
+print(load({str(path)!r}, "unpaired", packing=True, max_length=128).fingerprint)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.split()[-1] == dataset.fingerprint

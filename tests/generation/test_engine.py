@@ -11,8 +11,10 @@ from aligner.data.templates import Encoded
 from aligner.generation.engine import Prompt, bucket, generate_all, make_engine
 from aligner.generation.sampling import Sampling
 from aligner.likelihood import make_likelihood
+from aligner.models import from_hf
 from aligner.models.pictures import Picture, fill, whole
-from tests.models import tiny
+from aligner.types import UserError
+from tests.models import text_configs, tiny
 
 KEY = jax.random.key(3)
 
@@ -44,6 +46,28 @@ def test_logps_are_those_of_the_full_forward_pass(name):
     for row, answers in zip(np.asarray(scores.tokens["logp"]), found):
         sampled = np.concatenate([answer.logps for answer in answers])
         np.testing.assert_allclose(row[: len(sampled)], sampled, atol=1e-4)
+
+
+GROWING = [("longrope", (9, 12), 8), ("longrope", (4, 9), 8), ("dynamic", (2, 3), 16), ("dynamic", (9, 5), 16)]
+
+
+@pytest.mark.parametrize(("kind", "lengths", "limit"), GROWING)
+def test_texts_that_grow_past_what_changes_their_rotation(kind, lengths, limit):
+    """A prompt that is past a long rope's change-over from the start goes well; one that would cross it would be read with stale memory."""
+    rope = {"longrope": text_configs.CASES["phi3"][0], "dynamic": dict(rope_parameters=text_configs.DYNAMIC, max_position_embeddings=16)}[kind]
+    model = from_hf(text_configs.hf_config("phi3" if kind == "longrope" else "llama", **rope))
+    params = tiny.perturbed(model)
+    engine = make_engine(model, Sampling(max_new_tokens=8, temperature=0), rows=2)
+    rng = np.random.default_rng(0)
+    prompts = [Prompt(rng.integers(3, 60, length).astype(np.int32)) for length in lengths]
+    if min(lengths) <= limit < max(lengths) + 8:
+        with pytest.raises(UserError, match=f"beyond {limit} tokens .* 8 new ones"):
+            generate_all(engine, engine.prepare(params), prompts, KEY)
+        return
+    found = generate_all(engine, engine.prepare(params), prompts, KEY)
+    for prompt, (answer,) in zip(prompts, found):
+        logits = model.logits(params, {"input_ids": np.concatenate([prompt.tokens, answer.tokens])[None]})[0, len(prompt.tokens) - 1 : -1]
+        assert np.argmax(logits, -1).tolist() == answer.tokens.tolist()
 
 
 @pytest.mark.slow

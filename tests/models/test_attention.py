@@ -66,3 +66,20 @@ def test_bfloat16_softmax_is_in_float32(llama):
     out = tiny.quick(lambda q, v: attention(q, q, v, None, scale=1.0))(q, v)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_array_equal(out.astype(jnp.float32), 1.0)
+
+
+@pytest.mark.parametrize("width", [64, 72, 144])
+def test_bfloat16_keeps_the_scale(width):
+    """A scale that is rounded to bfloat16 itself would make all logits too large or too small, by up to 0.2 % for these widths."""
+    rng, n = np.random.default_rng(1), 20000
+    q, k = rng.normal(size=(n, 1, 1, width)), rng.normal(size=(n, 2, 1, width))
+    v = np.zeros((n, 2, 1, width))
+    v[:, 0, 0, 0] = v[:, 1, 0, 1] = 1  # the first two numbers of the result are the two weights
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
+    weights = np.asarray(attention(q, k, v, None, width**-0.5), np.float64)[:, 0, 0, :2]
+    found = np.log(weights[:, 0] / weights[:, 1])
+    logits = np.einsum("nh,nkh->nk", np.float64(q)[:, 0, 0], np.float64(k)[:, :, 0]) * width**-0.5
+    wanted = logits[:, 0] - logits[:, 1]
+    near = np.abs(wanted) < 3
+    slope = (found * wanted)[near].sum() / (wanted**2)[near].sum()
+    assert slope == pytest.approx(1, abs=4e-4)

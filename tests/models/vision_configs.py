@@ -58,6 +58,7 @@ CASES: dict[str, list[Case]] = {
         Case(("mistral", {}), ("pixtral", _PIX), dict(vision_feature_select_strategy="full", vision_feature_layer=-1)),
         Case(("mixtral", dict(num_local_experts=4)), ("pixtral", {**_PIX, "hidden_size": 16, "head_dim": 16}),
              dict(vision_feature_select_strategy="full", vision_feature_layer=1)),
+        Case(("granite", dict(embedding_multiplier=3.0, residual_multiplier=0.5)), ("clip_vision_model", V)),
     ],
     "llava_next": [
         Case(("mistral", {}), ("clip_vision_model", V), _NEXT),

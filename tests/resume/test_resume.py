@@ -11,6 +11,7 @@ from aligner import load
 from tests.resume.runs import (
     TIMEOUT,
     complete,
+    demo,
     evaluating,
     log_of,
     prepared_in_part,
@@ -18,6 +19,7 @@ from tests.resume.runs import (
     records,
     same_numbers,
     saving,
+    start,
     start_two,
     step,
     stop,
@@ -94,6 +96,31 @@ def test_killed_after_the_last_save(uninterrupted, tmp_path):
     (workdir / "metrics.jsonl").write_text("".join(lines[:-1]) + lines[-1][:40])  # the last line half written
     complete(workdir)
     assert (workdir / "metrics.jsonl").read_text() == "".join(lines)
+
+
+@pytest.mark.slow
+def test_other_rows_are_refused(tmp_path):
+    """The place where a run stopped is one in the rows that it learned from."""
+    rows, workdir = tmp_path / "rows.jsonl", tmp_path / "run"
+    lines = (demo() / "data" / "train.jsonl").read_text().splitlines(keepends=True)
+    rows.write_text("".join(lines))
+    settings = {"data.train.path": rows, "data.train.image_folder": demo() / "data"}
+    assert stop(workdir, step(7), TERM, settings=settings) == 0
+    rows.write_text("".join(lines[40:] + lines[:20]))
+    assert start(workdir, settings).wait(TIMEOUT) == 2
+    assert "config.data.train no longer holds what the run in" in log_of(workdir).read_text()
+
+
+@pytest.mark.slow
+def test_stopped_between_two_evaluation_sets(uninterrupted, tmp_path):
+    """The one that is missing is made up for."""
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted, workdir)
+    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    other = '{"step": 22, "split": "eval", "dataset": "extra", "loss": 1.0}' + chr(10)
+    (workdir / "metrics.jsonl").write_text("".join(lines[:-1]) + other)
+    complete(workdir)
+    assert (workdir / "metrics.jsonl").read_text() == "".join([*lines[:-1], other, lines[-1]])
 
 
 @pytest.mark.slow
