@@ -248,7 +248,7 @@ def base() -> ConfigDict:
     config.data.chat_template = ""  # instead of the checkpoint's: a .jinja file, Jinja text, or a name (aligner/data/catalogue.py)
     config.data.default_template = ""  # a name, where the checkpoint has no template; "" is USER: / ASSISTANT:
     config.data.loss_on = "assistant"  # of conversations: assistant (all its turns), last (its last turn), all (every token)
-    config.data.shared_prompt = True  # compute the prompt once for all its answers; the result is the same, only faster
+    config.data.shared_prompt = True  # compute a prompt once for all its answers: the same, faster; ropes that go by length are refused
     config.data.shuffle = True  # a new order every epoch, a function of `seed`
     config.data.max_bad_fraction = 0.05  # stop when more rows than this are broken, unreadable or too long
     config.data.pad_to_multiple = 64  # rows are padded to the longest of the dataset, rounded up to this
