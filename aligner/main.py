@@ -100,11 +100,13 @@ def cli() -> None:
             os._exit(2)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+        if error.errno in (errno.EROFS, errno.EACCES):
+            print(f"error: {error.filename}: {error.strerror}; make that possible and give the same command to go on", file=sys.stderr)
+            sys.exit(2)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         where = f" to {error.filename}" if error.filename else ""
-        mend = "make room" if error.errno not in (errno.EROFS, errno.EACCES) else "make that possible"
-        print(f"error: nothing more can be written{where}: {error.strerror}; {mend} and give the same command to go on", file=sys.stderr)
+        print(f"error: nothing more can be written{where}: {error.strerror}; make room and give the same command to go on", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # before there is a state to save, or the second one
         print("stopped at once; the same command goes on from the newest checkpoint", file=sys.stderr)

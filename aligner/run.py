@@ -69,7 +69,8 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     train, evaluations = look("train"), {name: look(split) for name, split in eval_splits(config).items()}
     for dataset in (train, *evaluations.values()):
         say(*dataset.report)
-        check_answers(config, model, dataset)
+        check_answers(config, dataset)
+        check_shared_prompts(config, model, dataset)
     steps = config.train.steps if config.train.steps is not None else max(1, int(config.train.epochs * train.size / config.data.batch_size))
     schedule = optim.make_schedule(config.optim, steps)
     optimizer = optim.make_optimizer(config.optim, schedule, model.trained_layers)
@@ -229,13 +230,16 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     return last
 
 
-def check_answers(config: ConfigDict, model: Model, dataset: loader.Dataset) -> None:
-    """An algorithm on lists has room for `answers` of them; a longer list would lose its last ones. And answers share a prompt only where
-    none of them changes how it is turned."""
+def check_answers(config: ConfigDict, dataset: loader.Dataset) -> None:
+    """An algorithm on lists has room for `answers` of them; a longer list would lose its last ones."""
     room = config.algorithm.get("answers", dataset.answers)
     if dataset.answers > room:
         most = dataset.answers
         raise UserError(f"config.{dataset.name} has rows of {most} answers, but config.algorithm.answers is {room}; set it to {most}")
+
+
+def check_shared_prompts(config: ConfigDict, model: Model, dataset: loader.Dataset) -> None:
+    """Answers share a prompt only where none of them is so long that it changes how the prompt is turned."""
     text = getattr(model.config, "text_config", model.config)
     if config.data.shared_prompt and dataset.answers > 1 and (limit := outgrown(text, *dataset.texts.T)):
         raise UserError(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from aligner import algorithms, sharding
 from aligner.convert import model_from_folder
 from aligner.convert.tables import by_tensor, flatten, read_leaf, table, write_tensor
 from aligner.models import SUPPORTED, families, from_hf, moe
+from aligner.run import check_shared_prompts
 from aligner.types import UserError
 from tests.invariance import step
 from tests.models import tiny
@@ -119,6 +121,15 @@ def test_a_shared_prompt_gives_what_two_copies_give(family):
     score = jax.jit(algorithms.make(tiny.config(), f.model).score, compiler_options={"xla_backend_optimization_level": 0})
     logps = [score(f.params, {}, tiny.as_arrays(tiny.make_batch(f, shared=shared)), None).logps for shared in (True, False)]
     np.testing.assert_allclose(*logps, rtol=1e-4, atol=1e-4)
+
+
+def test_answers_do_not_share_a_prompt_that_one_of_them_would_turn_otherwise():
+    phi3, llama = (from_hf(hf_config(family, **FIRST[family])) for family in ("phi3", "llama"))
+    of = lambda *texts: SimpleNamespace(name="data.train", answers=2, texts=np.array(texts))
+    for shared, model, dataset in [(True, phi3, of((3, 8), (9, 20))), (False, phi3, of((3, 9))), (True, llama, of((3, 900)))]:
+        check_shared_prompts(tiny.config(data__shared_prompt=shared), model, dataset)
+    with pytest.raises(UserError, match="beyond 8 tokens this phi3"):
+        check_shared_prompts(tiny.config(data__shared_prompt=True), phi3, of((3, 8), (7, 9)))
 
 
 def test_the_readme_lists_the_families():
