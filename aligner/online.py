@@ -139,11 +139,11 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         fixed |= {name: load_frozen(config, *other, mesh) for name, other in algorithm.others.items()}
         host = {"position": 0, "beta": float(c.beta), "running": [0, 0.0, 0.0], "num_tokens": 0}
         host |= {"lagrangian": float(c.lagrangian_init)} if c.get("cost_funcs") else {}
-        rows = ", ".join(dataset.fingerprint for dataset in filter(None, (prompts, supervised)))
+        learned_from = ", ".join(dataset.fingerprint for dataset in filter(None, (prompts, supervised)))
         restored = checkpoint.restore(checkpoints, state.abstract(train_state))
         if restored:
             train_state, kept = restored
-            workdir.check_rows(kept, rows, directory)
+            workdir.check_rows(kept, learned_from, directory)
             host = kept["host"]
             if (done := int(train_state.step)) > steps:
                 raise UserError(f"the run in {directory} has done {done} steps, and config.train.steps is {steps}; give {done} or more")
@@ -233,7 +233,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
 
             def save() -> None:
                 nonlocal saved
-                checkpoint.save(checkpoints, train_state, {"host": dict(host), "rows": rows})
+                checkpoint.save(checkpoints, train_state, {"host": dict(host), "rows": learned_from})
                 saved = step
 
             def hold_out() -> None:

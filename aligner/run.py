@@ -112,11 +112,11 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         batches = loader.batches(
             train, config.data.batch_size, seed=config.seed, shuffle=config.data.shuffle, rows=local_rows(mesh, config.data.batch_size)
         )
-        counted, rows = 0, train.fingerprint
+        counted = 0
         restored = checkpoint.restore(checkpoints, state.abstract(train_state))
         if restored:
             train_state, kept = restored
-            workdir.check_rows(kept, rows, directory)
+            workdir.check_rows(kept, train.fingerprint, directory)
             batches.set_state(kept["data"])
             counted = kept["num_tokens"]
             if (done := int(train_state.step)) > steps:
@@ -179,7 +179,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                     say(f"step {step}: {name or 'held-out'} " + short(last))
 
             def save() -> None:
-                checkpoint.save(checkpoints, train_state, {"data": data_state, "rows": rows, "num_tokens": counted})
+                checkpoint.save(checkpoints, train_state, {"data": data_state, "rows": train.fingerprint, "num_tokens": counted})
 
             try:
                 if restored and due(step):
