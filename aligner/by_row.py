@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,13 @@ def json_able(row: dict[str, Any]) -> dict[str, Any]:
             continue
         kept[name] = value
     return kept
+
+
+def told(failed: Iterable[str], rows: int, done: str, more: str = "") -> list[str]:
+    """Lines for people: how many of the rows were `done`, and why the others were not (`failed`: "kind: details" for each)."""
+    reasons = Counter(reason.partition(":")[0] for reason in failed)
+    why = [f"  not {done}, {reason}: {count}" for reason, count in sorted(reasons.items())[:5]]
+    return [f"{rows - reasons.total()} of {rows} rows {done}{more}", *why]
 
 
 def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], Path], argv: list[str] | None) -> int:

@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging as absl_logging
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from aligner import seal
+from aligner.processes import anywhere
 from aligner.state import TrainState
 from aligner.types import Params, SaveError, UserError
 
@@ -113,17 +112,17 @@ def restore(checkpoints: Checkpoints, abstract: TrainState) -> tuple[TrainState,
                     raise ValueError("its checksums are missing")  # torn or not: where one process fails, the others wait for minutes
         except Exception as error:
             harm = error
-        if not _anywhere(harm):
+        if not anywhere(harm is not None):
             try:
                 read = _read(checkpoints, step, abstract)
             except Exception as error:  # Orbax raises what the file system, tensorstore or JSON raise
                 harm = error
-            if not _anywhere(harm):
+            if not anywhere(harm is not None):
                 return read
         if first:
             what = first_line(harm) if harm else "by another process"
             log.warning("checkpoint %s cannot be read (%s); it is set aside as %s", folder, what, seal.set_aside(folder))
-        _anywhere(None)  # wait for that
+        anywhere(False)  # wait for that
         checkpoints.orbax.reload()
     if found:
         raise UserError(f"none of the checkpoints {found} in {checkpoints.orbax.directory} can be read; remove the folder to start anew")
@@ -138,11 +137,6 @@ def _read(checkpoints: Checkpoints, step: int, abstract: TrainState) -> tuple[Tr
     state = abstract.replace(**parts["rest"] | {"trainable": parts["trainable"]})
     # Orbax lays a typed key out by the rank of its data, which jit refuses on another mesh than it was saved on.
     return state.replace(rng=jax.device_put(state.rng, abstract.rng.sharding)), dict(metadata)
-
-
-def _anywhere(harm: Exception | None) -> bool:
-    """Whether any process has come to harm; all must ask."""
-    return bool(multihost_utils.process_allgather(np.bool_(harm is not None)).any())
 
 
 def first_line(error: BaseException) -> str:

@@ -121,9 +121,8 @@ def run(args: argparse.Namespace) -> Path:
     os.replace(finished, out)
     partial.unlink()
     partial.with_suffix(".settings").unlink()
-    failed = [record["not_answered"].partition(":")[0] for record in records if "not_answered" in record]
-    say(f"{len(records) - len(failed)} of {len(records)} rows answered, {len(written)} lines written")
-    say(*[f"  not answered, {reason}: {failed.count(reason)}" for reason in sorted(set(failed))[:5]])
+    failed = [record["not_answered"] for record in records if "not_answered" in record]
+    say(*by_row.told(failed, len(records), "answered", f", {len(written)} lines written"))
     return out
 
 

@@ -6,17 +6,15 @@ on with the first missing part, and another run with the same weights, rows and 
 
 import hashlib
 import json
-import os
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
+from aligner import arrays
 from aligner.console import bar
+from aligner.processes import anywhere
 from aligner.types import Batch
 
 BATCHES_PER_PART = 32
@@ -83,10 +81,7 @@ def compute_columns(
         taken = stop
         part = _gather(results)
         if jax.process_index() == 0:
-            temporary = path.with_suffix(f".tmp{os.getpid()}")
-            with temporary.open("wb") as file:
-                np.savez(file, **part)
-            os.replace(temporary, path)
+            arrays.write(path, **part)
         fill(part)
     if progress is not None:
         progress.close()
@@ -95,13 +90,8 @@ def compute_columns(
 
 def _read(path: Path) -> dict[str, np.ndarray] | None:
     """A part; None where it is not there or damaged, for one of the processes at least: it is computed again, by all of them together."""
-    try:
-        with np.load(path) as part:
-            kept = dict(part)
-    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile):
-        kept = None
-    whole = multihost_utils.process_allgather(np.bool_(kept is not None)).all()
-    return kept if whole else None
+    kept = arrays.read(path)
+    return None if anywhere(kept is None) else kept
 
 
 def _gather(results: list[Mapping[str, jax.Array]]) -> dict[str, np.ndarray]:

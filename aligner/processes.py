@@ -16,6 +16,14 @@ RANKS = (
 EXAMPLE = "set JAX_COORDINATOR_ADDRESS (HOST:PORT of the first one), JAX_NUM_PROCESSES and JAX_PROCESS_ID for each"
 
 
+def anywhere(found: bool) -> bool:
+    """Whether it is so in any process of the run; all must ask."""
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.bool_(found)).any())
+
+
 def world(environment: Mapping[str, str]) -> dict[str, Any] | None:
     """Arguments for `jax.distributed.initialize`; None where this process is alone.
 

@@ -240,8 +240,7 @@ def check_answers(config: ConfigDict, dataset: loader.Dataset) -> None:
 
 def check_shared_prompts(config: ConfigDict, model: Model, dataset: loader.Dataset) -> None:
     """Answers share a prompt only where none of them is so long that it changes how the prompt is turned."""
-    text = getattr(model.config, "text_config", model.config)
-    if config.data.shared_prompt and dataset.answers > 1 and (limit := outgrown(text, *dataset.texts.T)):
+    if config.data.shared_prompt and dataset.answers > 1 and (limit := outgrown(model, *dataset.texts.T)):
         raise UserError(
             f"config.{dataset.name}: beyond {limit} tokens this {model.family} turns all of a text otherwise (its rope_type), and answers "
             f"cannot share a prompt; set config.data.shared_prompt=False, or config.data.max_length to {limit} at most"

@@ -19,7 +19,6 @@ import functools
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,9 +95,8 @@ def run(args: argparse.Namespace) -> Path:
     os.replace(partial, out)
     partial.with_suffix(".settings").unlink()
     with out.open(encoding="utf-8") as file:
-        failed = Counter(json.loads(record).get("not_scored", "").partition(":")[0] for record in file if '"not_scored"' in record)
-    del failed[""]  # a row that has these letters in it
-    say(f"{len(rows) - failed.total()} of {len(rows)} rows scored", *(f"  not scored, {why}: {n}" for why, n in failed.most_common(5)))
+        failed = [record["not_scored"] for record in map(json.loads, file) if "not_scored" in record]
+    say(*by_row.told(failed, len(rows), "scored"))
     return out
 
 

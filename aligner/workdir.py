@@ -66,8 +66,8 @@ def check(config: ConfigDict, workdir: str | Path) -> list[str]:
     if not path.exists():
         return []
     before, now = flat(read_config(workdir)), flat(json.loads(json.dumps(config.to_dict())))
-    same = lambda key: _same(before.get(key), now.get(key)) or _same_inside(before.get(key), now.get(key), workdir)
-    changed = {key: (before.get(key), now.get(key)) for key in before.keys() | now.keys() if not same(key)}
+    pairs = {key: (before.get(key), now.get(key)) for key in before.keys() | now.keys()}
+    changed = {key: pair for key, pair in pairs.items() if not _same(*pair, str(workdir))}
     refused = sorted(key for key in changed if not any(key == free or key.startswith(free + ".") for free in MAY_DIFFER))
     if refused:
         what = "; ".join(f"config.{key} was {changed[key][0]!r} and is {changed[key][1]!r}" for key in refused)
@@ -153,16 +153,13 @@ def _with_missing(before: Mapping[str, Any], defaults: Mapping[str, Any]) -> dic
     return filled
 
 
-def _same(before: Any, now: Any) -> bool:
-    """Equal, or two ways to write the path of one file or folder, such as with and without a slash at its end."""
-    paths = isinstance(before, str) and isinstance(now, str) and os.path.exists(before) and os.path.exists(now)
-    return before == now or (paths and os.path.samefile(before, now))
-
-
-def _same_inside(before: Any, now: Any, workdir: str | Path) -> bool:
-    """One file or folder of the workdir, which stands elsewhere than when the run before recorded it: moved, or on another machine."""
-    paths = isinstance(before, str) and isinstance(now, str) and now.startswith(f"{workdir}/")
-    return paths and before.endswith(now.removeprefix(str(workdir)))
+def _same(before: Any, now: Any, workdir: str) -> bool:
+    """Equal, or two ways to write the path of one file or folder: with and without a slash at its end, or in a workdir that stood elsewhere
+    when the run before recorded it."""
+    if before == now or not (isinstance(before, str) and isinstance(now, str)):
+        return before == now
+    one_file = os.path.exists(before) and os.path.exists(now) and os.path.samefile(before, now)
+    return one_file or (now.startswith(f"{workdir}/") and before.endswith(now.removeprefix(workdir)))
 
 
 def record(config: ConfigDict, workdir: str | Path) -> None:

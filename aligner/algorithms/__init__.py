@@ -6,6 +6,7 @@ import importlib
 from ml_collections import ConfigDict
 
 from aligner.algorithms.checks import check_choice
+from aligner.models.decoder import text_config
 from aligner.types import Algorithm, Mean, Model, Term, UserError
 
 # name -> file of this folder
@@ -34,7 +35,7 @@ def with_balance(algorithm: Algorithm, model: Model) -> Algorithm:
 
     It is of the whole batch (arXiv 2501.11873), so that under accumulation the objective is evaluated on all scores together.
     """
-    text = getattr(model.config, "text_config", model.config)
+    text = text_config(model)
     experts = getattr(text, "experts", None)
     if not experts or not experts.aux_coef:
         return algorithm

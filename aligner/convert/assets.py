@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,15 +118,16 @@ class Assets:
             return None
         from transformers import AutoImageProcessor, AutoProcessor
 
+        by_pillow = functools.partial(AutoImageProcessor.from_pretrained, backend="pil")
         try:
             made = self._pretrained(AutoProcessor.from_pretrained, "processor")
             if importlib.util.find_spec("torchvision") and hasattr(made, "image_processor"):  # whose pixels differ a little from Pillow's
-                made.image_processor = AutoImageProcessor.from_pretrained(self.folder, backend="pil")
+                made.image_processor = self._pretrained(by_pillow, "image processor")
             return made
         except UserError as error:
             if "orchvision" not in str(error.__cause__) and not isinstance(error.__cause__, RecursionError):
                 raise
-        images = self._pretrained(functools.partial(AutoImageProcessor.from_pretrained, backend="pil"), "image processor")
+        images = self._pretrained(by_pillow, "image processor")
         return Processor(images, self._token("image"), self.chat_template or self._template(), self._token("video"))
 
     @functools.cached_property
@@ -163,9 +164,9 @@ class Assets:
         if self.config_changes:
             (Path(folder) / "config.json").write_text(json.dumps(self.config_dict, indent=2) + "\n")
 
-    def _pretrained(self, auto: Any, what: str) -> Any:
+    def _pretrained(self, load: Callable[[Path], Any], what: str) -> Any:
         try:
-            made = auto(self.folder)
+            made = load(self.folder)
         except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"{self.folder} has no {what} that transformers can load ({reason}).") from error

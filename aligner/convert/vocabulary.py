@@ -15,6 +15,7 @@ import numpy as np
 from aligner.convert.assets import Assets
 from aligner.convert.hf import load, model_from_folder, save
 from aligner.convert.tables import flatten, unflatten
+from aligner.models.decoder import text_config
 from aligner.types import Params, UserError
 
 # Leaves with a place for every token: end of the path -> which axis.
@@ -42,7 +43,7 @@ def add_tokens(path: str | Path, tokens: Sequence[str], out_dir: str | Path, pad
     if not new:
         raise UserError(f"{path}: its tokenizer has all of {', '.join(tokens)} already; nothing to add.")
     tokenizer.add_tokens(new, special_tokens=True)
-    text = getattr(model.config, "text_config", model.config)
+    text = text_config(model)
     rows = max(text.vocab_size, -(-len(tokenizer) // pad_to_multiple) * pad_to_multiple)
     with tempfile.TemporaryDirectory() as scratch:
         model.assets.copy_to(scratch)

@@ -13,7 +13,6 @@ import inspect
 import itertools
 import json
 import os
-import zipfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aligner import arrays
 from aligner.data import modalities, templates, tokens
 from aligner.data.samples import Bad, article
 from aligner.data.together import Steps, together
@@ -113,7 +113,7 @@ def take_census(
     if cache is None:
         return _count(look_at, len(rows), _sha(settings), name, workers, progress, lambda data: None)
     cache.parent.mkdir(parents=True, exist_ok=True)
-    part = _part(cache.with_suffix(".tokens"))
+    part = arrays.part(cache.with_suffix(".tokens"))
     with part.open("wb") as file:
         census = _count(look_at, len(rows), _sha(settings), name, workers, progress, file.write)
     os.replace(part, cache.with_suffix(".tokens"))
@@ -172,8 +172,8 @@ def _count(
                     ends.append(end)
             bar.update(len(piece))
             waiting.extend(ahead(1))
-    arrays = np.array(row_ids, np.int64), np.array(sizes, np.int32).reshape(-1, 6)
-    return Census(*arrays, dropped, details, digest.hexdigest(), np.array(ends, np.int64))
+    good, kept = np.array(row_ids, np.int64), np.array(sizes, np.int32).reshape(-1, 6)
+    return Census(good, kept, dropped, details, digest.hexdigest(), np.array(ends, np.int64))
 
 
 def _shows(progress: bool | None) -> bool:
@@ -255,28 +255,16 @@ def _sha(value: Any) -> str:
 
 
 def _read(path: Path | None) -> Census | None:
-    if path is None or not path.exists():
+    stored = arrays.read(path) if path is not None else None
+    if stored is None:  # or torn by a kill: take it again
         return None
-    try:
-        with np.load(path) as stored:
-            words = json.loads(str(stored["words"]))
-            dropped = {reason: (count, ids) for reason, (count, ids) in words["dropped"].items()}
-            arrays = stored["row_ids"], stored["sizes"]
-            found = Census(*arrays, dropped, words["details"], words["fingerprint"], stored["ends"], path.with_suffix(".tokens"))
-            whole = found.tokens.exists() and found.tokens.stat().st_size == (found.ends[-1] if len(found.ends) else 0)
-            return found if whole else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # torn by a kill: take it again
+    words = json.loads(str(stored["words"]))
+    dropped = {reason: (count, ids) for reason, (count, ids) in words["dropped"].items()}
+    ids, sizes, ends, kept = stored["row_ids"], stored["sizes"], stored["ends"], path.with_suffix(".tokens")
+    whole = kept.exists() and kept.stat().st_size == (ends[-1] if len(ends) else 0)
+    return Census(ids, sizes, dropped, words["details"], words["fingerprint"], ends, kept) if whole else None
 
 
 def _write(path: Path, census: Census) -> None:
     words = json.dumps({"dropped": census.dropped, "details": census.details, "fingerprint": census.fingerprint})
-    part = _part(path)
-    with part.open("wb") as file:
-        np.savez(file, row_ids=census.row_ids, sizes=census.sizes, ends=census.ends, words=words)
-    os.replace(part, path)
-
-
-def _part(path: Path) -> Path:
-    """Where a file is written until it is whole; every process has its own."""
-    return path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.part")
+    arrays.write(path, row_ids=census.row_ids, sizes=census.sizes, ends=census.ends, words=words)

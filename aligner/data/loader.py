@@ -129,17 +129,17 @@ def load_dataset(
             )
         partner = packing.derangement(census.row_ids, seed)
         example, sizes = _mismatched(load, sizes, partner, data.max_length)
-        fingerprint = hashlib.sha256(fingerprint.encode() + partner.tobytes()).hexdigest()
+        fingerprint = _with(fingerprint, partner)
     else:
         example = lambda place, *_: load(place)
     places = np.arange(len(census.row_ids))
     if rows.repeats is not None:
         places = np.repeat(places, rows.repeats[census.row_ids])
-        fingerprint = hashlib.sha256(fingerprint.encode() + places.tobytes()).hexdigest()
+        fingerprint = _with(fingerprint, places)
     row_ids, sizes = census.row_ids[places], sizes[places]
     plan, (T, S, I) = make_plan(sizes, data, needs, seed)
     if data.get("packing", False):  # by the seed, and what was computed row by row holds for the very rows alone
-        fingerprint = hashlib.sha256(fingerprint.encode() + plan.members.tobytes() + plan.starts.tobytes()).hexdigest()
+        fingerprint = _with(fingerprint, *plan)
     G, answers = int(np.diff(plan.starts).max()), int(sizes[:, 3].max())
 
     def row(number: int) -> layout.Row:
@@ -183,6 +183,11 @@ def load_dataset(
         lengths=lengths,
         texts=np.stack([sizes[:, 0], np.minimum(sizes[:, 0] + sizes[:, 1], data.max_length)], axis=1),
     )
+
+
+def _with(fingerprint: str, *arrays: np.ndarray) -> str:
+    """A fingerprint that takes these in, too."""
+    return hashlib.sha256(fingerprint.encode() + b"".join(array.tobytes() for array in arrays)).hexdigest()
 
 
 def make_plan(sizes: np.ndarray, data: Any, needs: str, seed: int) -> tuple[packing.Plan, tuple[int, int, int]]:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from aligner.generation.sampling import Sampling, sample
 from aligner.logprobs import dense_logits
 from aligner.models.cache import Cache, empty_cache
-from aligner.models.decoder import DecoderConfig
+from aligner.models.decoder import text_config
 from aligner.models.pictures import blank
 from aligner.types import Batch, Model, Params
 
@@ -47,11 +47,6 @@ class State:
     uniform: Float[Array, "B N"]
     seen: Bool[Array, "B V"] | None
     ahead: Int[Array, "B"] | None
-
-
-def text_config(model: Model) -> DecoderConfig:
-    """The config of the model's decoder."""
-    return getattr(model.config, "text_config", model.config)
 
 
 def empty_state(model: Model, sampling: Sampling, params: Params, rows: int, columns: int, slots: int) -> State:

@@ -16,7 +16,7 @@ from aligner.generation.sampling import Sampling
 from aligner.likelihood import cast
 from aligner.matmul import turn
 from aligner.models.cache import unroll
-from aligner.models.decoder import outgrown
+from aligner.models.decoder import outgrown, text_config
 from aligner.models.pictures import Picture, blank, fill, placeholders
 from aligner.train_step import jit
 from aligner.types import Model, Params, UserError
@@ -126,7 +126,7 @@ def generate(
     check_growth(engine.model, np.array([len(prompt.tokens) for prompt in prompts]), sampling.max_new_tokens)
     ids = range(len(prompts)) if ids is None else ids
     columns = bucket(max(len(prompt.tokens) for prompt in prompts)) + sampling.max_new_tokens
-    crosses = decoding.text_config(engine.model).cross_layers  # which keep what they read; there a token stands for each picture
+    crosses = text_config(engine.model).cross_layers  # which keep what they read; there a token stands for each picture
     slots = max(int(np.sum(prompt.tokens == engine.model.media.placeholder)) for prompt in prompts) if crosses else 0
     state = engine.start(params, columns, slot_bucket(slots))
     waiting = deque((place, sample) for place in range(len(prompts)) for sample in range(n))
@@ -170,7 +170,7 @@ def generate(
 
 def check_growth(model: Model, lengths: np.ndarray, new: int) -> None:
     """Refuse to write `new` tokens after prompts of these lengths [N] where what is remembered of a text would not hold to its end."""
-    if limit := outgrown(decoding.text_config(model), lengths, lengths + new):
+    if limit := outgrown(model, lengths, lengths + new):
         raise UserError(
             f"beyond {limit} tokens this {model.family} turns all of a text otherwise (its rope_type goes by the length), which would "
             f"have to be read anew for every token; a prompt of {lengths.max()} tokens and {new} new ones may grow past that: "

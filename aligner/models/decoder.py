@@ -342,9 +342,15 @@ def run(config: DecoderConfig, params: Params, batch: Batch, features=None, cach
     return Output(hidden, {name: value for name, (value,) in variables.get("aux", {}).get("model", {}).items()}, cache)
 
 
-def outgrown(config: DecoderConfig, start: np.ndarray, end: np.ndarray) -> int | None:
+def text_config(model: Model) -> DecoderConfig:
+    """The config of the model's decoder."""
+    return getattr(model.config, "text_config", model.config)
+
+
+def outgrown(model: Model, start: np.ndarray, end: np.ndarray) -> int | None:
     """The length beyond which all of a text is turned otherwise, its first tokens too, where one grows past it from `start` tokens to `end`
     (both [N], of N texts); None where none does. What was made of such a text before does not hold any more."""
+    config = text_config(model)
     for kind in config.rope:
         limit = rope.length_limit(kind, config.max_position_embeddings)
         if limit is None:

@@ -27,8 +27,9 @@ def check(parameters: Mapping[str, Any]) -> None:
 def length_limit(parameters: Mapping[str, Any] | None, max_position_embeddings: int) -> int | None:
     """How long a text may be before all of it, from its first token on, is turned otherwise (dynamic, longrope: the former ever more with
     each token, the latter once); None where only positions count."""
-    kind = (parameters or {}).get("rope_type", "default")
-    return {"dynamic": max_position_embeddings, "longrope": (parameters or {}).get("original_max_position_embeddings")}.get(kind)
+    parameters = parameters or {}
+    limits = {"dynamic": max_position_embeddings, "longrope": parameters.get("original_max_position_embeddings")}
+    return limits.get(parameters.get("rope_type"))
 
 
 def frequencies(

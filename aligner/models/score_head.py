@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 
+from aligner.models.decoder import text_config
 from aligner.types import Head, Model, Params
 
 LM_HEAD = r"(^|\.)(lm_head|embed_out)\."  # tensors that such a model has no use for
@@ -16,7 +17,7 @@ LM_HEAD = r"(^|\.)(lm_head|embed_out)\."  # tensors that such a model has no use
 
 def with_score_head(model: Model) -> Model:
     """The model with a score head; a fresh one is random as Hugging Face's `score` layer is."""
-    text = getattr(model.config, "text_config", model.config)
+    text = text_config(model)
 
     def init(key: jax.Array) -> Params:
         width = text.embedding_size or text.hidden_size

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from aligner.models.decoder import text_config
 from aligner.types import Array, Batch, Head, Model, Output, Params, UserError
 
 
@@ -22,7 +23,7 @@ def geometric(model: Model, share: float) -> Model:
         UserError: the model bends its logits, so that their sum is not a head's, or looks at pictures through cross-attention, whose
             memory is of one set of parameters.
     """
-    text = getattr(model.config, "text_config", model.config)
+    text = text_config(model)
     if text.cross_layers:
         raise UserError(f"{model.family} models look at pictures through layers of their own, which a mixture of two has not; use another")
     twice = dataclasses.replace(text, num_hidden_layers=2 * text.num_hidden_layers)  # as many caches

@@ -7,8 +7,6 @@ Everything here is on the host and a function of (parameters, seed, place in the
 from __future__ import annotations
 
 import json
-import os
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from aligner import arrays
 from aligner.algorithms import ppo
 from aligner.data import layout
 from aligner.generation.engine import Completion, bucket
@@ -313,21 +312,16 @@ def minibatch(batch: Mapping[str, np.ndarray], seed: int, iteration: int, update
 def save(folder: Path, iteration: int, batch: Mapping[str, np.ndarray], host: Mapping[str, Any], found: Mapping[str, float]) -> None:
     """Whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{iteration}.tmp"
-    with temporary.open("wb") as file:
-        np.savez(file, __rest__=json.dumps([host, found]), **batch)
-    os.replace(temporary, folder / f"{iteration}.npz")
+    arrays.write(folder / f"{iteration}.npz", __rest__=json.dumps([host, found]), **batch)
 
 
 def load(folder: Path, iteration: int) -> tuple[dict[str, np.ndarray], dict, dict]:
     """(batch, host state, metrics) of a rollout."""
     path = folder / f"{iteration}.npz"
-    try:
-        with np.load(path) as file:
-            batch = {name: file[name] for name in file.files if name != "__rest__"}
-            return batch, *json.loads(str(file["__rest__"]))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    batch = arrays.read(path)
+    if batch is None:
         raise UserError(
-            f"{path} cannot be read ({error}), and the newest checkpoint stands in the middle of that rollout; "
+            f"{path} is missing or damaged, and the newest checkpoint stands in the middle of that rollout; "
             "remove that checkpoint's folder to go on from the one before"
-        ) from None
+        )
+    return batch, *json.loads(str(batch.pop("__rest__")))
