@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,11 +21,15 @@ def pack(encoded: Encoded) -> bytes:
     head = np.array([len(encoded.prompt), len(lengths), encoded.scored is not None, *lengths], np.int32)
     arrays = [head, encoded.prompt, *encoded.answers]
     masks = [mask.astype(np.uint8) for mask in encoded.scored or ()]
-    return b"".join(array.tobytes() for array in (*arrays, *masks)) + values
+    data = b"".join(array.tobytes() for array in (*arrays, *masks)) + values
+    return zlib.crc32(data).to_bytes(4, "little") + data
 
 
-def unpack(data: bytes) -> Encoded:
-    """The example that `pack` made bytes of."""
+def unpack(data: bytes) -> Encoded | None:
+    """The example that `pack` made bytes of; None where they are not those bytes any more."""
+    checksum, data = data[:4], data[4:]
+    if zlib.crc32(data).to_bytes(4, "little") != checksum:
+        return None
     prompt, count, masked = np.frombuffer(data, np.int32, 3).tolist()
     lengths = np.frombuffer(data, np.int32, count, offset=12)
     edges = np.cumsum([0, prompt, *lengths])
@@ -41,7 +46,7 @@ def unpack(data: bytes) -> Encoded:
 
 
 def reader(path: Path, ends: np.ndarray) -> Callable[[int], Encoded | None]:
-    """Place -> the example written there, None where none was (it has media).
+    """Place -> the example written there, None where none was (it has media) or it is damaged: make it from its row again.
 
     Read by position, not mapped: pages of a mapped file count as this process's memory.
 
