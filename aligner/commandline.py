@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import re
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from aligner.types import UserError
+from aligner.workdir import flat
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", tuple: "a tuple"}
 
@@ -24,15 +26,31 @@ def parse(argv: list[str]) -> list[str]:
     Raises:
         UserError: an unknown key (the nearest is named), a value of another type, a config file that is missing or broken.
     """
-    app.define_help_flags()
     path, _ = config_file(argv)
     if path and not Path(path).is_file():
         others = sorted(str(file) for file in Path("configs").glob("*.py") if file.stem not in ("__init__", "common", "online"))
         raise UserError(f"--config {path} does not exist; there is {', '.join(others) or 'no folder configs here'}")
+    if {"-h", "--help", "--helpshort", "--helpfull"} & {*argv}:
+        print(help_text(argv))
+        sys.exit(0)
     try:
         return flags.FLAGS(argv)
     except Exception as error:
         raise UserError(_explain(argv, path, error)) from None
+
+
+def help_text(argv: list[str]) -> str:
+    """What the program is for, its options and, where a config is named, that config's settings."""
+    found = flags.FLAGS.flags_by_module_dict()
+    own = [flag for module, defined in found.items() if module == argv[0] or module.startswith("aligner.") for flag in defined]
+    told = [f"  --{flag.name:<15} {flag.help}" + (f" (default: {flag.default})" if flag.default not in (None, "") else "") for flag in own]
+    path, preset = config_file(argv)
+    if path:
+        settings = [f"  --config.{key}={value}" for key, value in flat(defaults(argv).to_dict()).items()]
+        told += ["", f"settings of {path}{':' * bool(preset)}{preset}; configs/common.py explains each:", *settings]
+    else:
+        told += ["", "with --config FILE, --help lists the settings of that config as well"]
+    return "\n".join([sys.modules["__main__"].__doc__ or "", "options:", *told])
 
 
 def config_file(argv: list[str]) -> tuple[str, str]:
@@ -45,7 +63,10 @@ def config_file(argv: list[str]) -> tuple[str, str]:
 def defaults(argv: list[str]) -> Any:
     """The config as its file has it, without what the command line changes."""
     path, preset = config_file(argv)
-    return runpy.run_path(path)["get_config"](*[preset] * bool(preset))
+    try:
+        return runpy.run_path(path)["get_config"](*[preset] * bool(preset))
+    except Exception as broken:
+        raise UserError(f"--config {path}: {_last_line(broken)}") from None
 
 
 def _settings(argv: list[str]) -> list[tuple[str, str | None]]:
@@ -59,10 +80,7 @@ def _settings(argv: list[str]) -> list[tuple[str, str | None]]:
 
 def _explain(argv: list[str], path: str, error: Exception) -> str:
     """What was refused and what would be taken; the config file is read again to know that."""
-    try:
-        config = defaults(argv) if path else None
-    except Exception as broken:
-        return f"--config {path}: {_last_line(broken)}"
+    config = defaults(argv) if path else None
     for name, value in _settings(argv):
         if name.startswith("config.") and config is not None and (problem := _problem(config, name, value)):
             return problem

@@ -320,7 +320,7 @@ def test_as_a_program(tmp_path):
     assert done.stderr == "error: the config has no key config.data.batchsize; did you mean config.data.batch_size?\n"
     shown = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert "Train a model as a config file says." in shown.stdout
-    assert "--workdir" in shown.stdout
+    assert "--workdir" in shown.stdout and "--config.optim.learning_rate=0.0005" in shown.stdout and shown.returncode == 0
 
 
 def test_a_save_that_failed_ends_the_process_at_once(monkeypatch, capsys):
