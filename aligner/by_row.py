@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from aligner.commandline import as_options
 from aligner.data.samples import MEDIA
-from aligner.types import UserError
+from aligner.types import Model, UserError
 
 
 def add_arguments(top: argparse.ArgumentParser, doing: str, batch: str) -> None:
@@ -25,6 +26,8 @@ def add_arguments(top: argparse.ArgumentParser, doing: str, batch: str) -> None:
     add("--data", required=True, help="file of rows (JSON, JSONL, CSV, Parquet, Arrow, text), a folder of them, or a Hub dataset id")
     add("--out", required=True, help="file to write, .jsonl; must not exist yet")
     add("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
+    add("--revision", help="of the model on the Hub")
+    add("--chat-template", default="", help="a .jinja file, Jinja text or a name, as config.data.chat_template (default: the model's own)")
     add("--formatter", default="auto", help="how a row is read, as in configs (default: %(default)s)")
     add("--image-folder", default="", help="images, clips and sounds named in rows are looked up here (default: the folder of the file)")
     add("--video-frames", type=int, default=8, help="frames taken of a video, evenly (default: %(default)s)")
@@ -41,6 +44,17 @@ def check(args: argparse.Namespace, counts: Sequence[str]) -> None:
     for name in ("batch_size", "fsdp", "video_frames", *counts):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+
+
+def open_model(args: argparse.Namespace) -> tuple[Model, Any]:
+    """The model, with the chat template that was asked for, and its checkpoint."""
+    from ml_collections import ConfigDict
+
+    from aligner import convert
+    from aligner.data.catalogue import with_template
+
+    model, disk = convert.open_model(args.model, args.revision)
+    return with_template(model, ConfigDict({"chat_template": args.chat_template})), disk
 
 
 def source(args: argparse.Namespace) -> Any:
@@ -102,7 +116,7 @@ def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], Pa
     try:
         print(f"written: {run(args)}")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {as_options(str(error), parser)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import re
 import runpy
@@ -108,6 +109,19 @@ def _problem(config: Any, name: str, value: str | None) -> str | None:
         taken = False
     example = "" if section is None or kind is bool else f", such as {section!r}"
     return None if taken else f"{where} must be {_KINDS[kind]}{example}, not {value!r}"
+
+
+def as_options(message: str, parser: argparse.ArgumentParser) -> str:
+    """A message about settings as a config has them, in the words of a program that takes those settings as its arguments."""
+    names, options = {action.dest for action in parser._actions}, parser.format_help()
+
+    def argument(match: re.Match) -> str:
+        section, key = match.groups()
+        name = section if key in (None, "path") else key
+        option = f"--{name.replace('_', '-')}"
+        return match[0] if name not in names else option if f"{option} " in options else name
+
+    return re.sub(r"config\.(\w+)(?:\.(\w+))?", argument, message)
 
 
 def check_out(path: str | Path, option: str = "--out") -> Path:

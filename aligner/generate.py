@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> Path:
 
     out = Path(args.out)
     check(args)
-    model, disk = convert.open_model(args.model)
+    model, disk = by_row.open_model(args)
     if model.has_score_head:
         raise UserError(f"{args.model} has a score head, so it cannot write; score rows with python -m aligner.score")
     rows = sources.open_rows(by_row.source(args), "data")
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> Path:
         repetition_penalty=args.repetition_penalty, stop_tokens=sampling.stop_tokens(model.assets), stop_strings=tuple(args.stop),
     )  # fmt: skip
     partial = out.with_name(out.name + ".partial")
-    free = ("out", "write", "min_reward", "min_margin", "batch_size", "fsdp", "size", "model", "data")
+    free = ("out", "revision", "write", "min_reward", "min_margin", "batch_size", "fsdp", "size", "model", "data")
     settings = {key: value for key, value in vars(args).items() if key not in free}
     done = by_row.resume(partial, dict(settings, model=convert.fingerprint(disk), rows=rows.identity, formatter=name, sampling=str(manner)))
     say(f"{rows.description}, formatter {name}: {len(rows)} rows" + (f", {done} of them done before" if done else ""))

@@ -53,6 +53,8 @@ def run(config: ConfigDict, workdir: Path, rounds: int, prompts: str, reward_mod
     Returns:
         The folder of the last round's model.
     """
+    from aligner import convert
+    from aligner.data.catalogue import with_template
     from aligner.run import call_setup
     from aligner.run import run as train
 
@@ -67,6 +69,10 @@ def run(config: ConfigDict, workdir: Path, rounds: int, prompts: str, reward_mod
     beside = Path(prompts).absolute()
     media = config.data.train.image_folder or (str(beside if beside.is_dir() else beside.parent) if beside.exists() else "")
     options |= {"image_folder": media} if media else {}
+    options |= {"revision": config.model.revision} if config.model.revision else {}
+    if config.data.chat_template or config.data.default_template:
+        model = with_template(convert.open_model(config.model.path, config.model.revision)[0], config.data)
+        options |= {"chat_template": model.assets.chat_template} if model.assets.chat_template else {}
     folder = config.model.path
     for number in range(rounds):
         place = workdir / f"round-{number}"

@@ -339,10 +339,8 @@ def prepare_columns(
 
 def eval_splits(config: ConfigDict) -> dict[str, str]:
     """What each evaluation set is called in metrics.jsonl -> its section under config.data; `eval` goes without a name and comes first."""
-    for name, source in config.data.evals.items():
-        if not is_set(source):
-            raise UserError(f"config.data.evals.{name}.path is empty: give a file, folder or Hub dataset, or remove the set")
-    return ({"": "eval"} if is_set(config.data.eval) else {}) | {name: f"evals.{name}" for name in config.data.evals}
+    others = {name: f"evals.{name}" for name, source in config.data.evals.items() if is_set(source)}
+    return ({"": "eval"} if is_set(config.data.eval) else {}) | others
 
 
 def local_rows(mesh: jax.sharding.Mesh, size: int) -> np.ndarray:

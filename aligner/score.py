@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> Path:
 
     out = Path(args.out)
     by_row.check(args, ("max_length",))
-    model, disk = convert.open_model(args.model)
+    model, disk = by_row.open_model(args)
     if model.has_score_head != (args.kind == "reward"):
         has, other = ("a score head", "reward") if model.has_score_head else ("no score head", "logprob")
         raise UserError(f"{args.model} has {has}: use --kind {other}, or another --model")
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> Path:
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What decides the numbers, so that a file is not continued with others."""
-    return {name: getattr(args, name) for name in ("kind", "image_folder", "max_length", "dtype", "video_frames")}
+    return {name: getattr(args, name) for name in ("kind", "image_folder", "max_length", "dtype", "video_frames", "chat_template")}
 
 
 def answers_of(sample: Any) -> tuple[Any, tuple]:

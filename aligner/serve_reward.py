@@ -73,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns the exit code: 0 done, 2 bad input."""
     args = parser().parse_args(argv)
     try:
+        if not args.timeout > 0:
+            raise UserError(f"--timeout is {args.timeout}; it must be above 0")
         [reward] = make_rewards([args.reward], dtype=args.dtype)
         server = make_server(reward, args.host, args.port, args.timeout)
     except (UserError, OSError, OverflowError) as error:  # the last: a port that is none

@@ -296,6 +296,10 @@ def llama_config(
     """The Hugging Face config of these sizes, with the tokenizer's special tokens and float32 weights."""
     from transformers import AutoConfig
 
+    from aligner.types import UserError
+
+    if heads % kv_heads:
+        raise UserError(f"{heads} heads cannot share {kv_heads} heads of keys; use a divisor of {heads}")
     return AutoConfig.for_model(
         model_type,
         vocab_size=vocab_size,
@@ -541,8 +545,12 @@ def main() -> None:
     out, family, data_out, seed = (args.pop(name) for name in ("out", "family", "data_out", "seed"))
     n_train, n_heldout = args.pop("train_rows"), args.pop("heldout_rows")
     given = {name: value for name, value in args.items() if value is not None}
+    if low := [name for name, value in given.items() if value < 1]:
+        parser.error(f"--{low[0].replace('_', '-')} is {given[low[0]]}; it must be at least 1")
     if family == "llama" and (wrong := [name for name in given if name.startswith(("image", "patch", "vision"))]):
         parser.error(f"--{wrong[0].replace('_', '-')} is for --family llava only")
+
+    from huggingface_hub.errors import StrictDataclassError
 
     from aligner.types import UserError
 
@@ -552,8 +560,8 @@ def main() -> None:
         if data_out:
             make_pictures(data_out, n_train, n_heldout, seed, size=given.get("image_size", 32))
             print(f"made {n_train} training and {n_heldout} held-out rows in {data_out}")
-    except UserError as error:
-        parser.error(str(error))
+    except (UserError, StrictDataclassError) as error:  # the latter from transformers: sizes that do not go together
+        parser.error(str(error).strip().splitlines()[-1].strip())
 
 
 if __name__ == "__main__":

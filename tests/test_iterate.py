@@ -72,6 +72,17 @@ def test_pictures_are_looked_for_beside_the_prompts(tmp_path, monkeypatch):
     assert seen == [str(tmp_path / "prompts")] * 2
 
 
+def test_the_first_rounds_answers_are_made_as_the_config_says(tmp_path, monkeypatch):
+    make_llama(tmp_path / "model", hidden_size=32, layers=1, heads=2, kv_heads=1)
+    config = common.base()
+    config.model.path, config.model.revision, config.data.chat_template = str(tmp_path / "model"), "v2", "{{ messages }}"
+    seen = []
+    monkeypatch.setattr(iterate, "write_pairs", lambda path, model, prompts, judge, n, options: seen.append(options))
+    monkeypatch.setattr(aligner.run, "run", lambda config, workdir: None)
+    iterate.run(config, tmp_path / "runs", 1, "x", "RM", False, 2)
+    assert seen == [{"revision": "v2", "chat_template": "{{ messages }}"}]
+
+
 @pytest.mark.slow
 def test_two_rounds_of_self_play(tmp_path):
     make_llama(tmp_path / "model", tokenizer=make_words(), hidden_size=32, layers=1, heads=2, kv_heads=1)

@@ -90,7 +90,7 @@ def test_log_probabilities_and_going_on(folder, monkeypatch):
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"--out": "rows.jsonl"}, "is there already"), ({"--model": "lm"}, "use --kind logprob"), ({"--data": "row.jsonl"}, "did you mean")],
+    [({"--out": "rows.jsonl"}, "is there already"), ({"--model": "lm"}, "use --kind logprob"), ({"--data": "row.jsonl"}, "error: --data: ")],
 )
 def test_bad_input_is_one_sentence(folder, capsys, changes, words):
     arguments = command(folder, "none.jsonl")

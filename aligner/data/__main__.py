@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from aligner.commandline import check_out
+from aligner.commandline import as_options, check_out
 from aligner.data import filters, formatters, sources
 from aligner.data.samples import Bad, Document, Preference, Prompt, Ranked, Stepwise, Supervised, Triple, TwoSided, Unpaired
 from aligner.types import UserError
@@ -138,10 +138,11 @@ def line(row: dict[str, Any], number: int, pair: Preference | None) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns the exit code: 0 done, 2 bad input."""
+    made = parser()
     try:
-        print(*run(parser().parse_args(argv)), sep="\n")
+        print(*run(made.parse_args(argv)), sep="\n")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {as_options(str(error), made)}", file=sys.stderr)
         return 2
     return 0
 
