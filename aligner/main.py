@@ -9,6 +9,7 @@ goes on where the run stopped.
 """
 
 import errno
+import gc
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ from aligner.stopping import Stopped, end_quietly, nothing_to_save
 if __name__ == "__main__":  # first of all: what is imported below takes its time
     end_quietly()
     restart_with_huge_pages()
+    gc.set_threshold(50_000, 20, 20)  # imports and traces make millions of objects that stay: nothing to look for every 700
 
 from absl import app, flags
 from absl import logging as absl_logging

@@ -7,7 +7,8 @@ hh-rlhf ("harmless", 1200 rows): 88 tokens and sigma 1.14 of a prompt, 37 and 0.
 the `max_length` of TRL's trainers. What is timed is one pass over all rows by training steps alone: forward, reference in the step where
 there is one, backward, clipping, AdamW; data loading lies outside on both sides. TRL pads each batch of 8 pairs, or 16 rows with a label,
 to its longest (8 is its default); here about as many stand in two packed rows of 1024 columns. "sft" is TRL's packing (`packing=True`,
-"bfd") against ours, two rows of 1024 a batch on both sides; "sft_8" is the same with eight, TRL's default.
+"bfd") against ours, two rows of 1024 a batch on both sides; "sft_8" is the same with eight, TRL's default. Tunix cannot pack: its batches
+of 8 rows or pairs are padded to their longest, up to a multiple of 128 tokens, so that it compiles but a few shapes.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ import numpy as np
 from aligner.hugepages import restart_with_huge_pages
 from benchmarks import machine, sides, torch_sides
 from benchmarks.dpo_step import SHAPE
+from benchmarks.tunix_step import ROPE_THETA
 
 LONGEST, BATCH = 1024, 8  # columns; pairs of a batch
 ROWS = {"sft": 2, "sft_8": 8, "dpo": 2, "kto": 2, "reward": 2}  # packed rows of a batch
 PAIRS = {"sft": 51, "sft_8": 37, "dpo": 30, "kto": 26, "reward": 48}  # as many as fill whole batches of packed rows
 PROMPT, ANSWER = (88, 1.14), (37, 0.88)  # medians and sigmas of lengths in tokens
 CASES = ("sft", "dpo", "kto", "reward")
-SIDES = ("TRL", "aligner")
+TUNIX = ("sft", "dpo")  # what Tunix has
+SIDES = ("TRL", "Tunix", "aligner")
 
 
 def rows_of(case: str) -> list[dict]:
@@ -93,6 +96,14 @@ def trl_epochs(case: str, folder: Path, answer: Callable[..., None]) -> None:
         trainer(**models, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Clock()]).train()
 
 
+def tunix_batches(case: str) -> list[list[dict[str, list[int]]]]:
+    """The rows as token ids, 8 a batch. Of a text the first token is the prompt, because nothing can predict it."""
+    ids = lambda text: [int(word[1:]) for word in text.split()]
+    texts = [{key: ids(text) for key, text in row.items()} for row in rows_of(case)]
+    rows = [{"prompt": row["text"][:1], "completion": row["text"][1:]} for row in texts] if case == "sft" else texts
+    return [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
+
+
 def aligner_epoch(case: str, folder: Path) -> Callable[[], float]:
     """A function that makes one pass over the rows."""
     from aligner import algorithms, convert
@@ -115,6 +126,10 @@ def aligner_epoch(case: str, folder: Path) -> Callable[[], float]:
 
 def serve(name: str, case: str, folder: Path, turn: int) -> None:
     """The process of one side."""
+    if name == "Tunix":
+        from benchmarks import tunix_side
+
+        return tunix_side.train(case, folder, tunix_batches(case), "float32", sides.answering(machine.resident_mib(), turn), multiple=128)
     if name == "aligner":
         restart_with_huge_pages()
         import benchmarks.aligner_side  # noqa: F401
@@ -131,6 +146,8 @@ def serve(name: str, case: str, folder: Path, turn: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=CASES, choices=ROWS)
+    parser.add_argument("--sides", nargs="+", default=("TRL",), choices=SIDES[:-1], help="beside aligner")
+    parser.add_argument("--tunix-python", metavar="PATH", help="the interpreter of the environment that has Tunix 0.1.7")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--turn", type=int, default=1, help="passes that a side makes in a turn")
     parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)  # the process of one side
@@ -138,16 +155,21 @@ def main() -> None:
     options = parser.parse_args()
     if options.serve:
         return serve(options.serve, options.cases[0], options.folder, options.turn)
+    if "Tunix" in options.sides and (not options.tunix_python or not {*options.cases} <= {*TUNIX}):
+        parser.error(f"Tunix needs --tunix-python, and has {' and '.join(TUNIX)} of the cases")
     print(machine.cpu_name())
     for case in options.cases:
         with tempfile.TemporaryDirectory() as folder:
-            torch_sides.make_checkpoint(Path(folder), **SHAPE)
+            torch_sides.make_checkpoint(Path(folder), **SHAPE, rope_theta=ROPE_THETA)
             rest = ["--cases", case, "--folder", folder, "--turn", str(options.turn)]
-            found = sides.take_turns({name: ["benchmarks.real_lengths", "--serve", name, *rest] for name in SIDES}, options.rounds)
-        wall, cpu = (sides.ratio(found, "TRL", "aligner", key) for key in ("seconds", "cpu_seconds"))
+            commands = {name: ["benchmarks.real_lengths", "--serve", name, *rest] for name in (*options.sides, "aligner")}
+            found = sides.take_turns(commands, options.rounds, interpreters={"Tunix": options.tunix_python})
         memory = ", ".join(f"{name} {max(answer['net'] for answer in rounds):.0f} MiB" for name, rounds in found.items())
-        rounds = ", ".join(f"{a['seconds'] / b['seconds']:.2f}" for a, b in zip(found["TRL"], found["aligner"]))
-        print(f"{case}: time(TRL) / time(aligner) {wall:.2f} ({rounds}), of CPU time {cpu:.2f}; net peak memory {memory}", flush=True)
+        for other in options.sides:
+            wall, cpu = (sides.ratio(found, other, "aligner", key) for key in ("seconds", "cpu_seconds"))
+            rounds = ", ".join(f"{a['seconds'] / b['seconds']:.2f}" for a, b in zip(found[other], found["aligner"]))
+            print(f"{case}: time({other}) / time(aligner) {wall:.2f} ({rounds}), of CPU time {cpu:.2f}")
+        print(f"{case}: net peak memory {memory}", flush=True)
 
 
 if __name__ == "__main__":

@@ -92,48 +92,75 @@ def load(folder: Path, dtype: Any = None, mesh: jax.sharding.Mesh | None = None)
     return llama3_params.create_model_from_safe_tensors(str(folder), config, mesh, dtype)
 
 
-def dpo(folder: Path, rows: list[dict[str, list[int]]], optimizer: optax.GradientTransformation) -> tuple[Any, Any]:
-    """(trainer, batch): prompts of one length and answers of one length, so that nothing is padding."""
+def padded(texts: list[list[int]], multiple: int, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids [N,T] and which of them are real, T the next multiple of a number; zeros stand behind or before a text."""
+    width = -(-max(map(len, texts)) // multiple) * multiple
+    ids, real = np.zeros((len(texts), width), np.int32), np.zeros((len(texts), width), bool)
+    for row, text in enumerate(texts):
+        place = slice(width - len(text), width) if left else slice(len(text))
+        ids[row, place], real[row, place] = text, True
+    return ids, real
+
+
+def dpo(folder: Path, rows: list[list[dict]], optimizer: optax.GradientTransformation, dtype: Any, multiple: int) -> tuple[Any, list]:
+    """(trainer, batches), padded as Tunix's own tokenizing does it: prompts from the left, answers from the right."""
+
+    def made(batch: list[dict[str, list[int]]]) -> dpo_trainer.TrainingInput:
+        texts = {key: [row[key] for row in batch] for key in ("prompt", "chosen", "rejected")}
+        answers = padded(texts["chosen"] + texts["rejected"], multiple)  # one width for both, which the trainer wants
+        given = {"prompt": padded(texts["prompt"], multiple, left=True)}
+        given |= {key: [half[part] for half in map(np.array_split, answers, (2, 2))] for part, key in enumerate(("chosen", "rejected"))}
+        ids = {f"{key}_ids": value for key, (value, _) in given.items()}
+        return dpo_trainer.TrainingInput(**ids, **{f"{key}_mask": real.astype(np.int32) for key, (_, real) in given.items()})
+
     config = dpo_trainer.DPOTrainingConfig(eval_every_n_steps=10**9, beta=BETA)
-    ids = {key: np.array([row[key] for row in rows], np.int32) for key in ("prompt", "chosen", "rejected")}
-    masks = {f"{key}_mask": np.ones_like(value) for key, value in ids.items()}
-    batch = dpo_trainer.TrainingInput(**{f"{key}_ids": value for key, value in ids.items()}, **masks)
-    return dpo_trainer.DPOTrainer(load(folder), load(folder), optimizer, config), batch
+    return dpo_trainer.DPOTrainer(load(folder, dtype), load(folder, dtype), optimizer, config), [*map(made, rows)]
 
 
-def sft(folder: Path, rows: list[dict[str, list[int]]], optimizer: optax.GradientTransformation) -> tuple[Any, Any]:
-    """(trainer, batch): rows of one length, of which the completions are learned."""
+def sft(folder: Path, rows: list[list[dict]], optimizer: optax.GradientTransformation, dtype: Any, multiple: int) -> tuple[Any, list]:
+    """(trainer, batches), of which the completions are learned."""
+
+    def made(batch: list[dict[str, list[int]]]) -> peft_trainer.TrainingInput:
+        tokens, _ = padded([row["prompt"] + row["completion"] for row in batch], multiple)
+        learned = np.zeros(tokens.shape, bool)
+        for row, text in zip(learned, batch):
+            row[len(text["prompt"]) : len(text["prompt"]) + len(text["completion"])] = True
+        return peft_trainer.TrainingInput(input_tokens=tokens, input_mask=learned)
 
     def model_input(x: peft_trainer.TrainingInput) -> dict[str, jax.Array]:
-        real = jax.numpy.ones_like(x.input_mask)  # the batch's mask says what is learned
+        real = x.input_tokens != 0  # the batch's mask says what is learned
         places = dict(positions=utils.build_positions_from_mask(real), attention_mask=utils.make_causal_attn_mask(real))
         return dict(input_tokens=x.input_tokens, input_mask=x.input_mask, **places)
 
-    tokens = np.array([row["prompt"] + row["completion"] for row in rows], np.int32)
-    trainer = peft_trainer.PeftTrainer(load(folder), optimizer, peft_trainer.TrainingConfig(eval_every_n_steps=10**9))
-    learned = np.array([[False] * len(row["prompt"]) + [True] * len(row["completion"]) for row in rows])
-    batch = peft_trainer.TrainingInput(input_tokens=tokens, input_mask=learned)
-    return trainer.with_gen_model_input_fn(model_input), batch
+    trainer = peft_trainer.PeftTrainer(load(folder, dtype), optimizer, peft_trainer.TrainingConfig(eval_every_n_steps=10**9))
+    return trainer.with_gen_model_input_fn(model_input), [*map(made, rows)]
 
 
-def train(case: str, folder: Path, rows: list[dict[str, list[int]]], answer: Callable[..., None]) -> None:
+def train(
+    case: str, folder: Path, rows: list[list[dict[str, list[int]]]], dtype: str, answer: Callable[..., None], multiple: int = 1
+) -> None:
     """Train for ever. What is timed lies between two batches that Tunix's loop asks for: all that it does for one of them.
 
     Args:
         case: dpo or sft.
         folder: Hugging Face checkpoint of policy and reference, with the RoPE base that Tunix's Llama always has, 1e6.
-        answer: called after each step with its seconds, its CPU seconds and the losses of all steps so far.
+        rows: batches of token ids, none of them 0.
+        dtype: of everything: weights, moments and computation.
+        answer: called after each pass over the batches with its seconds, its CPU seconds and the losses of all steps so far.
+        multiple: of tokens, to which the texts of a batch are padded.
     """
-    trainer, batch = {"dpo": dpo, "sft": sft}[case](folder, rows, clipped_adamw())
+    trainer, batches = {"dpo": dpo, "sft": sft}[case](folder, rows, clipped_adamw(), getattr(jax.numpy, dtype), multiple)
 
     def turns() -> Iterator[Any]:
         losses = []
         while True:
-            start = time.perf_counter(), time.process_time()
-            yield batch
-            jax.block_until_ready(nnx.state((trainer.model, trainer.optimizer)))  # the loop goes on before the step has ended
-            seconds, cpu_seconds = time.perf_counter() - start[0], time.process_time() - start[1]
-            losses.append(float(trainer._prev_buffered_train_metrics.loss))  # what it will log after the next step
+            seconds, cpu_seconds = 0.0, 0.0
+            for batch in batches:
+                start = time.perf_counter(), time.process_time()
+                yield batch
+                jax.block_until_ready(nnx.state((trainer.model, trainer.optimizer)))  # the loop goes on before the step has ended
+                seconds, cpu_seconds = seconds + time.perf_counter() - start[0], cpu_seconds + time.process_time() - start[1]
+                losses.append(float(trainer._prev_buffered_train_metrics.loss))  # what it will log after the next step
             answer(seconds, cpu_seconds, losses)
 
     trainer.train(turns())

@@ -154,4 +154,5 @@ def stack(layer: type[nn.Module], length: int, remat: str, in_axes: tuple = ()) 
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=length,
+        check_constancy_invariants=False,  # which would trace each layer once more
     )
