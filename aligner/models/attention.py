@@ -16,7 +16,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from aligner.models.flash import flash
 from aligner.models.layers import scaled
 from aligner.sharding import constrain, per_device
 from aligner.types import Batch, UserError
@@ -191,6 +190,8 @@ def _by_kernel(q: Array, k: Array, v: Array, spec: Spec, softcap: float | None) 
     if BACKEND.value == "cudnn":
         run = per_device(fused, ((*heads, None), heads, heads, ("batch", None, None, None)), (*heads, None))
         return checkpoint_name(run(q, k, v, spec.mask), "context")
+    from aligner.models.flash import flash  # here alone: TPUs' kernels take a tenth of a second to import
+
     run = per_device(
         lambda q, k, v, segment, role, positions, window: flash(q, k, v, segment, role, positions, window, softcap),
         ((*heads, None), heads, heads, tokens, tokens, tokens, ()),
