@@ -240,7 +240,7 @@ def base() -> ConfigDict:
     config.data.train = data_source()
     config.data.eval = data_source()
     config.data.ptx = data_source()  # supervised rows that PPO goes on learning beside its own answers; see algorithm.ptx_coef
-    config.data.evals = ConfigDict()  # more evaluation sets, NAME = data_source(); reported apart under "dataset": NAME
+    config.data.evals = ConfigDict()  # more evaluation sets, NAME = data_source(), told under "dataset": NAME; one without a path is none
     config.data.max_length = 1024  # tokens of prompt + longer answer; longer examples are dropped and counted, never cut
     config.data.batch_size = 8  # examples per optimizer step on all devices; a pair is one
     config.data.packing = False  # put several examples into a row; batch_size then counts rows. Changes speed, not what is learned from one
