@@ -64,6 +64,15 @@ def source(args: argparse.Namespace) -> Any:
     return ConfigDict(dict(path=args.data, split=args.split, subset=None, image_folder=args.image_folder, size=args.size))
 
 
+def inputs(model: Model, disk: Any, rows: Any, formatter: str) -> dict[str, str]:
+    """What the numbers depend on beside the arguments, so that a file is not continued with others."""
+    from aligner import convert
+    from aligner.data import templates
+
+    template = templates.chat_template(model.assets)
+    return dict(model=convert.fingerprint(disk), rows=rows.identity, formatter=formatter, chat_template=template)
+
+
 def resume(partial: Path, described: dict[str, Any]) -> int:
     """How many rows a half-written file holds; a line that a kill left unfinished is cut off.
 
@@ -106,7 +115,7 @@ def json_able(row: dict[str, Any]) -> dict[str, Any]:
 def told(failed: Iterable[str], rows: int, done: str, more: str = "") -> list[str]:
     """Lines for people: how many of the rows were `done`, and why the others were not (`failed`: "kind: details" for each)."""
     reasons = Counter(reason.partition(":")[0] for reason in failed)
-    why = [f"  not {done}, {reason}: {count}" for reason, count in sorted(reasons.items())[:5]]
+    why = [f"  not {done}, {reason}: {count}" for reason, count in reasons.most_common(5)]
     return [f"{rows - reasons.total()} of {rows} rows {done}{more}", *why]
 
 

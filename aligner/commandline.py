@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from aligner.types import UserError
 from aligner.workdir import flat
@@ -31,7 +32,7 @@ def parse(argv: list[str]) -> list[str]:
     if path and not Path(path).is_file():
         others = sorted(str(file) for file in Path("configs").glob("*.py") if file.stem not in ("__init__", "common", "online"))
         raise UserError(f"--config {path} does not exist; there is {', '.join(others) or 'no folder configs here'}")
-    if {"-h", "--help", "--helpshort", "--helpfull"} & {*argv}:
+    if {"h", "?", "help", "helpshort", "helpfull"} & {argument.lstrip("-") for argument in argv[1:] if argument.startswith("-")}:
         print(help_text(argv))
         sys.exit(0)
     try:
@@ -48,7 +49,7 @@ def help_text(argv: list[str]) -> str:
     path, preset = config_file(argv)
     if path:
         settings = [f"  --config.{key}={value}" for key, value in flat(defaults(argv).to_dict()).items()]
-        told += ["", f"settings of {path}{':' * bool(preset)}{preset}; configs/common.py explains each:", *settings]
+        told += ["", f"defaults of {path}{':' * bool(preset)}{preset}; configs/common.py explains each:", *settings]
     else:
         told += ["", "with --config FILE, --help lists the settings of that config as well"]
     return "\n".join([sys.modules["__main__"].__doc__ or "", "options:", *told])
@@ -65,9 +66,13 @@ def defaults(argv: list[str]) -> Any:
     """The config as its file has it, without what the command line changes."""
     path, preset = config_file(argv)
     try:
-        return runpy.run_path(path)["get_config"](*[preset] * bool(preset))
+        get_config = runpy.run_path(path).get("get_config")
+        config = get_config and get_config(*[preset] * bool(preset))
     except Exception as broken:
         raise UserError(f"--config {path}: {_last_line(broken)}") from None
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config {path} has no function get_config that returns a ConfigDict, as configs/dpo_llava.py has")
+    return config
 
 
 def _settings(argv: list[str]) -> list[tuple[str, str | None]]:
@@ -121,7 +126,7 @@ def as_options(message: str, parser: argparse.ArgumentParser) -> str:
         option = f"--{name.replace('_', '-')}"
         return match[0] if name not in names else option if f"{option} " in options else name
 
-    return re.sub(r"config\.(\w+)(?:\.(\w+))?", argument, message)
+    return re.sub(r"config\.(data|model|against)(?:\.(\w+))?", argument, message)
 
 
 def check_out(path: str | Path, option: str = "--out") -> Path:

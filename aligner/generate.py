@@ -92,9 +92,9 @@ def run(args: argparse.Namespace) -> Path:
         repetition_penalty=args.repetition_penalty, stop_tokens=sampling.stop_tokens(model.assets), stop_strings=tuple(args.stop),
     )  # fmt: skip
     partial = out.with_name(out.name + ".partial")
-    free = ("out", "revision", "write", "min_reward", "min_margin", "batch_size", "fsdp", "size", "model", "data")
+    free = ("out", "revision", "chat_template", "write", "min_reward", "min_margin", "batch_size", "fsdp", "size", "model", "data")
     settings = {key: value for key, value in vars(args).items() if key not in free}
-    done = by_row.resume(partial, dict(settings, model=convert.fingerprint(disk), rows=rows.identity, formatter=name, sampling=str(manner)))
+    done = by_row.resume(partial, dict(settings, **by_row.inputs(model, disk, rows, name), sampling=str(manner)))
     say(f"{rows.description}, formatter {name}: {len(rows)} rows" + (f", {done} of them done before" if done else ""))
 
     mesh = sharding.make_mesh({"data": -1, "fsdp": args.fsdp})
@@ -172,6 +172,7 @@ def answer_rows(block: range, rows: Any, to_sample: Any, engine: Any, params: An
     answered = dict(zip(good, zip(texts, answers)))
     for i in block:
         record = by_row.json_able(rows[i]) | ({"prompt": plain(prompts[i])} if i in prompts else {})
+        record.pop("not_answered", None)  # of an earlier time
         if i not in answered:
             yield {**record, "not_answered": found[i]}
             continue

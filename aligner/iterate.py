@@ -53,8 +53,6 @@ def run(config: ConfigDict, workdir: Path, rounds: int, prompts: str, reward_mod
     Returns:
         The folder of the last round's model.
     """
-    from aligner import convert
-    from aligner.data.catalogue import with_template
     from aligner.run import call_setup
     from aligner.run import run as train
 
@@ -70,9 +68,6 @@ def run(config: ConfigDict, workdir: Path, rounds: int, prompts: str, reward_mod
     media = config.data.train.image_folder or (str(beside if beside.is_dir() else beside.parent) if beside.exists() else "")
     options |= {"image_folder": media} if media else {}
     options |= {"revision": config.model.revision} if config.model.revision else {}
-    if config.data.chat_template or config.data.default_template:
-        model = with_template(convert.open_model(config.model.path, config.model.revision)[0], config.data)
-        options |= {"chat_template": model.assets.chat_template} if model.assets.chat_template else {}
     folder = config.model.path
     for number in range(rounds):
         place = workdir / f"round-{number}"
@@ -80,7 +75,7 @@ def run(config: ConfigDict, workdir: Path, rounds: int, prompts: str, reward_mod
         if not export.exists():
             pairs = place / "pairs.jsonl"
             if not pairs.exists():
-                write_pairs(pairs, folder, prompts, reward_model, 1 if spin else n, options)
+                write_pairs(pairs, folder, prompts, reward_model, 1 if spin else n, options | template(folder, config))
             this = config.copy_and_resolve_references().unlock()
             this.model.path = str(folder)
             this.data.train.path = str(pairs)
@@ -101,6 +96,17 @@ def check(config: ConfigDict, rounds: int) -> None:
         raise UserError(f"--rounds is {rounds}; it must be at least 1")
     if config.algorithm.name in ONLINE:
         raise UserError(f"{config.algorithm.name} writes its own answers; a round learns from pairs, as configs/dpo_llama3.py does")
+
+
+def template(model: Any, config: ConfigDict) -> dict[str, str]:
+    """The chat template that the config asks for with this model, as an option of `aligner.generate`."""
+    from aligner import convert
+    from aligner.data.catalogue import with_template
+
+    if not (config.data.chat_template or config.data.default_template):
+        return {}
+    found = with_template(convert.open_model(model, config.model.revision)[0], config.data).assets.chat_template
+    return {"chat_template": found} if found else {}
 
 
 def write_pairs(path: Path, model: Any, prompts: str, reward_model: str, n: int, options: dict[str, Any]) -> None:

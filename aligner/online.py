@@ -329,6 +329,6 @@ def master(config: ConfigDict) -> ConfigDict:
 def forget(directory: Path, iteration: int, updates: int) -> None:
     """Remove rollouts that no checkpoint comes back to; the one before may belong to a save under way."""
     needed = {iteration, iteration - 1} | {step // updates for step in checkpoint.steps(directory) if step % updates}
-    for path in (directory / ROLLOUTS).glob("*.npz"):
-        if int(path.stem) not in needed:
+    for path in (directory / ROLLOUTS).glob("*.npz*"):  # also what a kill left of one
+        if int(path.name.partition(".")[0]) not in needed or path.suffix == ".part":
             path.unlink()

@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> Path:
     name, to_sample = find_formatter(args.formatter, rows.columns(), "data", kinds)
     loader.check_assets(model)
     partial = out.with_name(out.name + ".partial")
-    done = by_row.resume(partial, dict(model=convert.fingerprint(disk), rows=rows.identity, formatter=name, **settings(args)))
+    beside = by_row.inputs(model, disk, rows, name)
+    done = by_row.resume(partial, dict(beside, **settings(args)))
     say(f"{rows.description}, formatter {name}: {len(rows)} rows" + (f", {done} of them done before" if done else ""))
 
     mesh = sharding.make_mesh({"data": -1, "fsdp": args.fsdp})
@@ -102,7 +103,7 @@ def run(args: argparse.Namespace) -> Path:
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What decides the numbers, so that a file is not continued with others."""
-    return {name: getattr(args, name) for name in ("kind", "image_folder", "max_length", "dtype", "video_frames", "chat_template")}
+    return {name: getattr(args, name) for name in ("kind", "image_folder", "max_length", "dtype", "video_frames")}
 
 
 def answers_of(sample: Any) -> tuple[Any, tuple]:
@@ -183,7 +184,9 @@ def make_score(model: Any, kind: str) -> Any:
 
 def line(row: dict[str, Any], found: dict[str, Any]) -> str:
     """A line of the output."""
-    return json.dumps({**by_row.json_able(row), **found}, ensure_ascii=False) + "\n"
+    kept = by_row.json_able(row)
+    kept.pop("not_scored", None)  # of an earlier time
+    return json.dumps({**kept, **found}, ensure_ascii=False) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:

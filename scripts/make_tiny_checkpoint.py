@@ -545,6 +545,8 @@ def main() -> None:
     out, family, data_out, seed = (args.pop(name) for name in ("out", "family", "data_out", "seed"))
     n_train, n_heldout = args.pop("train_rows"), args.pop("heldout_rows")
     given = {name: value for name, value in args.items() if value is not None}
+    if data_out and (odd := [n for n in (n_train, n_heldout) if n < 2 or n % 2]):
+        parser.error(f"{odd[0]} rows: the number must be even, because each row has a twin, and at least 2")
     if low := [name for name, value in given.items() if value < 1]:
         parser.error(f"--{low[0].replace('_', '-')} is {given[low[0]]}; it must be at least 1")
     if family == "llama" and (wrong := [name for name in given if name.startswith(("image", "patch", "vision"))]):
@@ -561,7 +563,7 @@ def main() -> None:
             make_pictures(data_out, n_train, n_heldout, seed, size=given.get("image_size", 32))
             print(f"made {n_train} training and {n_heldout} held-out rows in {data_out}")
     except (UserError, StrictDataclassError) as error:  # the latter from transformers: sizes that do not go together
-        parser.error(str(error).strip().splitlines()[-1].strip())
+        parser.error(str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: "))
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ def test_sharegpt_prompts_lose_the_answer_that_stands_there(folder, tmp_path):
     (["--write", "best"], "--write best needs --reward-model"),
     (["--n", "0"], "--n is 0"),
     (["--chat-template", "nope"], "--chat-template is 'nope', which is no file"),
+    (["--chat-template", "n" * 300], "which cannot be read"),
     (["--top-p", "1.5"], "--top-p is 1.5"),
     (["--n", "2", "--temperature", "0"], "would write the same answer 2 times"),
     (["--reward-model", "LM", "--n", "2"], "has no score head, so it is no reward model"),

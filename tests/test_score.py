@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import aligner
-from aligner import convert, score
+from aligner import by_row, convert, score
 from scripts.make_tiny_checkpoint import make_llama
 
 PAIRS = [
@@ -99,3 +99,28 @@ def test_bad_input_is_one_sentence(folder, capsys, changes, words):
     assert score.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and words in error and error.count("\n") == 1
+
+
+def test_why_rows_were_not_scored_is_told_by_the_commonest_reason():
+    failed = [*["z: 41 tokens"] * 9, *"abcde"]
+    lines = by_row.told(failed, 20, "scored")
+    assert lines[:2] == ["6 of 20 rows scored", "  not scored, z: 9"] and len(lines) == 6
+
+
+def test_a_row_scored_again_is_not_said_to_have_failed():
+    assert json.loads(score.line({"prompt": "p", "not_scored": "too long"}, {"rewards": [1.0]})) == {"prompt": "p", "rewards": [1.0]}
+
+
+def test_another_chat_template_does_not_go_on_with_a_file(folder, monkeypatch):
+    template = folder / "t.jinja"
+    template.write_text("{{ messages }}")
+    again = command(folder, "template.jsonl", "lm", "--kind", "logprob", "--chat-template", str(template))
+
+    def torn(row, found):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "line", torn)
+        assert score.main(again) == 130
+    template.write_text("{{ messages }}!")
+    assert score.main(again) == 2

@@ -174,8 +174,11 @@ def find(value: str, key: str) -> str:
         return template(named)
     if "{%" in value or "{{" in value:
         return value
-    if Path(value).expanduser().is_file():
-        return Path(value).expanduser().read_text(encoding="utf-8")
+    try:
+        if Path(value).expanduser().is_file():
+            return Path(value).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:  # too long for a name; not to be read; no text
+        raise UserError(f"config.{key} is {value[:80]!r}, which cannot be read: {error}") from None
     near = difflib.get_close_matches(value, NAMED, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise UserError(f"config.{key} is {value!r}, which is no file, no Jinja text and no name; {hint}names are {', '.join(NAMED)}.")
