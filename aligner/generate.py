@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> Path:
     partial = out.with_name(out.name + ".partial")
     free = ("out", "revision", "chat_template", "write", "min_reward", "min_margin", "batch_size", "fsdp", "size", "model", "data")
     settings = {key: value for key, value in vars(args).items() if key not in free}
-    done = by_row.resume(partial, dict(settings, **by_row.inputs(model, disk, rows, name), sampling=str(manner)))
+    done = by_row.resume(partial, settings | by_row.inputs(model, disk, rows, name) | {"sampling": str(manner)})
     say(f"{rows.description}, formatter {name}: {len(rows)} rows" + (f", {done} of them done before" if done else ""))
 
     mesh = sharding.make_mesh({"data": -1, "fsdp": args.fsdp})

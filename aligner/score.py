@@ -73,8 +73,7 @@ def run(args: argparse.Namespace) -> Path:
     name, to_sample = find_formatter(args.formatter, rows.columns(), "data", kinds)
     loader.check_assets(model)
     partial = out.with_name(out.name + ".partial")
-    beside = by_row.inputs(model, disk, rows, name)
-    done = by_row.resume(partial, dict(beside, **settings(args)))
+    done = by_row.resume(partial, by_row.inputs(model, disk, rows, name) | settings(args))
     say(f"{rows.description}, formatter {name}: {len(rows)} rows" + (f", {done} of them done before" if done else ""))
 
     mesh = sharding.make_mesh({"data": -1, "fsdp": args.fsdp})
