@@ -20,7 +20,7 @@ def write(path: Path, **arrays: np.ndarray | str) -> None:
     beside = part(path)
     with beside.open("wb") as file:
         file.write(whole.getbuffer())
-        file.write(_checksum(whole.getbuffer()))
+        file.write(checksum(whole.getbuffer()))
     os.replace(beside, path)
 
 
@@ -30,7 +30,7 @@ def read(path: Path) -> dict[str, np.ndarray] | None:
         data = path.read_bytes()
     except OSError:
         return None
-    if _checksum(memoryview(data)[:-4]) != data[-4:]:
+    if checksum(memoryview(data)[:-4]) != data[-4:]:
         return None
     with np.load(io.BytesIO(data)) as stored:
         return dict(stored)
@@ -41,5 +41,6 @@ def part(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.part")
 
 
-def _checksum(data: memoryview) -> bytes:
+def checksum(data: bytes | memoryview) -> bytes:
+    """Four bytes that another content hardly has."""
     return zlib.crc32(data).to_bytes(4, "little")

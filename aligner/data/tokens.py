@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from aligner.arrays import checksum
 from aligner.data.templates import Encoded
 
 
@@ -22,13 +22,13 @@ def pack(encoded: Encoded) -> bytes:
     arrays = [head, encoded.prompt, *encoded.answers]
     masks = [mask.astype(np.uint8) for mask in encoded.scored or ()]
     data = b"".join(array.tobytes() for array in (*arrays, *masks)) + values
-    return zlib.crc32(data).to_bytes(4, "little") + data
+    return checksum(data) + data
 
 
 def unpack(data: bytes) -> Encoded | None:
     """The example that `pack` made bytes of; None where they are not those bytes any more."""
-    checksum, data = data[:4], data[4:]
-    if zlib.crc32(data).to_bytes(4, "little") != checksum:
+    noted, data = data[:4], data[4:]
+    if checksum(data) != noted:
         return None
     prompt, count, masked = np.frombuffer(data, np.int32, 3).tolist()
     lengths = np.frombuffer(data, np.int32, count, offset=12)
