@@ -93,12 +93,12 @@ def load(folder: Path, dtype: Any = None, mesh: jax.sharding.Mesh | None = None)
 
 
 def padded(texts: list[list[int]], multiple: int, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [N,T] and which of them are real, T the next multiple of a number; zeros stand behind or before a text."""
+    """Token ids [N,T] and 1 where they are real, T the next multiple of a number; zeros stand behind or before a text."""
     width = -(-max(map(len, texts)) // multiple) * multiple
-    ids, real = np.zeros((len(texts), width), np.int32), np.zeros((len(texts), width), bool)
+    ids, real = np.zeros((2, len(texts), width), np.int32)
     for row, text in enumerate(texts):
         place = slice(width - len(text), width) if left else slice(len(text))
-        ids[row, place], real[row, place] = text, True
+        ids[row, place], real[row, place] = text, 1
     return ids, real
 
 
@@ -106,12 +106,14 @@ def dpo(folder: Path, rows: list[list[dict]], optimizer: optax.GradientTransform
     """(trainer, batches), padded as Tunix's own tokenizing does it: prompts from the left, answers from the right."""
 
     def made(batch: list[dict[str, list[int]]]) -> dpo_trainer.TrainingInput:
-        texts = {key: [row[key] for row in batch] for key in ("prompt", "chosen", "rejected")}
-        answers = padded(texts["chosen"] + texts["rejected"], multiple)  # one width for both, which the trainer wants
-        given = {"prompt": padded(texts["prompt"], multiple, left=True)}
-        given |= {key: [half[part] for half in map(np.array_split, answers, (2, 2))] for part, key in enumerate(("chosen", "rejected"))}
-        ids = {f"{key}_ids": value for key, (value, _) in given.items()}
-        return dpo_trainer.TrainingInput(**ids, **{f"{key}_mask": real.astype(np.int32) for key, (_, real) in given.items()})
+        prompts, asked = padded([row["prompt"] for row in batch], multiple, left=True)
+        # one width for both answers, which the trainer wants
+        answers, real = padded([row[key] for key in ("chosen", "rejected") for row in batch], multiple)
+        (chosen, rejected), (chosen_mask, rejected_mask) = np.split(answers, 2), np.split(real, 2)
+        return dpo_trainer.TrainingInput(
+            prompt_ids=prompts, chosen_ids=chosen, rejected_ids=rejected,
+            prompt_mask=asked, chosen_mask=chosen_mask, rejected_mask=rejected_mask,
+        )  # fmt: skip
 
     config = dpo_trainer.DPOTrainingConfig(eval_every_n_steps=10**9, beta=BETA)
     return dpo_trainer.DPOTrainer(load(folder, dtype), load(folder, dtype), optimizer, config), [*map(made, rows)]
