@@ -15,7 +15,7 @@ import signal
 import sys
 from pathlib import Path
 
-from aligner.hugepages import restart_with_huge_pages
+from aligner.allocator import restart_with_huge_pages
 from aligner.stopping import Stopped, end_quietly, nothing_to_save
 
 if __name__ == "__main__":  # first of all: what is imported below takes its time

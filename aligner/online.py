@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from aligner import algorithms, checkpoint, convert, lora, metrics, optim, sharding, state, workdir
+from aligner import algorithms, allocator, checkpoint, convert, lora, metrics, optim, sharding, state, workdir
 from aligner.algorithms import ppo
 from aligner.algorithms.grpo import PENALISED, reference_params
 from aligner.check import check_config
@@ -267,6 +267,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                     bar(step, values)
                     if step == 1:
                         say(f"first step {time.monotonic() - started:.1f} s after the start, compilation included")
+                        allocator.give_back()
                     if step % config.log.every == 0 or step in (1, steps):
                         write(step, "train", values | {"num_tokens": host["num_tokens"], "example_ids_hash": ids_hash(ids)})
                     if step % config.checkpoint.every == 0 or step == steps:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from aligner import algorithms, checkpoint, convert, lora, metrics, optim, quant, sharding, state, workdir
+from aligner import algorithms, allocator, checkpoint, convert, lora, metrics, optim, quant, sharding, state, workdir
 from aligner.check import check_config
 from aligner.console import progress, say, short, tracing
 from aligner.convert import peft
@@ -199,6 +199,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                     if first:
                         jax.block_until_ready(found)
                         say(f"first step {time.monotonic() - started:.1f} s after the start, compilation included")
+                        allocator.give_back()
                         first = False
                     saves = step % config.checkpoint.every == 0 or step == steps
                     if saves or due(step):

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from aligner import algorithms, convert, lora, optim, sharding, state
+from aligner.allocator import give_back
 from aligner.data.layout import pair_row, shape_of
 from aligner.data.templates import Encoded
 from aligner.models import attention
@@ -87,6 +88,7 @@ def make_steps(
         box = [state.create(trainable, optimizer, algorithm.carry, config.seed, mesh)]
         del trainable
         compiled = jit_train_step(config, algorithm, optimizer, schedule, box[0], mesh).lower(box[0], fixed, batches[0]).compile()
+    give_back()  # as `aligner.run` does after its first step
 
     def call() -> float:
         for batch in batches:

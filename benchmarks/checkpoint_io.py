@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from aligner.hugepages import restart_with_huge_pages
+from aligner.allocator import restart_with_huge_pages
 from benchmarks import machine, sides, torch_sides
 
 SHAPE = dict(hidden=1024, layers=16, heads=16, kv_heads=8, intermediate=2816, vocabulary=32000)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aligner.hugepages import restart_with_huge_pages
+from aligner.allocator import restart_with_huge_pages
 from benchmarks import machine, sides, torch_sides
 
 SHAPE = dict(hidden=512, layers=8, heads=8, kv_heads=4, intermediate=1408, vocabulary=32000)

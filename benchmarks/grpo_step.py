@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aligner.hugepages import restart_with_huge_pages
+from aligner.allocator import restart_with_huge_pages
 from benchmarks import machine, sides, torch_sides
 from benchmarks.dpo_step import SHAPE
 from benchmarks.tunix_step import ROPE_THETA

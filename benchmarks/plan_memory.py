@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import random
@@ -25,6 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aligner.allocator import give_back
 from benchmarks.machine import cpu_name, forget_peak, resident_mib
 from benchmarks.sides import MARK
 
@@ -97,11 +97,6 @@ def command(case: Case, folder: Path) -> list[str]:
     }  # fmt: skip
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
     return [f"--config=configs/{case.config}.py", f"--workdir={folder / 'run'}", *flags]
-
-
-def give_back() -> None:
-    """Return freed memory to the system, so that resident memory is what is held."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def measure(argv: list[str]) -> int:

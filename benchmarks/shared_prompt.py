@@ -22,7 +22,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from aligner.hugepages import restart_with_huge_pages
+from aligner.allocator import restart_with_huge_pages
 from benchmarks import machine
 
 PAIRS = 2

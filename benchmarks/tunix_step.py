@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aligner.hugepages import restart_with_huge_pages
+from aligner.allocator import restart_with_huge_pages
 from benchmarks import machine, sides
 from benchmarks.dpo_step import OURS, SHAPE, pairs
 

@@ -276,7 +276,7 @@ class DecoderModel(nn.Module):
         if self.is_initializing():
             one = jnp.ones((1, 1, 1))
             nothing = cross.Seen(None, jnp.zeros((1, 1, c.hidden_size)), jnp.ones((1, 1, 1, 1), bool), one, one)
-            stack(cross.CrossLayer, len(c.cross_layers), "none", in_axes=(nn.broadcast,))(c, MLP, name="cross_layers")(x, nothing)
+            stack(cross.CrossLayer, len(c.cross_layers), "none", x.dtype, in_axes=(nn.broadcast,))(c, MLP, name="cross_layers")(x, nothing)
             return None
         params = self.variables["params"]["cross_layers"]
         if states is not None:
@@ -290,7 +290,7 @@ class DecoderModel(nn.Module):
         c = self.config
         numbers = [jnp.asarray(of or (0,) * c.num_hidden_layers, jnp.int32) for of in (c.window_of_layer, c.rope_of_layer)]
         numbers += [jnp.arange(c.num_hidden_layers), jnp.asarray(crossings(c), jnp.int32)]
-        layers = stack(Layer, c.num_hidden_layers, self.remat, in_axes=(nn.broadcast,) * 4 + (0,) * 4)
+        layers = stack(Layer, c.num_hidden_layers, self.remat, x.dtype, in_axes=(nn.broadcast,) * 4 + (0,) * 4)
         x, load = layers(c, name="layers")(x, specs, tables, deep, here, *numbers)
         if load is not None:
             for name, value in zip(("router_count", "router_probability"), load):

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from aligner import lora
+from aligner.matmul import dot
 from aligner.quant import matmul
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -103,7 +104,22 @@ def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float, wid
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
     if wide or plus_one:
         return (y * (scale.astype(y.dtype) + plus_one)).astype(x.dtype)
-    return y.astype(x.dtype) * scale.astype(x.dtype)
+    return _by_feature(y.astype(x.dtype), scale.astype(x.dtype))
+
+
+@jax.custom_vjp
+def _by_feature(x: Float[Array, "... D"], scale: Float[Array, "D"]) -> Float[Array, "... D"]:
+    """`x * scale`. Autodiff would round each part of the scale's gradient before it adds them up, and a CPU takes four times as long to."""
+    return x * scale
+
+
+def _by_feature_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, scale = residuals
+    parts, leading = at_least_float32(x) * at_least_float32(g), tuple(range(x.ndim - 1))
+    return g * scale, dot(jnp.ones(x.shape[:-1], parts.dtype), parts, (leading, leading)).astype(scale.dtype)
+
+
+_by_feature.defvjp(lambda x, scale: (x * scale, (x, scale)), _by_feature_backward)
 
 
 class LayerNorm(nn.Module):
@@ -137,15 +153,19 @@ REMAT: dict[str, Callable | None] = {
 }
 
 
-def stack(layer: type[nn.Module], length: int, remat: str, in_axes: tuple = ()) -> type[nn.Module]:
+def stack(layer: type[nn.Module], length: int, remat: str, dtype: jnp.dtype, in_axes: tuple = ()) -> type[nn.Module]:
     """A module class that runs `length` copies of `layer` in a scan, their parameters stacked on axis 0.
 
     Args:
         layer: `__call__(carry, *arguments) -> (carry, collected)`.
         length: number of layers.
         remat: a key of REMAT.
+        dtype: of the computation.
         in_axes: for every further argument `nn.broadcast`, if all layers get it alike, or the axis along which it is dealt out.
     """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    # a loop on a CPU keeps a float32 copy of what it keeps in bfloat16; without one, what is computed again would be found equal and kept
+    unrolled = device is not None and device.platform == "cpu" and dtype == jnp.bfloat16 and remat == "none"
     if REMAT[remat] is not None:
         layer = nn.remat(layer, policy=REMAT[remat], prevent_cse=False)
     return nn.scan(
@@ -154,5 +174,6 @@ def stack(layer: type[nn.Module], length: int, remat: str, in_axes: tuple = ()) 
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=length,
+        unroll=length if unrolled else 1,
         check_constancy_invariants=False,  # which would trace each layer once more
     )

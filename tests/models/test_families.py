@@ -12,6 +12,7 @@ from aligner.models import SUPPORTED, decoder, from_hf, pictures, towers, vision
 from aligner.models.layers import ACTIVATIONS, REMAT, LayerNorm, Linear, RMSNorm
 from aligner.sharding import tree_paths
 from aligner.types import Media, UserError
+from tests.invariance import step
 from tests.models import tiny
 
 
@@ -206,6 +207,32 @@ def test_rms_norm_rounds_before_the_weight():
     wide = x.astype(jnp.float32)
     rounded = (wide / jnp.sqrt(jnp.mean(wide**2, -1, keepdims=True) + 1e-5)).astype(jnp.bfloat16)
     np.testing.assert_array_equal(RMSNorm(1e-5).apply({"params": {"scale": scale}}, x), rounded * scale)
+
+
+def test_a_norms_weight_has_a_gradient_that_is_rounded_once():
+    """In bfloat16 the parts of the sum over tokens were rounded each; they are added as they are."""
+    rng = np.random.default_rng(0)
+    x, g = (jnp.asarray(rng.standard_normal((2, 512, 4)), jnp.bfloat16) for _ in range(2))
+    norm = lambda scale: RMSNorm(1e-5).apply({"params": {"scale": scale}}, x)
+    found = jax.vjp(norm, jnp.ones(4, jnp.bfloat16))[1](g)[0]
+    parts = np.float64(norm(jnp.ones(4, jnp.bfloat16))) * np.float64(g)
+    np.testing.assert_array_equal(found, jnp.asarray(parts.sum((0, 1)), jnp.bfloat16))
+
+
+@pytest.mark.parametrize("dtype,remat,loops", [("bfloat16", "none", False), ("bfloat16", "full", True), ("float32", "none", True)])
+def test_layers_are_a_loop_but_where_a_cpu_would_copy_what_it_keeps(dtype, remat, loops):
+    model = from_hf(tiny.llama_config())
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), tiny.perturbed(model))
+    batch = model.inputs({"input_ids": np.arange(6)[None]})
+    loss = lambda params: jnp.sum(model.apply(params, batch, remat=remat).hidden.astype(jnp.float32))
+    looped = jax.jit(jax.grad(loss)).lower(params)  # without a mesh nobody knows what the program is for
+    with jax.set_mesh(step.one_device()):
+        lowered = jax.jit(jax.grad(loss)).lower(params)
+    assert "stablehlo.while" in looped.as_text()
+    assert ("stablehlo.while" in lowered.as_text()) == loops
+    if not loops:
+        close = lambda x, y: np.testing.assert_allclose(np.float32(x), np.float32(y), rtol=0.05, atol=0.02)
+        jax.tree.map(close, lowered.compile()(params), looped.compile()(params))
 
 
 def test_layer_norm():
