@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict
 
 from aligner import workdir
-from aligner.commandline import parse
-from aligner.main import CONFIG, WORKDIR, start_jax
+from aligner.main import CONFIG, WORKDIR, cli, start_jax
 from aligner.types import UserError
 
 FLAGS = flags.FLAGS
@@ -166,8 +164,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     define_flags()
-    try:
-        app.run(main, flags_parser=parse)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    cli(main)

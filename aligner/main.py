@@ -13,6 +13,7 @@ import gc
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from aligner.allocator import restart_with_huge_pages
@@ -66,12 +67,8 @@ def main(argv: list[str]) -> int:
         start_jax()
         from aligner import remote
 
-        try:
-            with remote.local(WORKDIR.value) as folder:
-                train(CONFIG.value, folder)
-        except Stopped as stopped:
-            print(f"stopped; the same command goes on from here: {WORKDIR.value}", file=sys.stderr)
-            return 130 if stopped.args[0] == signal.SIGINT else CONFIG.value.checkpoint.requeue_code
+        with remote.local(WORKDIR.value) as folder:
+            train(CONFIG.value, folder)
     return 0
 
 
@@ -92,9 +89,13 @@ def train(config: ConfigDict, directory: str) -> None:
         run(config, directory)
 
 
-def cli() -> None:
+def cli(program: Callable[[list[str]], int] = main) -> None:
+    """Run a program that trains; whatever ends it before its time is told in a sentence, and by the exit status."""
     try:
-        app.run(main, flags_parser=parse)
+        app.run(program, flags_parser=parse)
+    except Stopped as stopped:
+        print(f"stopped; the same command goes on from here: {WORKDIR.value}", file=sys.stderr)
+        sys.exit(130 if stopped.args[0] == signal.SIGINT else CONFIG.value.checkpoint.requeue_code)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if isinstance(error, SaveError):

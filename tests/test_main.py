@@ -4,15 +4,19 @@ import contextlib
 import io
 import json
 import shutil
+import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from absl import flags
 from PIL import Image
 
 from aligner import main, run
+from aligner.stopping import Stopped
 from aligner.types import SaveError, UserError
+from configs import common
 from tests.resume import runs
 from tests.resume.runs import ROOT, demo
 
@@ -335,3 +339,19 @@ def test_a_save_that_failed_ends_the_process_at_once(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main.cli()
     assert ended == [2] and "error: a checkpoint could not be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_any_program_that_trains_tells_that_it_was_stopped(monkeypatch, capsys, number, code):
+    """`aligner.iterate`, too, whose rounds are runs."""
+
+    def stop(*args, **kwargs):
+        raise Stopped(number)
+
+    monkeypatch.setattr(main.app, "run", stop)
+    monkeypatch.setattr(main, "WORKDIR", SimpleNamespace(value="runs/rounds"))
+    monkeypatch.setattr(main, "CONFIG", SimpleNamespace(value=common.base()))
+    main.CONFIG.value.checkpoint.requeue_code = 75
+    with pytest.raises(SystemExit) as end:
+        main.cli(lambda argv: 0)
+    assert end.value.code == code and capsys.readouterr().err == "stopped; the same command goes on from here: runs/rounds\n"

@@ -18,19 +18,25 @@ from aligner import lora
 from aligner.matmul import dot
 from aligner.quant import matmul
 
+
+def at_least_float32(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def rounded_once(activation: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """In at least float32, as PyTorch computes its own; in bfloat16 every step between would be rounded, and take longer."""
+    return lambda x: activation(at_least_float32(x)).astype(x.dtype)
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": rounded_once(jax.nn.silu),
+    "swish": rounded_once(jax.nn.silu),
+    "gelu": rounded_once(lambda x: jax.nn.gelu(x, approximate=False)),
+    "gelu_pytorch_tanh": rounded_once(lambda x: jax.nn.gelu(x, approximate=True)),
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(scaled(x, 1.702)),
     "relu": jax.nn.relu,
 }
-
-
-def at_least_float32(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def scaled(x: Array, by: float) -> Array:

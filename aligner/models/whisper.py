@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -81,8 +80,8 @@ class WhisperEncoder(nn.Module):
     @nn.compact
     def __call__(self, spectrograms: Float[Array, "N T M"], frames: Int[Array, "N"]) -> Float[Array, "N P D"]:
         c, width, scale = self.config, self.config.layers.hidden_size, self.config.layers.initializer_range
-        x = jax.nn.gelu(Convolution(width, 1, scale, name="conv1")(spectrograms), approximate=False)
-        x = jax.nn.gelu(Convolution(width, 2, scale, name="conv2")(x), approximate=False)
+        x = ACTIVATIONS["gelu"](Convolution(width, 1, scale, name="conv1")(spectrograms))
+        x = ACTIVATIONS["gelu"](Convolution(width, 2, scale, name="conv2")(x))
         positions = Embed(c.max_source_positions, width, scale, name="embed_positions")(jnp.arange(c.max_source_positions))
         x = constrain(x + positions.astype(x.dtype), "batch", None, None)
         heard = jnp.arange(c.max_source_positions) < (frames[:, None] + 1) // 2
