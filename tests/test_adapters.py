@@ -165,7 +165,7 @@ def test_dropout_scales_what_it_keeps_and_differs_by_layer():
 
     a = jnp.broadcast_to(jnp.eye(64), (2, 64, 64))
     up = {"kernel": 0 * a, "lora_a": a, "lora_b": a, "lora_scale": jnp.ones(2), "lora_dropout": jnp.full(2, 0.25)}
-    _, y = stack(Layer, 2, "full", in_axes=())().apply({"params": {"up": up}}, jnp.ones((100, 64)), rngs=rngs(jax.random.key(0)))
+    _, y = stack(Layer, 2, "full", jnp.float32)().apply({"params": {"up": up}}, jnp.ones((100, 64)), rngs=rngs(jax.random.key(0)))
     assert set(np.unique(np.asarray(y).round(5))) == {0.0, np.float32(1.33333)}
     assert abs(float(y.mean()) - 1) < 0.02 and bool((y[0] != y[1]).any())
 
