@@ -20,6 +20,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,6 +121,7 @@ def measure(argv: list[str]) -> int:
             if step == 2:
                 living = jax.block_until_ready(jax.live_arrays())
                 held["arrays"] = sum(array.nbytes for array in living) / 2**20
+                time.sleep(1)  # results are there a moment before the program's temporaries are given up
                 give_back()
                 held["before"] = resident_mib() - held["arrays"]
                 forget_peak()
