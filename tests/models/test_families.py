@@ -231,8 +231,10 @@ def test_layers_are_a_loop_but_where_a_cpu_would_copy_what_it_keeps(dtype, remat
     assert "stablehlo.while" in looped.as_text()
     assert ("stablehlo.while" in lowered.as_text()) == loops
     if not loops:
-        close = lambda x, y: np.testing.assert_allclose(np.float32(x), np.float32(y), rtol=0.05, atol=0.02)
-        jax.tree.map(close, lowered.compile()(params), looped.compile()(params))
+        largest = lambda x: np.abs(np.float32(x)).max()
+        near = lambda x, y: largest(x - y) <= 0.02 * largest(y)  # a few roundings of bfloat16, 0.4 % each
+        alike = jax.tree.map(near, lowered.compile()(params), looped.compile()(params))
+        assert all(jax.tree.leaves(alike)), alike
 
 
 def test_layer_norm():
