@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from aligner.losses.distillation import generalized_jsd, generalized_jsd_gradient
 from aligner.losses.partial_distillation import few_tokens_jsd, likeliest
 from aligner.matmul import dot, dot_turned, weight_gradient
-from aligner.sharding import constrain
+from aligner.sharding import alone, constrain
 from aligner.types import Head
 
 CHUNK_ELEMENTS = 2**26  # logits held at once, per part of the batch: 256 MiB in float32
@@ -186,8 +186,7 @@ def _scan(body, carry, chunks):
 
 def _target_logit(logits, targets):
     """The logit of every target. Where the vocabulary may be sharded, by a mask, which stays local; else by a gather."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if alone():
         return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jnp.sum(jnp.where(_is_target(logits, targets), logits, 0), axis=-1)
 

@@ -7,6 +7,7 @@ one; asking for a bfloat16 result of bfloat16 operands costs more still, on ever
 import functools
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ from flax import struct
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
+
+from aligner.sharding import alone
 
 FEW_ROWS = 64  # rows of x up to which a CPU multiplies a turned kernel from the left
 TURNED = re.compile(r"(^|/)(layers/\d+/.*|lm_head)/kernel$")
@@ -51,16 +54,26 @@ matmul.defvjp(_forward, _backward)
 def weight_gradient(x: Float[Array, "... K"], g: Float[Array, "... N"]) -> Float[Array, "K N"]:
     """The gradient of `x @ w` by w: `x` and `g` contracted over every leading axis, in at least float32."""
     leading = tuple(range(x.ndim - 1))
-    plain = functools.partial(dot, contract=(leading, leading))
-    if x.dtype != jnp.bfloat16:
-        return plain(x, g)
-    return lax.platform_dependent(x, g, cpu=_weight_gradient_cpu, default=plain)
+    return on_one_cpu(_weight_gradient_cpu, functools.partial(dot, contract=(leading, leading)), x, g)
 
 
 def _weight_gradient_cpu(x, g):
-    """XLA's CPU backend runs a bfloat16 product over the leading axis at float32 speed; a transpose forced into memory avoids that."""
+    """A CPU's products want x turned. XLA would do it in the pass that makes x, at several times a transpose's cost, or in bfloat16 widen
+    all to float32: so x is turned apart, or not at all where it is the wider of two in float32."""
     x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    return dot(with_layout_constraint(x.T, Layout(major_to_minor=(0, 1))), g, ((1,), (0,)))
+    if x.dtype != jnp.bfloat16 and x.shape[1] > g.shape[1]:
+        return dot(x, g, ((0,), (0,)))
+    return dot(turned(x), g, ((1,), (0,)))
+
+
+def on_one_cpu(form: Callable[..., Array], default: Callable[..., Array], *arrays: Array) -> Array:
+    """`form` of the arrays in a program for one CPU, else `default`: what is turned in memory is not cut over devices."""
+    return lax.platform_dependent(*arrays, cpu=form, default=default) if alone() else default(*arrays)
+
+
+def turned(x: Float[Array, "... M N"]) -> Float[Array, "... N M"]:
+    """The transpose of each matrix, in memory, by a pass of its own."""
+    return with_layout_constraint(x.swapaxes(-1, -2), Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 @struct.dataclass

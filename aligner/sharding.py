@@ -93,12 +93,17 @@ def param_shardings(abstract: Params, rules: Sequence[tuple[str, tuple[str | Non
     return jax.tree_util.tree_map_with_path(one, abstract)
 
 
+def alone() -> bool:
+    """Whether the program that is being built is for one device, with a mesh or without."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """Ask the compiler to lay an activation out by logical axes; nothing happens without a mesh of more than one device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if alone():
         return x
-    return jax.lax.with_sharding_constraint(x, spec_for(logical, x.shape, mesh))
+    return jax.lax.with_sharding_constraint(x, spec_for(logical, x.shape, jax.sharding.get_abstract_mesh()))
 
 
 def per_device(
@@ -117,9 +122,9 @@ def per_device(
     """
 
     def run(*arguments: jax.Array) -> jax.Array:
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty or mesh.size == 1:
+        if alone():
             return function(*arguments)
+        mesh = jax.sharding.get_abstract_mesh()
         specs = tuple(spec_for(logical, x.shape, mesh) for logical, x in zip(into, arguments, strict=True))
         shape = jax.eval_shape(function, *arguments).shape
         parts = [part for logical, spec in zip(into, specs) for axis, part in zip(logical, spec) if summed and axis == summed]

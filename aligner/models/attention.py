@@ -12,10 +12,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from aligner.models import products
 from aligner.models.layers import scaled
 from aligner.sharding import constrain, per_device
 from aligner.types import Batch, UserError
@@ -232,32 +234,23 @@ def _reference(
     length = q.shape[3]
     size = max(BLOCK, -(-length // MAX_BLOCKS)) if spec.backwards else length
     ends = [min(start + size, length) for start in range(0, length, size)]
+    sizes = [end - start for start, end in zip([0, *ends], ends)]
+    queries, parts = lax.split(q, sizes, axis=3), [lax.split(x, sizes, axis=2) if spec.backwards else (x,) for x in (k, v)]
     blocks = []
-    for start, end in zip([0, *ends], ends):
+    for i, (start, end) in enumerate(zip([0, *ends], ends)):
         here, upto = slice(start, end), slice(0, end if spec.backwards else k.shape[2])
         part = mask[..., here, upto]
         seen = (part,) if spec.media is None else apart(part, spec.media[:, here], media[:, upto])
         bias = None if slopes is None else bend(slopes, spec.positions[:, here], keys[:, upto])
-        blocks.append(_attend(q[..., here, :], k[:, :, upto], v[:, :, upto], seen, bias, softcap))
+        # of parts put together the gradients are parts added; of slices they would be as many arrays of the whole length
+        keys_and_values = (jnp.concatenate(x[: i + 1], axis=2) for x in parts)
+        blocks.append(_attend(queries[i], *keys_and_values, seen, bias, softcap))
     return checkpoint_name(jnp.concatenate(blocks, axis=3) if len(blocks) > 1 else blocks[0], "context")
 
 
 def bend(slopes: Float[Array, "K G 1 1"], queries: Int[Array, "B t"], keys: Int[Array, "B s"]) -> Float[Array, "B K G t s"]:
     """ALiBi's part of the logits, from the positions of queries and keys."""
     return -slopes * (queries[:, :, None] - keys[:, None, :])[:, None, None].astype(slopes.dtype)
-
-
-@jax.custom_jvp
-def softmax(x: Float[Array, "... S"]) -> Float[Array, "... S"]:
-    """Over the last axis. The backward pass keeps the result alone, `jax.nn.softmax` the exponentials too."""
-    y = jnp.exp(x - jnp.max(x, axis=-1, keepdims=True))
-    return y / jnp.sum(y, axis=-1, keepdims=True)
-
-
-@softmax.defjvp
-def _softmax_jvp(primals, tangents):
-    y, x_dot = softmax(*primals), *tangents
-    return y, y * (x_dot - jnp.sum(y * x_dot, axis=-1, keepdims=True))
 
 
 def _attend(
@@ -270,21 +263,19 @@ def _attend(
 ) -> Float[Array, "B K G t H"]:
     """Softmax of all logits of these queries and keys at once; q is already scaled. With several masks, the sum of a softmax under each."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    precision = None if q.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
     # the heads that share a key are one matrix, from here to the end: the backward pass keeps the weights in one shape
     flat = q.reshape(*q.shape[:2], -1, q.shape[-1])
     repeat = lambda x: jnp.broadcast_to(x, (*x.shape[:2], *q.shape[2:4], x.shape[-1])).reshape(*x.shape[:2], -1, x.shape[-1])
-    logits = jnp.einsum("bkth,bksh->bkts", flat, k, preferred_element_type=wide, precision=precision)
+    logits = products.logits(flat, k)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     if bias is not None:
         logits = logits + repeat(bias.astype(wide))
     masks = [repeat(mask[:, :, None]) for mask in masks]
-    under = lambda mask: softmax(jnp.where(mask, logits, jnp.finfo(wide).min))
+    under = lambda mask: products.mix(jnp.where(mask, logits, jnp.finfo(wide).min), v)
     if len(masks) > 1:
         # a query that sees nothing under a mask takes nothing from it; the softmax of nothing but masked logits would be even over all
-        weights = sum(jnp.where(mask, under(mask), 0) for mask in masks)
+        out = sum(jnp.where(jnp.any(mask, axis=-1, keepdims=True), under(mask), 0) for mask in masks)
     else:
-        weights = under(*masks) if masks else softmax(logits)
-    out = jnp.einsum("bkts,bksh->bkth", weights.astype(v.dtype), v, preferred_element_type=wide, precision=precision)
-    return out.astype(q.dtype).reshape(q.shape)
+        out = under(*masks) if masks else products.mix(logits, v)
+    return out.reshape(q.shape)
