@@ -23,12 +23,16 @@ FEW_ROWS = 64  # rows of x up to which a CPU multiplies a turned kernel from the
 TURNED = re.compile(r"(^|/)(layers/\d+/.*|lm_head)/kernel$")
 
 
+def accumulated(dtype: jnp.dtype) -> dict[str, Any]:
+    """What every product of this dtype is asked for: to be accumulated and returned in at least float32."""
+    # float32 operands mean float32 products: TPUs would otherwise round them to bfloat16, GPUs to TF32
+    precision = None if dtype == jnp.bfloat16 else lax.Precision.HIGHEST
+    return {"precision": precision, "preferred_element_type": jnp.promote_types(dtype, jnp.float32)}
+
+
 def dot(x: Array, y: Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> Array:
     """`lax.dot_general` without batch axes, accumulated and returned in at least float32."""
-    accumulate = jnp.promote_types(x.dtype, jnp.float32)
-    # float32 operands mean float32 products: TPUs would otherwise round them to bfloat16, GPUs to TF32
-    precision = None if x.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
-    return lax.dot_general(x, y, (contract, ((), ())), precision=precision, preferred_element_type=accumulate)
+    return lax.dot_general(x, y, (contract, ((), ())), **accumulated(x.dtype))
 
 
 @jax.custom_vjp

@@ -6,6 +6,7 @@ where a program is built, `with BACKEND("pallas"):`. It is for a decoder's atten
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -233,12 +234,11 @@ def _reference(
     # where no query sees a later column, each block of queries is multiplied by the columns up to its end alone
     length = q.shape[3]
     size = max(BLOCK, -(-length // MAX_BLOCKS)) if spec.backwards else length
-    ends = [min(start + size, length) for start in range(0, length, size)]
-    sizes = [end - start for start, end in zip([0, *ends], ends)]
+    sizes = [min(size, length - start) for start in range(0, length, size)]
     queries, parts = lax.split(q, sizes, axis=3), [lax.split(x, sizes, axis=2) if spec.backwards else (x,) for x in (k, v)]
     blocks = []
-    for i, (start, end) in enumerate(zip([0, *ends], ends)):
-        here, upto = slice(start, end), slice(0, end if spec.backwards else k.shape[2])
+    for i, end in enumerate(itertools.accumulate(sizes)):
+        here, upto = slice(end - sizes[i], end), slice(0, end if spec.backwards else k.shape[2])
         part = mask[..., here, upto]
         seen = (part,) if spec.media is None else apart(part, spec.media[:, here], media[:, upto])
         bias = None if slopes is None else bend(slopes, spec.positions[:, here], keys[:, upto])

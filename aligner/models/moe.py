@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from aligner.matmul import accumulated
 from aligner.models.layers import ACTIVATIONS, at_least_float32, leaf
 from aligner.sharding import per_device
 from aligner.types import Batch, UserError
@@ -91,9 +92,7 @@ def grouped_mlp(
     tokens, chosen = x.reshape(-1, x.shape[-1]), chosen.reshape(-1)
     order = jnp.argsort(chosen)  # stable: place in the sorted list -> token * k + which of its choices
     sizes = jnp.bincount(chosen, length=experts).astype(jnp.int32)
-    precision = None if x.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    dot = lambda y, kernel: lax.ragged_dot(y, kernel, sizes, precision=precision, preferred_element_type=wide).astype(x.dtype)
+    dot = lambda y, kernel: lax.ragged_dot(y, kernel, sizes, **accumulated(x.dtype)).astype(x.dtype)
     taken = tokens[order // k]
     y = dot(ACTIVATIONS[act](dot(taken, gate)) * dot(taken, up), down)
     y = y[jnp.argsort(order)].reshape(*weights.shape, -1)  # back in the order of the tokens

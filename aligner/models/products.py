@@ -6,10 +6,9 @@ factor is contracted over the wrong axis. What is small, queries, keys or values
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
-from aligner.matmul import FEW_ROWS, on_one_cpu, turned
+from aligner.matmul import FEW_ROWS, accumulated, on_one_cpu, turned
 
 Rows = Float[Array, "B K t H"]  # of queries, or their results and gradients; the heads that share a key follow one another
 Keys = Float[Array, "B K s H"]
@@ -18,8 +17,7 @@ Pairs = Float[Array, "B K t s"]
 
 def _product(equation: str, x: Array, y: Array) -> Array:
     """Accumulated and returned in at least float32."""
-    precision = None if x.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
-    return jnp.einsum(equation, x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32), precision=precision)
+    return jnp.einsum(equation, x, y, **accumulated(x.dtype))
 
 
 @jax.custom_vjp

@@ -233,7 +233,8 @@ def test_layers_are_a_loop_but_where_a_cpu_would_copy_what_it_keeps(dtype, remat
     if not loops:
         largest = lambda x: np.abs(np.float32(x)).max()
         exact = jax.grad(loss)(jax.tree.map(lambda leaf: leaf.astype("float32"), params))
-        near = lambda x, y, exact: largest(x - y) <= 2 * largest(y - exact)  # roundings take them no further from each other than from float32
+        # a few roundings of bfloat16, 0.4 % each; or, of what all but cancels, no further from each other than from float32
+        near = lambda x, y, exact: largest(x - y) <= max(0.02 * largest(y), largest(y - exact))
         alike = jax.tree.map(near, lowered.compile()(params), looped.compile()(params), exact)
         assert all(jax.tree.leaves(alike)), alike
 
