@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from aligner.commandline import as_options
+from aligner.commandline import as_options, ended, split_of
 from aligner.data.samples import MEDIA
 from aligner.types import Model, UserError
 
@@ -25,7 +24,7 @@ def add_arguments(top: argparse.ArgumentParser, doing: str, batch: str) -> None:
     add = top.add_argument
     add("--data", required=True, help="file of rows (JSON, JSONL, CSV, Parquet, Arrow, text), a folder of them, or a Hub dataset id")
     add("--out", required=True, help="file to write, .jsonl; must not exist yet")
-    add("--split", default="train", help="split of a Hub dataset (default: %(default)s)")
+    add("--split", help="split of a folder or Hub dataset (default: train)")
     add("--revision", help="of the model on the Hub")
     add("--chat-template", default="", help="a .jinja file, Jinja text or a name, as config.data.chat_template (default: the model's own)")
     add("--formatter", default="auto", help="how a row is read, as in configs (default: %(default)s)")
@@ -61,7 +60,8 @@ def source(args: argparse.Namespace) -> Any:
     """The dataset as a config section."""
     from ml_collections import ConfigDict
 
-    return ConfigDict(dict(path=args.data, split=args.split, subset=None, image_folder=args.image_folder, size=args.size))
+    split = split_of(args.split, args.data)
+    return ConfigDict(dict(path=args.data, split=split, subset=None, image_folder=args.image_folder, size=args.size))
 
 
 def inputs(model: Model, disk: Any, rows: Any, formatter: str) -> dict[str, str]:
@@ -122,12 +122,5 @@ def told(failed: Iterable[str], rows: int, done: str, more: str = "") -> list[st
 def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], Path], argv: list[str] | None) -> int:
     """Run such a command. Returns the exit code: 0 done, 2 bad input, 130 Ctrl-C."""
     args = parser.parse_args(argv)
-    try:
-        print(f"written: {run(args)}")
-    except UserError as error:
-        print(f"error: {as_options(str(error), parser)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    explain = lambda message: as_options(message, parser)
+    return ended(lambda: print(f"written: {run(args)}"), explain, "stopped; the same command goes on from here")

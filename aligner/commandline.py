@@ -7,10 +7,11 @@ import difflib
 import re
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict
 
 from aligner.types import UserError
@@ -36,9 +37,11 @@ def parse(argv: list[str]) -> list[str]:
         print(help_text(argv))
         sys.exit(0)
     try:
-        return flags.FLAGS(argv)
+        left = flags.FLAGS(argv)
     except Exception as error:
         raise UserError(_explain(argv, path, error)) from None
+    logging.set_verbosity(logging.WARNING)  # Orbax tells a dozen lines for every save, JAX which backends are not there
+    return left
 
 
 def help_text(argv: list[str]) -> str:
@@ -127,6 +130,31 @@ def as_options(message: str, parser: argparse.ArgumentParser) -> str:
         return match[0] if name not in names else option if f"{option} " in options else name
 
     return re.sub(r"config\.(data|model|against)(?:\.(\w+))?", argument, message)
+
+
+def ended(program: Callable[[], int | None], explain: Callable[[str], str] = str, stopped: str = "stopped") -> int:
+    """Run a program to its end. Returns its exit code, 2 where what it was given is wrong, 130 after Ctrl-C, each told in a sentence.
+
+    Args:
+        program: returns its exit code, None for 0.
+        explain: message -> what people read, such as `as_options`.
+        stopped: what is said after Ctrl-C.
+    """
+    try:
+        return program() or 0
+    except UserError as error:
+        print(f"error: {explain(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(stopped, file=sys.stderr)
+        return 130
+
+
+def split_of(asked: str | None, data: str) -> str:
+    """The split of `data` that was asked for, "train" where none was; raises UserError where there can be none, and all would be read."""
+    if asked is not None and Path(data).is_file():
+        raise UserError(f"--split {asked}: {data} is a single file and has no splits; without --split all its rows are read")
+    return asked or "train"
 
 
 def check_out(path: str | Path, option: str = "--out") -> Path:

@@ -25,7 +25,6 @@ if __name__ == "__main__":  # first of all: what is imported below takes its tim
     gc.set_threshold(50_000, 20, 20)  # imports and traces make millions of objects that stay: nothing to look for every 700
 
 from absl import app, flags
-from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from aligner.commandline import defaults, parse
@@ -44,7 +43,6 @@ def start_jax() -> None:
         os.environ.setdefault("NPROC", "32")
     import jax
 
-    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells a dozen lines for every save
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "aligner" / "jax"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)

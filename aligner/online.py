@@ -29,6 +29,7 @@ from aligner.generation.sampling import Sampling, stop_tokens
 from aligner.generation.sampling import check as check_sampling
 from aligner.likelihood import cast
 from aligner.models import attention
+from aligner.models.decoder import text_config
 from aligner.rl import advantages, mixture, rollouts, table
 from aligner.rl.engines import Local, Server
 from aligner.rl.environments import find_environment
@@ -82,6 +83,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
 
     # What is trained, on what, and what it is worth.
     model, disk = convert.open_model(config.model.path, config.model.revision)
+    attention.check_heads(mesh, text_config(model).num_key_value_heads)
     algorithm = algorithms.make(config, model)
     manner = sampling_of(config, model)
     abstract = convert.abstract_params(model)

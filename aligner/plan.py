@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import app, flags
 
-from aligner.commandline import check_out
+from aligner.commandline import check_out, ended
 from aligner.types import UserError
 
 TOPOLOGY = flags.DEFINE_string("topology", "cpu:1", "v5e:4x8, v5p:4x4x4, v6e:4x4, cpu:8, cuda:h200:8 ...")
@@ -142,28 +142,30 @@ def find_remedy(config: Any, figures: dict[str, Any], limit: int | None, devices
 
 def describe(figures: dict[str, Any], topology: str, chip: str, estimate: bool) -> str:
     """The figures as a table for people."""
-    gib = lambda name: f"{figures[name] / GIB:10.2f} GiB"
+    unit, size = ("GiB", GIB) if figures["total_bytes"] >= GIB else ("MiB", 2**20)
+    memory = lambda name: f"{figures[name] / size:10.2f} {unit}"
+    prefix, power = ("T", 1e12) if figures["flops"] >= 1e12 else ("G", 1e9)
     row = figures["row"]
     lines = [
         f"{topology}: {figures['devices']} devices, mesh {figures['mesh']}" + ("  (ESTIMATE: compiled for CPU)" if estimate else ""),
         f"{figures['rows']} rows of {row['tokens']} columns, {row['scored']} scored, {row['images']} images",
         f"parameters      {figures['parameters'] / 1e6:10,.1f} M, of which {figures['trainable'] / 1e6:,.1f} M train",
         "on each device",
-        f"  trainable     {gib('trainable_bytes')}",
-        f"  frozen        {gib('frozen_bytes')}",
-        f"  optimizer     {gib('optimizer_bytes')}",
-        f"  batch         {gib('batch_bytes')}",
+        f"  trainable     {memory('trainable_bytes')}",
+        f"  frozen        {memory('frozen_bytes')}",
+        f"  optimizer     {memory('optimizer_bytes')}",
+        f"  batch         {memory('batch_bytes')}",
     ]
     if not figures["too_large"]:
         lines += [
-            f"  temporaries   {gib('temporary_bytes')}   all that lives only within a step, at its peak:",
-            f"    gradients   {gib('gradient_bytes')}   at most",
-            f"    activations {gib('activation_bytes')}   at least, with weights gathered or cast for the computation",
+            f"  temporaries   {memory('temporary_bytes')}   all that lives only within a step, at its peak:",
+            f"    gradients   {memory('gradient_bytes')}   at most",
+            f"    activations {memory('activation_bytes')}   at least, with weights gathered or cast for the computation",
         ]
-    lines.append(f"  in all        {gib('total_bytes')}" + (f"   of {MEMORY[chip]} GiB" if chip in MEMORY else ""))
-    lines.append(f"  operations    {figures['flops'] / 1e12:10.2f} TFLOP a step, in matrix products, what is recomputed included")
+    lines.append(f"  in all        {memory('total_bytes')}" + (f"   of {MEMORY[chip]} GiB" if chip in MEMORY else ""))
+    lines.append(f"  operations    {figures['flops'] / power:10.2f} {prefix}FLOP a step, in matrix products, what is recomputed included")
     for kind, entry in sorted(figures.get("collectives", {}).items()):
-        lines.append(f"  {kind:<20} {entry['times']:6,d} times a step, {entry['bytes'] / GIB:10.3f} GiB of results")
+        lines.append(f"  {kind:<20} {entry['times']:6,d} times a step, {entry['bytes'] / size:10.3f} {unit} of results")
     groups: dict[str, list[str]] = {}
     for path, spec in figures["shardings"].items():
         groups.setdefault(spec, []).append(path)
@@ -210,8 +212,4 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     from aligner.main import parse
 
-    try:
-        app.run(main, flags_parser=parse)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(ended(lambda: app.run(main, flags_parser=parse)))

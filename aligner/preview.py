@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from aligner.commandline import check_out
+from aligner.commandline import check_out, ended
 from aligner.types import Model, UserError
 
 OUT = flags.DEFINE_string("out", "preview.html", "The page to write.")
@@ -254,8 +254,4 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     from aligner.main import parse
 
-    try:
-        app.run(main, flags_parser=parse)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(ended(lambda: app.run(main, flags_parser=parse)))

@@ -22,7 +22,7 @@ from aligner.data.catalogue import with_template
 from aligner.data.mixture import is_set
 from aligner.likelihood import cast
 from aligner.models import attention
-from aligner.models.decoder import outgrown
+from aligner.models.decoder import outgrown, text_config
 from aligner.prepare import compute_columns, fingerprint
 from aligner.stopping import Stopped, catch_signals, watchdog
 from aligner.train_step import jit, jit_train_step, make_eval_step
@@ -56,6 +56,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
 
     # What is trained and on what: by headers and rows, no weights yet.
     model, disk = convert.open_model(config.model.path, config.model.revision, config.algorithm.name in algorithms.SCORING)
+    attention.check_heads(mesh, text_config(model).num_key_value_heads)
     model = with_template(model, config.data)
     reference_disk = open_reference(config, model, disk)
     algorithm = algorithms.make(config, model)

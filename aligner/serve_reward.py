@@ -15,6 +15,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from aligner.commandline import ended
 from aligner.rl.rewards import Reward, make_rewards, value
 from aligner.types import UserError
 
@@ -70,22 +71,24 @@ def make_server(reward: Reward, host: str, port: int, timeout: float) -> Threadi
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command. Returns the exit code: 0 done, 2 bad input."""
+    """Run the command. Returns the exit code: 0 stopped by Ctrl-C as it is meant to be, 2 bad input, 130 Ctrl-C before it served."""
     args = parser().parse_args(argv)
-    try:
+
+    def serve() -> None:
         if not args.timeout > 0:
             raise UserError(f"--timeout is {args.timeout}; it must be above 0")
-        [reward] = make_rewards([args.reward], dtype=args.dtype)
-        server = make_server(reward, args.host, args.port, args.timeout)
-    except (UserError, OSError, OverflowError) as error:  # the last: a port that is none
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"serving {args.reward} at http://{args.host}:{server.server_address[1]}/reward", flush=True)
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        server.server_close()
-    return 0
+        try:
+            [reward] = make_rewards([args.reward], dtype=args.dtype)
+            server = make_server(reward, args.host, args.port, args.timeout)
+        except (OSError, OverflowError) as error:  # the second: a port that is none
+            raise UserError(str(error)) from None
+        print(f"serving {args.reward} at http://{args.host}:{server.server_address[1]}/reward", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            server.server_close()
+
+    return ended(serve)
 
 
 if __name__ == "__main__":

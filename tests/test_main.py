@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 from PIL import Image
 
-from aligner import main, run
+from aligner import commandline, main, run
 from aligner.stopping import Stopped
 from aligner.types import SaveError, UserError
 from configs import common
@@ -132,6 +132,7 @@ def test_command_line(tmp_path, argv, phrases):
         ("data.max_length", 20, ["too long: 160", "config.data.max_length is 20", "none is left"]),
         ("mesh.fsdp", 3, ["config.mesh", "'fsdp': 3", "devices"]),
         ("mesh.data", 0, ["config.mesh", "must be positive"]),
+        ("mesh.sequence", 8, ["tensor x sequence = 8 devices", "heads of keys"]),
         ("setup", "scripts.nothing:make", ["config.setup 'scripts.nothing:make' cannot be imported"]),
         ("setup", ":", ["config.setup ':' cannot be imported"]),
     ],
@@ -313,6 +314,17 @@ def test_ctrl_c_before_there_is_a_state(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "run", interrupted)
     code, told = call(*arguments(tmp_path / "run"))
     assert (code, told.strip()) == (130, "stopped at once; the same command goes on from the newest checkpoint")
+
+
+def test_ctrl_c_ends_any_command_with_a_word(capsys):
+    """Those that save nothing between; `plan`, `preview`, `convert`, `data` and the rest end by the same function."""
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert commandline.ended(interrupted, stopped="stopped half way") == 130
+    assert capsys.readouterr() == ("", "stopped half way\n")
+    assert commandline.ended(lambda: None) == 0 and commandline.ended(lambda: 1) == 1
 
 
 def test_as_a_program(tmp_path):

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from aligner.commandline import ended
 from aligner.convert.assets import leave_pytorch_out
 from aligner.types import UserError
 
@@ -148,15 +149,15 @@ def _enable_x64() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0 done, 1 verify found a difference, 2 bad input."""
+    """Run one command. Returns the exit code: 0 done, 1 verify found a difference, 2 bad input, 130 Ctrl-C."""
     args = parser().parse_args(argv)
-    try:
+
+    def run() -> int:
         if getattr(args, "out", None):
             check_folder(args.out)
         return args.run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+    return ended(run)
 
 
 if __name__ == "__main__":

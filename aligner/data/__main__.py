@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from aligner.commandline import as_options, check_out
+from aligner.commandline import as_options, check_out, ended, split_of
 from aligner.data import filters, formatters, sources
 from aligner.data.samples import Bad, Document, Preference, Prompt, Ranked, Stepwise, Supervised, Triple, TwoSided, Unpaired
 from aligner.types import UserError
@@ -30,8 +30,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m aligner.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("data", help="a file, folder or Hub dataset, as config.data.train.path")
     made.add_argument("--out", help="JSONL file to write")
-    made.add_argument("--split", default="train")
-    made.add_argument("--subset")
+    made.add_argument("--split", help="split of a folder or Hub dataset (default: train)")
+    made.add_argument("--subset", help="subset of a Hub dataset")
     made.add_argument("--size", type=int, help="only the first rows")
     made.add_argument("--formatter", default="auto", help="as config.data.train.formatter")
     made.add_argument("--exact", action="store_true", help="the first of rows with the same words")
@@ -88,7 +88,8 @@ def run(args: argparse.Namespace) -> list[str]:
     for option, value, least, most in (("near", args.near, 0.01, 1), ("ascii", args.ascii, 0, 1), ("ngram", args.ngram, 1, 1000)):
         if value is not None and not least <= value <= most:
             raise UserError(f"--{option} is {value}; it must be from {least} to {most}")
-    rows = sources.open_rows(section(args.data, split=args.split, subset=args.subset, size=args.size), "data")
+    split = split_of(args.split, args.data)
+    rows = sources.open_rows(section(args.data, split=split, subset=args.subset, size=args.size), "data")
     name, to_sample = formatters.find_formatter(args.formatter, rows.columns(), "data", (Ranked,) if args.pairs else TAKES)
     lines, numbers, samples, dropped = [f"{rows.description}, formatter {name}: {len(rows)} rows"], [], [], {}
     for index in range(len(rows)):
@@ -137,14 +138,10 @@ def line(row: dict[str, Any], number: int, pair: Preference | None) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command. Returns the exit code: 0 done, 2 bad input."""
+    """Run the command. Returns the exit code: 0 done, 2 bad input, 130 Ctrl-C."""
     made = parser()
-    try:
-        print(*run(made.parse_args(argv)), sep="\n")
-    except UserError as error:
-        print(f"error: {as_options(str(error), made)}", file=sys.stderr)
-        return 2
-    return 0
+    args = made.parse_args(argv)
+    return ended(lambda: print(*run(args), sep="\n"), lambda message: as_options(message, made))
 
 
 if __name__ == "__main__":

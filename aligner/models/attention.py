@@ -158,15 +158,19 @@ def attention(
         return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
 
 
-def _whole_rows(q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"]) -> tuple[Array, Array, Array]:
-    """Rows that are cut over devices become whole, and their heads are cut instead (DeepSpeed-Ulysses, arXiv 2309.14509)."""
-    mesh = jax.sharding.get_abstract_mesh()
+def check_heads(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, heads: int) -> None:
+    """Refuse a mesh that cuts rows over devices and cannot cut so many heads of keys over them instead; raises UserError."""
     parts = 1 if mesh.empty else mesh.shape["sequence"] * mesh.shape["tensor"]
-    if not mesh.empty and mesh.shape["sequence"] > 1 and k.shape[1] % parts:
+    if not mesh.empty and mesh.shape["sequence"] > 1 and heads % parts:
         raise UserError(
-            f"config.mesh has tensor x sequence = {parts} devices for the heads of a row, and the model {k.shape[1]} heads of keys; "
+            f"config.mesh has tensor x sequence = {parts} devices for the heads of a row, and the model {heads} heads of keys; "
             "make the product a divisor of them"
         )
+
+
+def _whole_rows(q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"]) -> tuple[Array, Array, Array]:
+    """Rows that are cut over devices become whole, and their heads are cut instead (DeepSpeed-Ulysses, arXiv 2309.14509)."""
+    check_heads(jax.sharding.get_abstract_mesh(), k.shape[1])
     heads = ("batch", "attended", None, None)
     return constrain(q, *heads, None), constrain(k, *heads), constrain(v, *heads)
 

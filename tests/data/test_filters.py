@@ -78,6 +78,7 @@ def test_the_command(tmp_path, capsys):
         assert line in told, told
     assert [json.loads(line) for line in out.read_text().splitlines()] == [rows[0], rows[6]]
     assert main(command) == 2 and "is there already" in capsys.readouterr().err
+    assert main([command[0], "--stats", "--split", "test"]) == 2 and "is a single file and has no splits" in capsys.readouterr().err
     assert main([str(tmp_path / "rows.jsonl")]) == 2 and "nothing to do" in capsys.readouterr().err
 
 
