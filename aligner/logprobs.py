@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from aligner.losses.distillation import generalized_jsd, generalized_jsd_gradient
 from aligner.losses.partial_distillation import few_tokens_jsd, likeliest
-from aligner.matmul import dot, dot_turned, weight_gradient
+from aligner.matmul import after, dot, dot_turned, weight_gradient
 from aligner.sharding import alone, constrain
 from aligner.types import Head
 
@@ -256,6 +256,7 @@ def _through_head(static: _Static, d, logits, states, weight, bias, trains):
     d_states = dot(low, weight, ((low.ndim - 1,), (0 if static.transposed else 1,))).astype(states.dtype)
     if trains is None:
         return d_states, (None, None)
+    states = after(d_states, states)
     d_weight = weight_gradient(*((low, states) if static.transposed else (states, low)))
     return d_states, (d_weight, None if bias is None else jnp.sum(d, axis=(0, 1)))
 

@@ -29,13 +29,14 @@ from aligner import by_row
 from aligner.types import UserError
 
 ROWS_PER_BLOCK = 256  # read, sorted by length, scored, and written together
+COLUMNS = {"reward": ("rewards",), "logprob": ("logps", "lengths")}  # what is written of a row, one number for every answer
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser("python -m aligner.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--model", required=True, help="checkpoint folder or Hub id; for rewards a *ForSequenceClassification folder")
-    top.add_argument("--kind", choices=("reward", "logprob"), default="reward", help="default: %(default)s")
+    top.add_argument("--kind", choices=tuple(COLUMNS), default="reward", help="default: %(default)s")
     top.add_argument("--max-length", type=int, default=4096, help="rows longer than so many tokens are not scored (default: %(default)s)")
     by_row.add_arguments(top, "score", "rows")
     return top
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> Path:
                     found |= dict(zip(ids, score(params, jax.device_put(batch, sharding.batch_sharding(mesh)))))
                     progress.update(len(ids))
                 progress.update(block[-1] + 1 - progress.n)  # those that could not be scored
-                file.write("".join(line(rows[i], found[i]) for i in block))
+                file.write("".join(line(rows[i], found[i], args.kind) for i in block))
                 file.flush()
     os.replace(partial, out)
     partial.with_suffix(".settings").unlink()
@@ -174,17 +175,16 @@ def make_score(model: Any, kind: str) -> Any:
         most = int(batch["score_role"].max())
         scores = compiled(1 << (most - 1).bit_length())(params, batch)
         lengths = np.asarray(scores.lengths)[:, 0].astype(int)
-        columns = {"rewards": scores.values} if kind == "reward" else {"logps": scores.logps, "lengths": lengths[:, None]}
-        columns = {name: np.asarray(column)[:, 0] for name, column in columns.items()}
+        values = (scores.values,) if kind == "reward" else (scores.logps, lengths[:, None])
+        columns = {name: np.asarray(value)[:, 0] for name, value in zip(COLUMNS[kind], values)}
         return [{name: column[b][: (n > 0).sum()].tolist() for name, column in columns.items()} for b, n in enumerate(lengths)]
 
     return score
 
 
-def line(row: dict[str, Any], found: dict[str, Any]) -> str:
-    """A line of the output."""
-    kept = by_row.json_able(row)
-    kept.pop("not_scored", None)  # of an earlier time
+def line(row: dict[str, Any], found: dict[str, Any], kind: str) -> str:
+    """A line of the output: the row, without what an earlier scoring wrote of it, and what was found now."""
+    kept = {name: value for name, value in by_row.json_able(row).items() if name not in (*COLUMNS[kind], "not_scored")}
     return json.dumps({**kept, **found}, ensure_ascii=False) + "\n"
 
 

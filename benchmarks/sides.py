@@ -3,7 +3,8 @@
 A side reads a line, takes its turn of one or several pieces of work, and answers with a line of JSON: seconds and CPU seconds of all
 threads for a piece, and memory. The first piece, unasked, compiles and warms up; peak memory is the highest resident memory after that,
 `net` less what the process held after its imports. A turn of several pieces is the nearest to training, where a step follows a step: the
-host takes back what a waiting process holds, and the first piece after a pause pays for that.
+host takes back what a waiting process holds, and the first piece after a pause pays for that, as no step of a training run does. A
+turn's time is therefore the median of its pieces; their mean, that first piece in it, stands beside it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from benchmarks import machine
 
 MARK = "MEASURED "
 NOTHING = MappingProxyType({})
+TIMES = ("seconds", "mean", "cpu_seconds")  # of a piece: median and mean of a turn's, and the median of what all threads spent
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # the C library's setting that aligner's command line asks for
 
 
@@ -30,7 +32,7 @@ def answering(imported: float, turn: int = 1) -> Callable[..., None]:
 
     Args:
         imported: MiB that the process held after its imports.
-        turn: pieces of work in a turn; the time told is their mean.
+        turn: pieces of work in a turn.
     """
     warm, spent = False, []
 
@@ -39,10 +41,10 @@ def answering(imported: float, turn: int = 1) -> Callable[..., None]:
         spent.append((seconds, cpu_seconds))
         if warm and len(spent) < turn:
             return
-        seconds, cpu_seconds = map(statistics.mean, zip(*spent))
+        times, cpu_times = zip(*spent)
+        found = dict(seconds=statistics.median(times), mean=statistics.mean(times), cpu_seconds=statistics.median(cpu_times), pieces=times)
         peak = machine.resident_mib(peak=True)
-        found = dict(seconds=seconds, cpu_seconds=cpu_seconds, peak=peak, net=peak - imported, result=result)
-        print(MARK + json.dumps(found), flush=True)
+        print(MARK + json.dumps(found | dict(peak=peak, net=peak - imported, result=result)), flush=True)
         if not warm:
             machine.forget_peak()
         warm = True
@@ -107,16 +109,16 @@ def ratio(found: Mapping[str, list[dict]], base: str, name: str, key: str = "sec
 
 
 def summary(found: Mapping[str, list[dict]], bases: Sequence[str]) -> dict[str, dict]:
-    """Medians of times, highest memory, and against each base [ratio of wall clock, of CPU time]; printed as a table, too."""
+    """Medians of times, highest memory, and against each base the ratios of TIMES; printed as a table, too."""
     rows = {}
     for name, rounds in found.items():
-        middle = {key: statistics.median(answer[key] for answer in rounds) for key in ("seconds", "cpu_seconds")}
+        middle = {key: statistics.median(answer[key] for answer in rounds) for key in TIMES}
         highest = {key: max(answer[key] for answer in rounds) for key in ("peak", "net")}
-        ratios = {base: [ratio(found, base, name, key) for key in ("seconds", "cpu_seconds")] for base in bases}
+        ratios = {base: [ratio(found, base, name, key) for key in TIMES] for base in bases}
         rows[name] = {**middle, **highest, **ratios, "rounds": rounds}
-    heads = "".join(f" {base + '/side':>11} {'CPU':>5}" for base in bases)
+    heads = "".join(f" {base + '/side':>11} {'mean':>5} {'CPU':>5}" for base in bases)
     print(f"{'side':24} {'s/step':>7} {'CPU s':>7}{heads}  peak MiB  net MiB")
     for name, row in rows.items():
-        ratios = "".join(f" {row[base][0]:11.2f} {row[base][1]:5.2f}" for base in bases)
+        ratios = "".join(" {:11.2f} {:5.2f} {:5.2f}".format(*row[base]) for base in bases)
         print(f"{name:24} {row['seconds']:7.2f} {row['cpu_seconds']:7.2f}{ratios} {row['peak']:9.0f} {row['net']:8.0f}", flush=True)
     return rows

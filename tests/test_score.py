@@ -108,7 +108,13 @@ def test_why_rows_were_not_scored_is_told_by_the_commonest_reason():
 
 
 def test_a_row_scored_again_is_not_said_to_have_failed():
-    assert json.loads(score.line({"prompt": "p", "not_scored": "too long"}, {"rewards": [1.0]})) == {"prompt": "p", "rewards": [1.0]}
+    before = {"prompt": "p", "not_scored": "too long"}
+    assert json.loads(score.line(before, {"rewards": [1.0]}, "reward")) == {"prompt": "p", "rewards": [1.0]}
+
+
+def test_a_row_that_fails_when_scored_again_keeps_no_score_of_before():
+    before = {"prompt": "p", "rewards": [1.0], "logps": [-3.0]}
+    assert json.loads(score.line(before, {"not_scored": "too long"}, "reward")) == {"prompt": "p", "logps": [-3.0], "not_scored": "too long"}
 
 
 def test_another_chat_template_does_not_go_on_with_a_file(folder, monkeypatch):
