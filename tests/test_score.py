@@ -70,7 +70,7 @@ def test_log_probabilities_and_going_on(folder, monkeypatch):
     class Kill(Exception):
         pass
 
-    def torn(row, found):
+    def torn(row, found, kind):
         if row["note"] == 5:
             raise Kill
         return json.dumps({**row, **found}, ensure_ascii=False) + "\n"
@@ -122,7 +122,7 @@ def test_another_chat_template_does_not_go_on_with_a_file(folder, monkeypatch):
     template.write_text("{{ messages }}")
     again = command(folder, "template.jsonl", "lm", "--kind", "logprob", "--chat-template", str(template))
 
-    def torn(row, found):
+    def torn(row, found, kind):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
