@@ -1,11 +1,13 @@
 """The matmul primitive against jnp, value and gradients, plain and inside a scan."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aligner.matmul import FEW_ROWS, Turned, dot_turned, matmul, turn, weight_gradient
+from aligner.matmul import FEW_ROWS, Turned, dot_turned, matmul, turn, turned, weight_gradient
 
 BAR = {"float64": 1e-14, "float32": 2e-6, "bfloat16": 2**-8}  # one rounding to bfloat16 is at most 2^-9, relative
 
@@ -17,10 +19,10 @@ def draw(dtype, *shape, seed=0):
 def close(found, expected, dtype):
     assert found.dtype == dtype
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    np.testing.assert_allclose(found, expected, atol=BAR[dtype] * np.abs(expected).max(), rtol=0)
+    np.testing.assert_allclose(found, expected, atol=BAR[dtype] * np.abs(expected).max(initial=0), rtol=0)
 
 
-@pytest.mark.parametrize("leading", [(), (5,), (2, 3)], ids=str)
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3), (0,)], ids=str)
 @pytest.mark.parametrize("dtype", BAR)
 def test_value_and_gradients(dtype, leading):
     with jax.enable_x64(True):
@@ -54,6 +56,18 @@ def test_inside_a_scan_over_stacked_kernels(dtype):
     for a, b in zip(found, expected):
         assert a.dtype == dtype
         assert np.abs(np.asarray(a, np.float32) - b).max() <= (1e-5 if dtype == "float32" else 0.05) * np.abs(b).max()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_turned_in_memory_is_turned_by_a_pass_of_its_own(dtype):
+    """Where it is a slice of a stack, as in a scan over layers, the slice is made first."""
+    stack = draw(dtype, 3, 96, 64)
+    compiled = jax.jit(lambda stack, i: turned(stack[i])).lower(stack, 1).compile()
+    passes = [body for body in re.split(r"\n\n", compiled.as_text()) if " transpose(" in body]
+    assert passes and not any("slice" in body for body in passes)
+    np.testing.assert_array_equal(compiled(stack, 1), stack[1].T)
+    broken = jnp.full((2, 3), jnp.nan, dtype).at[0, 1].set(-jnp.inf)
+    np.testing.assert_array_equal(np.float32(turned(broken)), np.float32(broken.T))
 
 
 @pytest.mark.parametrize("rows", [1, 6, FEW_ROWS, FEW_ROWS + 1])
