@@ -56,10 +56,12 @@ def row_of(config: Any, model: Model, tokens: int | None, scored: int | None, im
     algorithm = algorithms.make(config, model)
     kind = ENCODERS[algorithm.needs]
     answers = config.algorithm.get("answers", config.algorithm.get("num_generations", _answers(algorithm)))
-    tokens = tokens or config.data.get("packed_length") or config.data.max_length
+    tokens = tokens or (config.data.packing and config.data.get("packed_length")) or config.data.max_length
     examples = examples or (max(1, tokens // 256) if config.data.packing else 1)
     everything = algorithm.needs == "text"
     scored = scored or (tokens if everything else answers * examples if kind.last else max(1, tokens // 2))
+    if scored > tokens:
+        raise UserError(f"a row of {tokens} columns has no {scored} scored positions; --scored is at most --tokens")
     return Row(tokens, scored, images if model.media else 0, examples, answers)
 
 
@@ -87,6 +89,12 @@ def abstract_params(config: Any, model: Model, mesh: Mesh) -> tuple[Params, lora
     return lora.unflatten({path: one(path, leaf) for path, leaf in lora.flatten(shapes).items()}), adapters
 
 
+def check_planned(config: Any) -> None:
+    """Raises UserError where a config's step can be put together by a run alone."""
+    if config.algorithm.name == "ppo":
+        raise UserError("config.algorithm.name is 'ppo', whose critic is not planned for; plan for 'grpo' and add the critic's own bytes")
+
+
 def make_step(config: Any, model: Model, devices: list[Any], row: Row) -> Step:
     """The step that `aligner.run` would jit.
 
@@ -99,8 +107,7 @@ def make_step(config: Any, model: Model, devices: list[Any], row: Row) -> Step:
     Raises:
         UserError: the config does not fit the model or the devices, or is one that only a run can put together.
     """
-    if config.algorithm.name == "ppo":
-        raise UserError("config.algorithm.name is 'ppo', whose critic is not planned for; plan for 'grpo' and add the critic's own bytes")
+    check_planned(config)
     mesh = sharding.make_mesh(config.mesh, devices)
     algorithm = algorithms.make(config, model)
     params, adapters = abstract_params(config, model, mesh)
@@ -184,6 +191,7 @@ def figures(step: Step) -> dict[str, Any]:
         trainable_bytes=local_bytes(trains),
         frozen_bytes=local_bytes(step.fixed),
         optimizer_bytes=local_bytes(step.state.opt_state),
+        reference_bytes=local_bytes(step.state.reference),
         batch_bytes=local_bytes(step.batch),
         gradient_bytes=local_bytes(trains),
         flops=flops(step) / step.mesh.size,

@@ -55,6 +55,8 @@ def check_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
         raise UserError(f"config.checkpoint.requeue_code is {config.checkpoint.requeue_code}; an exit status is from 0 to 255")
     if config.data.max_bad_fraction > 1:
         raise UserError(f"config.data.max_bad_fraction is {config.data.max_bad_fraction}; it is a fraction, from 0 to 1")
+    if config.data.packed_length is not None and not config.data.packing:
+        raise UserError(f"config.data.packed_length is {config.data.packed_length}, but no rows are packed; set config.data.packing=True")
     for group in config.optim.groups:
         if not (isinstance(group, list | tuple) and len(group) == 2 and isinstance(group[1], Mapping)):
             pair = '(regex, {"learning_rate": factor, "weight_decay": factor})'

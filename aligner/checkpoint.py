@@ -139,6 +139,16 @@ def _read(checkpoints: Checkpoints, step: int, abstract: TrainState) -> tuple[Tr
     return state.replace(rng=jax.device_put(state.rng, abstract.rng.sharding)), dict(metadata)
 
 
+def newest(workdir: str | Path) -> tuple[int, dict[str, Any]] | None:
+    """(step, metadata) of a workdir's newest checkpoint; None without one, or where it cannot be read."""
+    try:
+        step = steps(workdir)[-1]
+        metadata = ocp.checkpointables_metadata((Path(workdir) / FOLDER / str(step)).absolute()).custom_metadata
+    except Exception:  # `restore` says what is wrong with it, and sets it aside
+        return None
+    return (step, dict(metadata)) if metadata else None
+
+
 def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 

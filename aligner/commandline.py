@@ -7,7 +7,7 @@ import difflib
 import re
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,12 @@ def split_of(asked: str | None, data: str) -> str:
     if asked is not None and Path(data).is_file():
         raise UserError(f"--split {asked}: {data} is a single file and has no splits; without --split all its rows are read")
     return asked or "train"
+
+
+def check_no_more(argv: Sequence[str]) -> None:
+    """Raises UserError where something stands behind the flags: mostly a setting without its dashes."""
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}; settings are given as --config.section.key=value")
 
 
 def check_out(path: str | Path, option: str = "--out") -> Path:

@@ -63,7 +63,7 @@ def progress(start: int, total: int) -> Iterator[Callable]:
 
 @contextlib.contextmanager
 def tracing(steps: int, directory: str | Path) -> Iterator[Callable[[int], None]]:
-    """`trace(step)` starts a profile after two warm steps and stops it `steps` later; it opens in Perfetto."""
+    """`trace(step)` starts a profile after two warm steps and stops it `steps` later, or where the run ends; it opens in Perfetto."""
     seen = 0
 
     def trace(step: int) -> None:
@@ -74,6 +74,10 @@ def tracing(steps: int, directory: str | Path) -> Iterator[Callable[[int], None]
         if steps and seen == 3 + steps:
             jax.profiler.stop_trace()
 
-    yield trace
-    if steps and 3 <= seen < 3 + steps:
-        jax.profiler.stop_trace()
+    try:
+        yield trace
+    finally:
+        if steps and 3 <= seen < 3 + steps:
+            jax.profiler.stop_trace()
+        if steps and seen < 3:
+            say(f"no profile: it begins with the third step after a start, and there were {seen}")

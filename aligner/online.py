@@ -112,6 +112,9 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     seeing = dict(folder=prompts.folder, frames=config.data.video_frames)
     rewards = make_rewards(names, dtype=config.model.dtype, **seeing, timeout=c.reward_timeout)
     names += ("environment",) if environment else ()
+    learned_from = ", ".join(dataset.fingerprint for dataset in filter(None, (prompts, supervised)))
+    if newest := checkpoint.newest(directory):  # before anything of the run is touched
+        workdir.check_place(directory, *newest, learned_from, steps)
     workdir.check_source(directory, model, convert.fingerprint(disk), adapters)
     model.assets.copy_to(directory / workdir.ASSETS)
     workdir.record(config, directory)
@@ -141,14 +144,12 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         fixed |= {name: load_frozen(config, *other, mesh) for name, other in algorithm.others.items()}
         host = {"position": 0, "beta": float(c.beta), "running": [0, 0.0, 0.0], "num_tokens": 0}
         host |= {"lagrangian": float(c.lagrangian_init)} if c.get("cost_funcs") else {}
-        learned_from = ", ".join(dataset.fingerprint for dataset in filter(None, (prompts, supervised)))
         restored = checkpoint.restore(checkpoints, state.abstract(train_state))
         if restored:
             train_state, kept = restored
-            workdir.check_rows(kept, learned_from, directory)
+            done = int(train_state.step)
+            workdir.check_place(directory, done, kept, learned_from, steps)
             host = kept["host"]
-            if (done := int(train_state.step)) > steps:
-                raise UserError(f"the run in {directory} has done {done} steps, and config.train.steps is {steps}; give {done} or more")
             say(f"goes on from step {done}")
 
         train_step = jit_train_step(config, algorithm, optimizer, schedule, train_state, mesh)

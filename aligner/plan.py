@@ -3,7 +3,7 @@
     python -m aligner.plan --config configs/dpo_llava.py --topology v5e:4x8 --config.mesh.fsdp=32
     python -m aligner.plan --config configs/dpo_llava.py:tiny --topology cpu:8
 
-TPU topologies need `pip install 'aligner[tpu]'` and no TPU. `cuda:h200:8` is compiled for as many CPU devices and says that it is an
+TPU topologies need `pip install '.[tpu]'` and no TPU. `cuda:h200:8` is compiled for as many CPU devices and says that it is an
 estimate. Only the checkpoint's config.json is read, never its weights. A config that does not fit is changed, one setting after the
 other, and compiled again until it does; the exit status is 1 where nothing helps.
 """
@@ -11,6 +11,7 @@ other, and compiled again until it does; the exit status is 1 where nothing help
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from typing import Any
 
 from absl import app, flags
 
-from aligner.commandline import check_out, ended
+from aligner.commandline import check_no_more, check_out, ended
 from aligner.types import UserError
 
 TOPOLOGY = flags.DEFINE_string("topology", "cpu:1", "v5e:4x8, v5p:4x4x4, v6e:4x4, cpu:8, cuda:h200:8 ...")
@@ -31,10 +32,9 @@ EXAMPLES = flags.DEFINE_integer("examples", None, "Examples of a row; default: 1
 SEARCH = flags.DEFINE_boolean("search", True, "Where the config does not fit, look for the first setting with which it does.")
 
 GIB = 2**30
-MEMORY = {  # GiB of one chip
-    **{"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32},
-    **{"a100": 80, "h100": 80, "h200": 141, "b200": 180},
-}
+TPUS = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # GiB of one chip
+GPUS = {"a100": 80, "h100": 80, "h200": 141, "b200": 180}
+MEMORY = TPUS | GPUS
 REMAT = ("none", "dots", "context", "full")  # what the backward pass recomputes, ever more
 RANK = 16  # of the adapters that are tried
 
@@ -44,17 +44,18 @@ def devices_of(topology: str) -> tuple[list[Any], str, bool]:
     kind, _, rest = topology.partition(":")
     if kind in ("cpu", "cuda"):
         chip, _, count = rest.rpartition(":")
-        if not count.isdigit() or not int(count):
+        if not count.isdigit() or not int(count) or (kind == "cpu" and chip):
             raise UserError(f"--topology {topology}: a number of devices must stand at the end, such as cpu:8 or cuda:h200:8")
-        if kind == "cuda" and chip not in MEMORY:
-            raise UserError(f"--topology {topology}: chip {chip!r} is not known; known are {', '.join(MEMORY)}")
+        if kind == "cuda" and chip not in GPUS:
+            raise UserError(f"--topology {topology}: chip {chip!r} is not known; known are {', '.join(GPUS)}")
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
         os.environ["JAX_PLATFORMS"] = "cpu"
         import jax
 
         return jax.devices("cpu")[: int(count)], chip or "cpu", kind == "cuda"
-    if kind not in MEMORY:
-        raise UserError(f"--topology {topology}: {kind!r} is not known; known are cpu, cuda and the TPUs v4, v5e, v5p, v6e")
+    if kind not in TPUS:
+        meant = f"; write cuda:{topology}" if kind in GPUS else f"; known are cpu, cuda and the TPUs {', '.join(TPUS)}"
+        raise UserError(f"--topology {topology}: {kind!r} is not known{meant}")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     from jax.experimental import topologies
@@ -62,7 +63,9 @@ def devices_of(topology: str) -> tuple[list[Any], str, bool]:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices), kind, False
     except Exception as error:
-        raise UserError(f"--topology {topology} cannot be described: {str(error).splitlines()[0]}; is 'aligner[tpu]' installed?") from None
+        reason = str(error).splitlines()[0]
+        hint = "; pip install '.[tpu]'" if "not installed" in reason else ""
+        raise UserError(f"--topology {topology} cannot be described: {reason}{hint}") from None
 
 
 def plan(config: Any, devices: list[Any], **row: int | None) -> dict[str, Any]:
@@ -109,16 +112,15 @@ def remedies(config: Any, resident_fits: bool, devices: int) -> Iterator[tuple[s
     def smaller() -> Iterator[tuple[str, Any]]:
         for remat in REMAT[REMAT.index(changed.train.remat) + 1 :]:
             yield turn("train", "remat", remat)
-        parts = devices // max(1, changed.mesh.tensor)
         while changed.data.batch_size % (2 * changed.train.accumulate * parts) == 0:
             yield turn("train", "accumulate", 2 * changed.train.accumulate)
 
+    parts = devices // math.prod(max(1, changed.mesh[axis]) for axis in ("sequence", "tensor"))  # that rows are split into
     if resident_fits:
         yield from smaller()
-    most = devices // max(1, changed.mesh.tensor)
-    if changed.mesh.data != -1 and changed.mesh.fsdp > 0:
+    if -1 not in changed.mesh.values():
         turn("mesh", "data", -1)
-    while changed.mesh.fsdp > 0 and most % (2 * changed.mesh.fsdp) == 0:
+    while changed.mesh.fsdp > 0 and parts % (2 * changed.mesh.fsdp) == 0:
         yield turn("mesh", "fsdp", 2 * changed.mesh.fsdp)
     if not resident_fits:
         yield from smaller()
@@ -133,7 +135,11 @@ def find_remedy(config: Any, figures: dict[str, Any], limit: int | None, devices
     resident_fits = limit is None or figures["resident_bytes"] <= limit
     for settings, changed in remedies(config, resident_fits, len(devices)):
         print(f"  trying {settings} ...", end=" ", flush=True)
-        found = plan(changed, devices, **row)
+        try:
+            found = plan(changed, devices, **row)
+        except UserError as error:  # what the config asks for goes not with this
+            print(f"no: {error}", flush=True)
+            continue
         print(f"{found['total_bytes'] / GIB:.2f} GiB", flush=True)
         if fits(found, limit):
             return settings, found
@@ -154,6 +160,7 @@ def describe(figures: dict[str, Any], topology: str, chip: str, estimate: bool) 
         f"  trainable     {memory('trainable_bytes')}",
         f"  frozen        {memory('frozen_bytes')}",
         f"  optimizer     {memory('optimizer_bytes')}",
+        *([f"  reference     {memory('reference_bytes')}   that follows the policy"] if figures["reference_bytes"] else []),
         f"  batch         {memory('batch_bytes')}",
     ]
     if not figures["too_large"]:
@@ -179,16 +186,20 @@ def describe(figures: dict[str, Any], topology: str, chip: str, estimate: bool) 
 def main(argv: list[str]) -> int:
     from aligner.main import CONFIG, WORKDIR
 
+    check_no_more(argv)
     if CONFIG.value is None:
         raise UserError("--config is missing; for example: python -m aligner.plan --config configs/dpo_llava.py --topology v5e:4x8")
     if JSON.value:
         check_out(JSON.value, "--json")
     devices, chip, estimate = devices_of(TOPOLOGY.value)
-    from aligner import workdir
+    from aligner import ahead, workdir
     from aligner.run import call_setup
 
-    config = workdir.resolve(CONFIG.value, WORKDIR.value or "runs/plan")
+    directory = WORKDIR.value or "runs/plan"
+    config = workdir.resolve(CONFIG.value, directory)
+    ahead.check_planned(config)
     if config.setup:
+        workdir.make(directory)
         call_setup(config)
     if estimate:
         config.model.attention = "auto"  # a GPU's kernels cannot be compiled for a CPU

@@ -48,9 +48,9 @@ def world(environment: Mapping[str, str]) -> dict[str, Any] | None:
         return {"coordinator_address": address, **ranks}  # without ranks JAX asks SLURM or Kubernetes
     if environment.get("ALIGNER_DISTRIBUTED") == "1":
         return {}
-    if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
+    if "SLURM_STEP_NODELIST" in environment and _number(environment, "SLURM_NTASKS", "1") > 1:
         return {}
-    if "TPU_WORKER_HOSTNAMES" in environment or int(environment.get("MEGASCALE_NUM_SLICES", "1")) > 1:
+    if "TPU_WORKER_HOSTNAMES" in environment or _number(environment, "MEGASCALE_NUM_SLICES", "1") > 1:
         return {}
     if ranks.get("num_processes", 1) > 1:
         if "OMPI_MCA_orte_hnp_uri" in environment:
@@ -59,8 +59,8 @@ def world(environment: Mapping[str, str]) -> dict[str, Any] | None:
     return None
 
 
-def _number(environment: Mapping[str, str], name: str) -> int:
-    value = environment.get(name, "")
+def _number(environment: Mapping[str, str], name: str, default: str = "") -> int:
+    value = environment.get(name, default)
     if not value.isdigit():
         raise UserError(f"the environment variable {name} is {value!r}, no number; {EXAMPLE}")
     return int(value)

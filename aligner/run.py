@@ -75,6 +75,11 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     steps = config.train.steps if config.train.steps is not None else max(1, int(config.train.epochs * train.size / config.data.batch_size))
     schedule = optim.make_schedule(config.optim, steps)
     optimizer = optim.make_optimizer(config.optim, schedule, model.trained_layers)
+    held_out = {name: dataset.fingerprint for name, dataset in evaluations.items()}
+    if newest := checkpoint.newest(directory):  # before anything of the run is touched
+        workdir.check_place(directory, *newest, train.fingerprint, steps)
+        if newest[1].get("held_out", held_out) != held_out:
+            say("config.data.eval holds other rows than before: evaluations from now on are not to be compared with those of before")
     workdir.check_source(directory, model, convert.fingerprint(disk), adapters)
     if jax.process_index() == 0:
         model.assets.copy_to(Path(directory) / workdir.ASSETS)
@@ -117,11 +122,10 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         restored = checkpoint.restore(checkpoints, state.abstract(train_state))
         if restored:
             train_state, kept = restored
-            workdir.check_rows(kept, train.fingerprint, directory)
+            done = int(train_state.step)
+            workdir.check_place(directory, done, kept, train.fingerprint, steps)
             batches.set_state(kept["data"])
             counted = kept["num_tokens"]
-            if (done := int(train_state.step)) > steps:
-                raise UserError(f"the run in {directory} has done {done} steps, and config.train.steps is {steps}; give {done} or more")
             say(f"goes on from step {done}")
 
         train_step = jit_train_step(config, algorithm, optimizer, schedule, train_state, mesh)
@@ -180,7 +184,8 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                     say(f"step {step}: {name or 'held-out'} " + short(last))
 
             def save() -> None:
-                checkpoint.save(checkpoints, train_state, {"data": data_state, "rows": train.fingerprint, "num_tokens": counted})
+                place = {"data": data_state, "rows": train.fingerprint, "held_out": held_out, "num_tokens": counted}
+                checkpoint.save(checkpoints, train_state, place)
 
             try:
                 if restored and due(step):

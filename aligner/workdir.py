@@ -255,17 +255,26 @@ def check_source(workdir: str | Path, model: Model, fingerprint: str, adapters: 
         write_json(path, dict(path=folder, fingerprint=fingerprint, source_dtype=model.source_dtype, dtypes=dtypes, adapters=described))
 
 
-def check_rows(kept: Mapping[str, Any], rows: str, workdir: str | Path) -> None:
-    """A checkpoint's place in the data is one in the rows that it learned from; `kept` is its metadata, `rows` names those of now.
+def check_place(workdir: str | Path, done: int, kept: Mapping[str, Any], rows: str, steps: int) -> None:
+    """Whether a run may go on from a checkpoint: its place in the data is one in the rows that it learned from.
+
+    Args:
+        workdir: of the run.
+        done: steps of the checkpoint.
+        kept: its metadata.
+        rows: names those of now.
+        steps: that the run is to have in all.
 
     Raises:
-        UserError: they changed. Checkpoints of an earlier aligner do not say.
+        UserError: the rows changed (checkpoints of an earlier aligner do not say), or more steps are done than asked for.
     """
     if kept.get("rows", rows) != rows:
         raise UserError(
             f"config.data.train no longer holds what the run in {workdir} learned from (rows, their order, images or the chat template "
             "changed), and where it stopped has no meaning there; bring that back, or start anew in another --workdir"
         )
+    if done > steps:
+        raise UserError(f"the run in {workdir} has done {done} steps, and config.train.steps is {steps}; give {done} or more")
 
 
 def write_json(path: Path, value: Any) -> None:

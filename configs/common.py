@@ -299,7 +299,7 @@ def base() -> ConfigDict:
     config.train.epochs = 1.0
     config.train.accumulate = 1  # micro-batches per step; changes memory, never the result
     config.train.eval_every = 0  # steps between evaluations; 0 evaluates only at the end
-    config.train.remat = "none"  # none, full, dots: what the backward pass recomputes
+    config.train.remat = "none"  # none, dots, context, full: what the backward pass recomputes
     config.train.max_nonfinite = 3  # stop after so many steps in a row whose loss or gradient is not finite
     # after so many seconds without a step, evaluations and compilation aside, write the stacks of all threads and end with status 124;
     # 0 is off. Online, a rollout counts as part of a step
@@ -323,7 +323,7 @@ def base() -> ConfigDict:
     config.log.tensorboard = False
     config.log.wandb = False
 
-    config.profile = 0  # trace so many steps for Perfetto; 0 is off
+    config.profile = 0  # trace so many steps for Perfetto, from the third after a start; 0 is off
     config.seed = 0
     config.setup = ""  # "module:function", called with the config before anything is read; presets make their demo input with it
     return config

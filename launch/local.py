@@ -23,6 +23,8 @@ def main() -> int:
     parser.add_argument("--gpus", action="store_true", help="each process takes the GPU of its number, not all of them")
     parser.add_argument("arguments", nargs="+", help="behind --: what follows python -m aligner.main")
     options = parser.parse_args()
+    if options.processes < 1:
+        parser.error(f"--processes {options.processes}: at least 1")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

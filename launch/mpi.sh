@@ -5,7 +5,7 @@
 HOSTS="${HOSTS:?HOSTS is missing: such as HOSTS=node1:8,node2:8}"
 CHIP="${CHIP:-h100}" # see launch/settings.sh
 PORT="${PORT:-12321}"
-. "$(dirname "$0")/settings.sh" "$CHIP"
+. "$(dirname "$0")/settings.sh" "$CHIP" || exit
 
 first="${HOSTS%%,*}"
 export JAX_COORDINATOR_ADDRESS="${first%%:*}:$PORT"

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Cloud TPU machines, the same command on every worker; aligner is installed there, `pip install 'aligner[tpu]'`, in the folder DIRECTORY:
+# Cloud TPU machines, the same command on every worker; aligner is installed there, `pip install '.[tpu]'`, in the folder DIRECTORY:
 #     TPU=my-pod ZONE=us-east5-a launch/tpu_pod.sh --config configs/dpo_llava.py --workdir /mnt/bucket/runs/dpo --config.mesh.fsdp=32
 
 TPU="${TPU:?TPU is missing: the name of the TPU}"

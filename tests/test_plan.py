@@ -185,6 +185,28 @@ def test_remedies_cost_ever_more():
     assert config.train.remat == "none" and config.mesh.fsdp == 1  # the config itself stays
 
 
+@pytest.mark.parametrize("mesh", [dict(sequence=4, data=1), dict(sequence=2), dict(data=1, tensor=-1), dict(fsdp=2, data=4)], ids=str)
+def test_remedies_have_meshes_of_all_devices(mesh):
+    config = tiny.config(data__batch_size=32, reference__kind="copy", **{f"mesh__{axis}": size for axis, size in mesh.items()})
+    tried = [changed for _, changed in plan.remedies(config, False, 8)]
+    assert tried
+    for changed in tried:
+        sharding.make_mesh(changed.mesh, jax.devices()[:8])
+
+
+def test_what_cannot_be_is_passed_over(monkeypatch, capsys):
+    """A reference that follows the policy is no model with its adapters off; the search goes on, or ends in its own words."""
+
+    def figures(config, devices, **row):
+        if config.lora.rank:
+            raise UserError("config.algorithm.sync_ref_model=True needs a reference in memory")
+        return {"too_large": False, "total_bytes": 10}
+
+    monkeypatch.setattr(plan, "plan", figures)
+    assert plan.find_remedy(tiny.config(data__batch_size=32), {"resident_bytes": 4}, 6, jax.devices()) is None
+    assert "no: config.algorithm.sync_ref_model=True" in capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plan") / "model"
@@ -244,7 +266,8 @@ def test_what_fits_after_a_change_is_found_by_compiling(checkpoint, monkeypatch,
     assert call(monkeypatch, tmp_path, *arguments, "--nosearch")[0] == 1
 
 
-@pytest.mark.parametrize("topology,message", [("cpu:x", "a number of devices"), ("cuda:h300:8", "chip 'h300' is not known"), ("v9:2x2", "'v9' is not known")])
+@pytest.mark.parametrize("topology,message", [("cpu:x", "a number of devices"), ("cuda:h300:8", "chip 'h300' is not known"), ("v9:2x2", "'v9' is not known"),
+    ("cpu:h200:4", "a number of devices"), ("cuda:v5e:2", "chip 'v5e' is not known"), ("h200:8", "write cuda:h200:8")])  # fmt: skip
 def test_unknown_topologies(topology, message):
     with pytest.raises(UserError, match=message):
         plan.devices_of(topology)

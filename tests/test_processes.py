@@ -39,6 +39,7 @@ def test_world(environment, arguments):
 @pytest.mark.parametrize(
     "environment,message",
     [
+        ({"SLURM_STEP_NODELIST": "a", "SLURM_NTASKS": "x"}, "SLURM_NTASKS is 'x', no number"),
         ({"PMI_SIZE": "2", "PMI_RANK": "1"}, "nothing says where the first one is; set JAX_COORDINATOR_ADDRESS"),
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, "nothing says where the first one is"),
         ({"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "1"}, "JAX_NUM_PROCESSES is 'two', no number"),

@@ -33,11 +33,19 @@ def test_steps_are_traced_after_two_warm_ones(tmp_path):
     assert {f"step {step}" for step in range(6)} & found == {"step 2", "step 3"}
 
 
-def test_a_short_run_ends_its_trace(tmp_path):
+def test_a_short_run_ends_its_trace(tmp_path, capsys):
     with tracing(10, tmp_path) as trace:
         for step in range(3):
             trace(step)
     assert events(tmp_path) is not None
+    with pytest.raises(KeyboardInterrupt), tracing(10, tmp_path / "stopped") as trace:
+        for step in range(3):
+            trace(step)
+        raise KeyboardInterrupt
+    assert events(tmp_path / "stopped") is not None
+    with tracing(10, tmp_path / "none") as trace:
+        trace(0)
+    assert "no profile: it begins with the third step after a start, and there were 1" in capsys.readouterr().err
     with tracing(0, tmp_path / "none") as trace:
         for step in range(5):
             trace(step)

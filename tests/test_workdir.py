@@ -18,10 +18,12 @@ def test_one_run_at_a_time(tmp_path, capsys):
 
 
 def test_rows_must_be_the_same(tmp_path):
-    workdir.check_rows({"rows": "abc"}, "abc", tmp_path)
-    workdir.check_rows({}, "abc", tmp_path)  # of an aligner that did not note them
+    workdir.check_place(tmp_path, 3, {"rows": "abc"}, "abc", 3)
+    workdir.check_place(tmp_path, 3, {}, "abc", 3)  # of an aligner that did not note them
     with pytest.raises(UserError, match=r"no longer holds what the run in .* learned from"):
-        workdir.check_rows({"rows": "abc"}, "abd", tmp_path)
+        workdir.check_place(tmp_path, 3, {"rows": "abc"}, "abd", 3)
+    with pytest.raises(UserError, match=r"has done 3 steps, and config\.train\.steps is 2; give 3 or more"):
+        workdir.check_place(tmp_path, 3, {"rows": "abc"}, "abc", 2)
 
 
 def test_a_workdir_that_was_moved(tmp_path):

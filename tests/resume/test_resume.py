@@ -104,11 +104,23 @@ def test_other_rows_are_refused(tmp_path):
     rows, workdir = tmp_path / "rows.jsonl", tmp_path / "run"
     lines = (demo() / "data" / "train.jsonl").read_text().splitlines(keepends=True)
     rows.write_text("".join(lines))
-    settings = {"data.train.path": rows, "data.train.image_folder": demo() / "data"}
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text((demo() / "data" / "heldout.jsonl").read_text())
+    settings = {"data.train.path": rows, "data.train.image_folder": demo() / "data", "data.eval.path": held_out, "data.eval.image_folder": demo() / "data"}
     assert stop(workdir, step(7), TERM, settings=settings) == 0
+    mine = lambda path: path.is_file() and "data" not in path.parts and path.name != "running.tmp"
+    of_run = lambda: {path: path.read_bytes() for path in workdir.rglob("*") if mine(path)}
+    before = of_run()
     rows.write_text("".join(lines[40:] + lines[:20]))
     assert start(workdir, settings).wait(TIMEOUT) == 2
     assert "config.data.train no longer holds what the run in" in log_of(workdir).read_text()
+    rows.write_text("".join(lines))
+    assert start(workdir, settings | {"train.steps": 5}).wait(TIMEOUT) == 2
+    assert " steps, and config.train.steps is 5; give " in log_of(workdir).read_text()
+    assert of_run() == before  # what is refused leaves the run as it was
+    held_out.write_text("".join(held_out.read_text().splitlines(keepends=True)[:4]))
+    complete(workdir, settings)
+    assert "config.data.eval holds other rows than before" in log_of(workdir).read_text()
 
 
 @pytest.mark.slow
