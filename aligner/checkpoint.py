@@ -6,6 +6,7 @@ metadata. A save is written beside and renamed when complete, so a kill leaves t
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import re
@@ -140,13 +141,14 @@ def _read(checkpoints: Checkpoints, step: int, abstract: TrainState) -> tuple[Tr
 
 
 def newest(workdir: str | Path) -> tuple[int, dict[str, Any]] | None:
-    """(step, metadata) of a workdir's newest checkpoint; None without one, or where it cannot be read."""
+    """(step, metadata) of a workdir's newest checkpoint; None without one, or where it cannot be read: that is for `restore` to say."""
     try:
         step = steps(workdir)[-1]
-        metadata = ocp.checkpointables_metadata((Path(workdir) / FOLDER / str(step)).absolute()).custom_metadata
-    except Exception:  # `restore` says what is wrong with it, and sets it aside
+        # Orbax itself would open the arrays as well
+        metadata = json.loads((Path(workdir) / FOLDER / str(step) / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
+    except (IndexError, OSError, ValueError, KeyError, TypeError):
         return None
-    return (step, dict(metadata)) if metadata else None
+    return (step, metadata) if metadata else None
 
 
 def first_line(error: BaseException) -> str:

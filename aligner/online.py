@@ -113,7 +113,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     rewards = make_rewards(names, dtype=config.model.dtype, **seeing, timeout=c.reward_timeout)
     names += ("environment",) if environment else ()
     learned_from = ", ".join(dataset.fingerprint for dataset in filter(None, (prompts, supervised)))
-    if newest := checkpoint.newest(directory):  # before anything of the run is touched
+    if newest := checkpoint.newest(directory):  # asked before anything of the run is touched
         workdir.check_place(directory, *newest, learned_from, steps)
     workdir.check_source(directory, model, convert.fingerprint(disk), adapters)
     model.assets.copy_to(directory / workdir.ASSETS)

@@ -76,7 +76,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     schedule = optim.make_schedule(config.optim, steps)
     optimizer = optim.make_optimizer(config.optim, schedule, model.trained_layers)
     held_out = {name: dataset.fingerprint for name, dataset in evaluations.items()}
-    if newest := checkpoint.newest(directory):  # before anything of the run is touched
+    if newest := checkpoint.newest(directory):  # asked before anything of the run is touched
         workdir.check_place(directory, *newest, train.fingerprint, steps)
         if newest[1].get("held_out", held_out) != held_out:
             say("config.data.eval holds other rows than before: evaluations from now on are not to be compared with those of before")

@@ -45,6 +45,12 @@ def largest(folder):
     return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
+def test_what_the_newest_says_of_itself(saved, tmp_path):
+    assert checkpoint.newest(saved) == (2, {"seen": 2})
+    (saved / checkpoint.FOLDER / "2" / "_CHECKPOINT_METADATA").write_text('{"custom_')
+    assert checkpoint.newest(saved) is None and checkpoint.newest(tmp_path / "none") is None
+
+
 def test_the_newest_comes_back(saved):
     assert restored(saved) == (2, 2.0, 2)
     assert sorted(path.stem for path in (saved / seal.FOLDER).glob("*.json")) == ["1", "2"]
