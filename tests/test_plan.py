@@ -252,7 +252,7 @@ def test_the_first_that_fits_is_taken(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_what_fits_after_a_change_is_found_by_compiling(checkpoint, monkeypatch, tmp_path, capsys):
-    arguments = ["--config=configs/dpo_llama3.py", f"--config.model.path={checkpoint}", "--config.train.remat=none", "--tokens=64", "--config.data.batch_size=16"]
+    arguments = ["--config=configs/dpo_llama3.py", f"--config.model.path={checkpoint}", "--config.train.remat=none", "--tokens=16", "--config.data.batch_size=16"]
     status, whole = call(monkeypatch, tmp_path, *arguments)
     assert status == 0 and whole["fits"] and whole["limit_bytes"] is None and whole["devices"] == 8
     assert set(whole["collectives"]) and whole["flops"] > 0
