@@ -7,7 +7,7 @@ import difflib
 import re
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ def parse(argv: list[str]) -> list[str]:
     """Set all flags.
 
     Returns:
-        What is left: the program and arguments that are no flags.
+        What is left: the program's name.
 
     Raises:
-        UserError: an unknown key (the nearest is named), a value of another type, a config file that is missing or broken.
+        UserError: an unknown key (the nearest is named), a value of another type, a config file that is missing or broken, an argument that
+            is no flag, mostly a setting without its dashes.
     """
     path, _ = config_file(argv)
     if path and not Path(path).is_file():
@@ -40,6 +41,8 @@ def parse(argv: list[str]) -> list[str]:
         left = flags.FLAGS(argv)
     except Exception as error:
         raise UserError(_explain(argv, path, error)) from None
+    if len(left) > 1:
+        raise UserError(f"unexpected argument {left[1]!r}; settings are given as --config.section.key=value")
     logging.set_verbosity(logging.WARNING)  # Orbax tells a dozen lines for every save, JAX which backends are not there
     return left
 
@@ -155,12 +158,6 @@ def split_of(asked: str | None, data: str) -> str:
     if asked is not None and Path(data).is_file():
         raise UserError(f"--split {asked}: {data} is a single file and has no splits; without --split all its rows are read")
     return asked or "train"
-
-
-def check_no_more(argv: Sequence[str]) -> None:
-    """Raises UserError where something stands behind the flags: mostly a setting without its dashes."""
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}; settings are given as --config.section.key=value")
 
 
 def check_out(path: str | Path, option: str = "--out") -> Path:

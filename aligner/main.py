@@ -27,7 +27,7 @@ if __name__ == "__main__":  # first of all: what is imported below takes its tim
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from aligner.commandline import check_no_more, defaults, parse
+from aligner.commandline import defaults, parse
 from aligner.processes import EXAMPLE, world
 from aligner.types import SaveError, UserError
 
@@ -55,7 +55,6 @@ def start_jax() -> None:
 
 
 def main(argv: list[str]) -> int:
-    check_no_more(argv)
     if CONFIG.value is None or WORKDIR.value is None:
         missing = "--config" if CONFIG.value is None else "--workdir"
         example = "python -m aligner.main --config configs/dpo_llava.py:tiny --workdir runs/quickstart"

@@ -20,7 +20,7 @@ from typing import Any
 
 from absl import app, flags
 
-from aligner.commandline import check_no_more, check_out, ended
+from aligner.commandline import check_out, ended
 from aligner.types import UserError
 
 TOPOLOGY = flags.DEFINE_string("topology", "cpu:1", "v5e:4x8, v5p:4x4x4, v6e:4x4, cpu:8, cuda:h200:8 ...")
@@ -186,7 +186,6 @@ def describe(figures: dict[str, Any], topology: str, chip: str, estimate: bool) 
 def main(argv: list[str]) -> int:
     from aligner.main import CONFIG, WORKDIR
 
-    check_no_more(argv)
     if CONFIG.value is None:
         raise UserError("--config is missing; for example: python -m aligner.plan --config configs/dpo_llava.py --topology v5e:4x8")
     if JSON.value:
