@@ -113,8 +113,10 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     rewards = make_rewards(names, dtype=config.model.dtype, **seeing, timeout=c.reward_timeout)
     names += ("environment",) if environment else ()
     learned_from = ", ".join(dataset.fingerprint for dataset in filter(None, (prompts, supervised)))
+    examined = {"": held_out.fingerprint} if held_out else {}
     if newest := checkpoint.newest(directory):  # asked before anything of the run is touched
         workdir.check_place(directory, *newest, learned_from, steps)
+        workdir.compare_held_out(newest[1], examined)
     workdir.check_source(directory, model, convert.fingerprint(disk), adapters)
     model.assets.copy_to(directory / workdir.ASSETS)
     workdir.record(config, directory)
@@ -232,11 +234,11 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         ):
             batch: dict[str, np.ndarray] = {}
             found: dict[str, float] = {}
-            saved = step if restored else -1
+            first, saved = True, step if restored else -1
 
             def save() -> None:
                 nonlocal saved
-                checkpoint.save(checkpoints, train_state, {"host": dict(host), "rows": learned_from})
+                checkpoint.save(checkpoints, train_state, {"host": dict(host), "rows": learned_from, "held_out": examined})
                 saved = step
 
             def hold_out() -> None:
@@ -268,9 +270,10 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                     host["num_tokens"] += int(values["num_tokens"])
                     check_finite(step, values, ids, config.train.max_nonfinite)
                     bar(step, values)
-                    if step == 1:
+                    if first:
                         say(f"first step {time.monotonic() - started:.1f} s after the start, compilation included")
                         allocator.give_back()
+                        first = False
                     if step % config.log.every == 0 or step in (1, steps):
                         write(step, "train", values | {"num_tokens": host["num_tokens"], "example_ids_hash": ids_hash(ids)})
                     if step % config.checkpoint.every == 0 or step == steps:

@@ -78,8 +78,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     held_out = {name: dataset.fingerprint for name, dataset in evaluations.items()}
     if newest := checkpoint.newest(directory):  # asked before anything of the run is touched
         workdir.check_place(directory, *newest, train.fingerprint, steps)
-        if newest[1].get("held_out", held_out) != held_out:
-            say("config.data.eval holds other rows than before: evaluations from now on are not to be compared with those of before")
+        workdir.compare_held_out(newest[1], held_out)
     workdir.check_source(directory, model, convert.fingerprint(disk), adapters)
     if jax.process_index() == 0:
         model.assets.copy_to(Path(directory) / workdir.ASSETS)

@@ -277,6 +277,17 @@ def check_place(workdir: str | Path, done: int, kept: Mapping[str, Any], rows: s
         raise UserError(f"the run in {workdir} has done {done} steps, and config.train.steps is {steps}; give {done} or more")
 
 
+def compare_held_out(kept: Mapping[str, Any], held_out: Mapping[str, str]) -> None:
+    """Tell where evaluations would be of other rows than those before a checkpoint.
+
+    Args:
+        kept: the checkpoint's metadata; an earlier aligner's do not say.
+        held_out: fingerprints by name of the sets of now.
+    """
+    if kept.get("held_out", held_out) != held_out:
+        say("config.data.eval holds other rows than before: evaluations from now on are not to be compared with those of before")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all, also when the process is killed meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)

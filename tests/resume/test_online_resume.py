@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from tests.resume.runs import complete, ppo, step, stop, wrote
+from tests.resume.runs import complete, log_of, ppo, step, stop, sums, wrote
 
 KILL, TERM = signal.SIGKILL, signal.SIGTERM
 
@@ -74,3 +74,18 @@ def test_stopped_between_two_updates_of_a_rollout(uninterrupted, tmp_path):
     assert stop(workdir, step(6), TERM, recipe=ppo) == 0
     complete(workdir, recipe=ppo)
     same(workdir, uninterrupted)
+
+
+@pytest.mark.slow
+def test_other_held_out_prompts_are_told(tmp_path):
+    rows, workdir = tmp_path / "rows.jsonl", tmp_path / "run"
+    lines = (sums() / "data" / "train.jsonl").read_text().splitlines(keepends=True)
+    rows.write_text("".join(lines[:8]))
+    settings = {"data.eval.path": rows, "train.steps": 8}
+    assert stop(workdir, step(4), TERM, settings=settings, recipe=ppo) == 0
+    assert "other rows" not in log_of(workdir).read_text()
+    rows.write_text("".join(lines[4:12]))
+    complete(workdir, settings, recipe=ppo)
+    told = log_of(workdir).read_text()
+    assert "config.data.eval holds other rows than before" in told
+    assert told.count("first step ") == 2  # of either start
