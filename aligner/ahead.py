@@ -62,7 +62,10 @@ def row_of(config: Any, model: Model, tokens: int | None, scored: int | None, im
     scored = scored or (tokens if everything else answers * examples if kind.last else max(1, tokens // 2))
     if scored > tokens:
         raise UserError(f"a row of {tokens} columns has no {scored} scored positions; --scored is at most --tokens")
-    return Row(tokens, scored, images if model.media else 0, examples, answers)
+    images = images if model.media else 0
+    if images and model.media.show is None and (filled := images * model.media.features) > tokens:
+        raise UserError(f"a row of {tokens} columns has no room for {filled} tokens of images; give --tokens={2 * filled} or fewer --images")
+    return Row(tokens, scored, images, examples, answers)
 
 
 def _answers(algorithm: Algorithm) -> int:

@@ -273,6 +273,20 @@ def test_unknown_topologies(topology, message):
         plan.devices_of(topology)
 
 
+def test_rows_that_cannot_be_are_refused(family):
+    """Before anything is compiled for them."""
+    sizes = lambda tokens, scored=None, images=1: ahead.row_of(tiny.config(), family.model, tokens, scored, images, None)
+    with pytest.raises(UserError, match="a row of 24 columns has no 25 scored positions"):
+        sizes(24, scored=25)
+    if family.model.media is None:
+        assert sizes(24).images == 0
+        return
+    features = family.model.media.features
+    assert sizes(2 * features, images=2).images == 2 and sizes(1, images=0).images == 0
+    with pytest.raises(UserError, match=f"no room for {3 * features} tokens of images; give --tokens={6 * features}"):
+        sizes(2 * features, images=3)
+
+
 def test_memory_that_the_compiler_refuses(llama, monkeypatch):
     _, _, step = step_of(llama, devices=1)
 
