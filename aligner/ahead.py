@@ -64,7 +64,7 @@ def row_of(config: Any, model: Model, tokens: int | None, scored: int | None, im
         raise UserError(f"a row of {tokens} columns has no {scored} scored positions; --scored is at most --tokens")
     images = images if model.media else 0
     if images and model.media.show is None and (filled := images * model.media.features) > tokens:
-        raise UserError(f"a row of {tokens} columns has no room for {filled} tokens of images; give --tokens={2 * filled} or fewer --images")
+        raise UserError(f"a row of {tokens} columns has no room for {filled} tokens of images; give --tokens={2 * filled}")
     return Row(tokens, scored, images, examples, answers)
 
 

@@ -85,6 +85,9 @@ def open_rows(source: Any, name: str = "data.train") -> Rows:
     if source.path.startswith("tfds:"):
         rows = _tfds(source.path.removeprefix("tfds:"), source.split, name)
     elif path.exists():
+        if "[" in source.split:  # which would be passed over where no file is named after a split
+            how = f"only of a dataset on the Hub; config.{name}.size takes the first rows"
+            raise UserError(f"config.{name}.split is {source.split!r} and {path} is here: a slice can be taken {how}.")
         try:
             rows = _folder(path, source.split, name, sample_by) if path.is_dir() else _file(path, name, sample_by)
         except OSError as error:

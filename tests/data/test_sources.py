@@ -110,6 +110,7 @@ def test_identity_changes_with_the_file(tmp_path):
         ({"a.xls": "x"}, {"path": "a.xls"}, "no suffix that is known"),
         ({"d/a.xls": "x"}, {"path": "d"}, "holds no .json"),
         ({"d/train.jsonl": "{}", "d/test.jsonl": "{}"}, {"path": "d", "split": "val"}, r"no file of .* is named val\*"),
+        ({"a.jsonl": "{}"}, {"path": "a.jsonl", "split": "train[:10%]"}, r"split is 'train\[:10%\]' and .*a.jsonl is here: .*config.data.train.size"),
         ({"a.jsonl": "{}"}, {"path": "a.jsonl", "image_folder": "nowhere"}, "nowhere is no folder"),
         ({"a.jsonl": "{}"}, {"path": "a.jsonl", "size": 0}, "at least 1"),
     ],
