@@ -89,11 +89,16 @@ def _never(x: Array) -> Array:
     return jnp.any(x.ravel()[:1] > jnp.inf)
 
 
+def apart(form: Callable[[Array], Any], x: Array) -> Any:
+    """form(x), in memory, by passes of its own: in a branch, since a compiler makes a pass of all that it can put together, and what makes
+    x would become part of those that read it, and what they make a part of those that read that."""
+    nothing = lambda x: jax.tree.map(jnp.zeros_like, jax.eval_shape(form, x))
+    return lax.cond(_never(x), nothing, form, x)
+
+
 def turned(x: Float[Array, "... M N"]) -> Float[Array, "... N M"]:
-    """The transpose of each matrix, in memory, by a pass of its own."""
-    transpose = lambda x: with_layout_constraint(x.swapaxes(-1, -2), Layout(major_to_minor=tuple(range(x.ndim))))
-    # in a branch, or what makes x becomes part of that pass, where a slice of a stack takes five times as long
-    return lax.cond(_never(x), lambda x: jnp.zeros_like(x.swapaxes(-1, -2)), transpose, x)
+    """The transpose of each matrix, in memory; apart, or a slice of a stack would take five times as long."""
+    return apart(lambda x: with_layout_constraint(x.swapaxes(-1, -2), Layout(major_to_minor=tuple(range(x.ndim)))), x)
 
 
 @struct.dataclass

@@ -17,7 +17,20 @@ from aligner.matmul import Turned
 from aligner.models import cross, moe, rope
 from aligner.models.attention import Spec, alibi_slopes, attention, dense, spec_of
 from aligner.models.cache import Cache, remember, unroll
-from aligner.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear, RMSNorm, at_least_float32, pick, rngs, scaled, stack
+from aligner.models.layers import (
+    ACTIVATIONS,
+    Embed,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    at_least_float32,
+    own_rngs,
+    pick,
+    recomputed,
+    rngs,
+    scaled,
+    stack,
+)
 from aligner.sharding import constrain
 from aligner.types import Batch, Conversion, Head, Model, Output, Params
 
@@ -129,12 +142,12 @@ class MLP(nn.Module):
         c = self.config
         *into, out = c.mlp_names
         y = [Linear(c.intermediate_size, c.mlp_bias, c.initializer_range, name=name)(x) for name in into]
-
-        def close(mlp: MLP, *y: Array) -> Array:
-            gated = functools.reduce(jnp.multiply, y[1:], ACTIVATIONS[c.hidden_act](y[0]))
-            return Linear(c.hidden_size, c.mlp_bias, c.initializer_range, name=out)(constrain(gated, "batch", "length", "mlp"))
-
-        return nn.remat(close, prevent_cse=False)(self, *y)  # the backward pass gates once more rather than keep what was gated
+        down = Linear(c.hidden_size, c.mlp_bias, c.initializer_range, name=out)
+        gated = lambda *y: constrain(functools.reduce(jnp.multiply, y[1:], ACTIVATIONS[c.hidden_act](y[0])), "batch", "length", "mlp")
+        if self.is_initializing():
+            return down(gated(*y))
+        close = lambda params, *y: down.apply({"params": params[0]}, gated(*y), rngs=params[1])
+        return recomputed(close, (self.variables["params"][out], own_rngs(self)), *y)  # rather than keep what was gated
 
 
 class SparseMLP(nn.Module):
@@ -165,8 +178,7 @@ class Layer(nn.Module):
     ):  # fmt: skip
         c = self.config
         if here is not None:
-            rngs = {"dropout": self.make_rng("dropout")} if self.has_rng("dropout") else {}
-            x = cross.before(c, MLP, x, here, crossing, rngs)
+            x = cross.before(c, MLP, x, here, crossing, own_rngs(self))
 
         def normed(name: str, y: Array) -> Array:
             return make_norm(c, name)(y) if name else y
@@ -276,7 +288,7 @@ class DecoderModel(nn.Module):
         if self.is_initializing():
             one = jnp.ones((1, 1, 1))
             nothing = cross.Seen(None, jnp.zeros((1, 1, c.hidden_size)), jnp.ones((1, 1, 1, 1), bool), one, one)
-            stack(cross.CrossLayer, len(c.cross_layers), "none", x.dtype, in_axes=(nn.broadcast,))(c, MLP, name="cross_layers")(x, nothing)
+            stack(cross.CrossLayer, len(c.cross_layers), "none", in_axes=(nn.broadcast,))(c, MLP, name="cross_layers")(x, nothing)
             return None
         params = self.variables["params"]["cross_layers"]
         if states is not None:
@@ -290,7 +302,7 @@ class DecoderModel(nn.Module):
         c = self.config
         numbers = [jnp.asarray(of or (0,) * c.num_hidden_layers, jnp.int32) for of in (c.window_of_layer, c.rope_of_layer)]
         numbers += [jnp.arange(c.num_hidden_layers), jnp.asarray(crossings(c), jnp.int32)]
-        layers = stack(Layer, c.num_hidden_layers, self.remat, x.dtype, in_axes=(nn.broadcast,) * 4 + (0,) * 4)
+        layers = stack(Layer, c.num_hidden_layers, self.remat, in_axes=(nn.broadcast,) * 4 + (0,) * 4)
         x, load = layers(c, name="layers")(x, specs, tables, deep, here, *numbers)
         if load is not None:
             for name, value in zip(("router_count", "router_probability"), load):

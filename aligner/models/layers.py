@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from aligner import lora
-from aligner.matmul import dot
+from aligner.matmul import after, dot
 from aligner.quant import matmul
 
 
@@ -51,9 +51,31 @@ def leaf(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -
     return module.get_variable("params", name)
 
 
+def own_rngs(module: nn.Module) -> dict[str, Array]:
+    """`rngs` for a module that this one applies."""
+    return {"dropout": module.make_rng("dropout")} if module.has_rng("dropout") else {}
+
+
 def rngs(key: Array | None) -> dict[str, Array]:
     """What a module's `apply` needs to draw from; nothing is dropped without a key."""
     return {} if key is None else {"dropout": key}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def recomputed(f: Callable[..., Array], *args: Any) -> Array:
+    """f(*args), of which the backward pass keeps the arguments and computes the rest again.
+
+    As under `jax.checkpoint`; but where no loop lies between the two passes, XLA on a CPU finds their computations equal and keeps what the
+    first one made. Here the arguments of the second wait for the gradient, and are no longer the same.
+    """
+    return f(*args)
+
+
+def _recomputed_backward(f, vjp, g):
+    return jax.tree.map(lambda x: after(g, x) if jnp.issubdtype(x.dtype, jnp.inexact) else x, vjp)(g)
+
+
+recomputed.defvjp(lambda f, *args: jax.vjp(jax.checkpoint(f, prevent_cse=False), *args), _recomputed_backward)
 
 
 class Linear(nn.Module):
@@ -104,8 +126,11 @@ class RMSNorm(nn.Module):
         return rms_norm(x, scale, self.eps, self.wide, self.plus_one)
 
 
-@functools.partial(jax.checkpoint, static_argnums=(2, 3, 4), prevent_cse=False)  # the backward pass keeps x and nothing between
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float, wide: bool, plus_one: bool) -> Float[Array, "... D"]:
+    return recomputed(functools.partial(_rms_norm, eps=eps, wide=wide, plus_one=plus_one), scale, x)
+
+
+def _rms_norm(scale, x, eps, wide, plus_one):
     y = at_least_float32(x)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
     if wide or plus_one:
@@ -159,19 +184,19 @@ REMAT: dict[str, Callable | None] = {
 }
 
 
-def stack(layer: type[nn.Module], length: int, remat: str, dtype: jnp.dtype, in_axes: tuple = ()) -> type[nn.Module]:
+def stack(layer: type[nn.Module], length: int, remat: str, in_axes: tuple = ()) -> type[nn.Module]:
     """A module class that runs `length` copies of `layer` in a scan, their parameters stacked on axis 0.
 
     Args:
         layer: `__call__(carry, *arguments) -> (carry, collected)`.
         length: number of layers.
         remat: a key of REMAT.
-        dtype: of the computation.
         in_axes: for every further argument `nn.broadcast`, if all layers get it alike, or the axis along which it is dealt out.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
-    # a loop on a CPU keeps a float32 copy of what it keeps in bfloat16; without one, what is computed again would be found equal and kept
-    unrolled = device is not None and device.platform == "cpu" and dtype == jnp.bfloat16 and remat == "none"
+    # A loop on a CPU copies what it reads of its stacks and what it adds to them, and keeps a float32 copy of what it keeps in bfloat16;
+    # without a loop, what a whole layer computes again would be found equal and kept.
+    unrolled = device is not None and device.platform == "cpu" and remat == "none"
     if REMAT[remat] is not None:
         layer = nn.remat(layer, policy=REMAT[remat], prevent_cse=False)
     return nn.scan(

@@ -84,5 +84,5 @@ class Resampler(nn.Module):
         latents = jnp.broadcast_to(latents, (len(context), *latents.shape))
         mask = jnp.concatenate([real, jnp.ones((len(real), c.latents), bool)], axis=1)[:, None, None]
         mask = jnp.broadcast_to(mask, (len(real), 1, c.latents, mask.shape[-1]))
-        layers = stack(Layer, c.depth, self.remat, context.dtype, in_axes=(nn.broadcast, nn.broadcast))
+        layers = stack(Layer, c.depth, self.remat, in_axes=(nn.broadcast, nn.broadcast))
         return RMSNorm(c.norm_eps, name="norm")(layers(c, name="layers")(latents, context, mask)[0])

@@ -4,6 +4,7 @@ Sources: RoFormer (arXiv 2104.09864), position interpolation (2306.15595), YaRN 
 piecewise scaling. `rope_parameters` is the dict that Hugging Face's config normalisation produces.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from aligner.matmul import apart, on_one_cpu
 from aligner.types import UserError
 
 TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
@@ -136,7 +138,8 @@ def tables(
     else:
         angles = positions[..., None].astype(jnp.float32) * inverse
     angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
-    return (jnp.cos(angles) * scale).astype(dtype), (jnp.sin(angles) * scale).astype(dtype)
+    turn = lambda angles: ((jnp.cos(angles) * scale).astype(dtype), (jnp.sin(angles) * scale).astype(dtype))
+    return on_one_cpu(functools.partial(apart, turn), turn, angles)  # or every layer makes them again, for every head
 
 
 def sections(parameters: Mapping[str, Any], half: int) -> np.ndarray:

@@ -226,7 +226,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "N P D"], specs: tuple[Spec | None, ...], tables: tuple[Array, Array] | None):
         c = self.config
-        layers = stack(Layer, c.num_hidden_layers, self.remat, x.dtype, in_axes=(nn.broadcast, nn.broadcast, 0))
+        layers = stack(Layer, c.num_hidden_layers, self.remat, in_axes=(nn.broadcast, nn.broadcast, 0))
         groups = jnp.asarray(c.groups_of_layer or (0,) * c.num_hidden_layers, jnp.int32)
         return layers(c, self.collect, name="layers")(x, specs, tables, groups)
 

@@ -87,7 +87,7 @@ class WhisperEncoder(nn.Module):
         heard = jnp.arange(c.max_source_positions) < (frames[:, None] + 1) // 2
         spec = dense(Spec(heard.astype(jnp.int32), causal=False))
         depth = c.layers.num_hidden_layers
-        layers = stack(vision.Layer, depth, self.remat, x.dtype, in_axes=(nn.broadcast, nn.broadcast, 0))
+        layers = stack(vision.Layer, depth, self.remat, in_axes=(nn.broadcast, nn.broadcast, 0))
         x, _ = layers(c.layers, False, name="layers")(x, (spec,), None, jnp.zeros(depth, jnp.int32))
         if c.pool > 1:
             x = jnp.mean(x[:, : c.features * c.pool].reshape(len(x), c.features, c.pool, width), axis=2)

@@ -1,6 +1,7 @@
 """Models as functions: what they read from configs, how inputs become batches, what they refuse. PyTorch's numbers are in tests/golden."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 from aligner.likelihood import make_likelihood
 from aligner.models import SUPPORTED, decoder, from_hf, pictures, towers, vision
-from aligner.models.layers import ACTIVATIONS, REMAT, LayerNorm, Linear, RMSNorm
+from aligner.models.layers import ACTIVATIONS, REMAT, LayerNorm, Linear, RMSNorm, recomputed
 from aligner.sharding import tree_paths
 from aligner.types import Media, UserError
 from tests.invariance import step
@@ -219,8 +220,32 @@ def test_a_norms_weight_has_a_gradient_that_is_rounded_once():
     np.testing.assert_array_equal(found, jnp.asarray(parts.sum((0, 1)), jnp.bfloat16))
 
 
-@pytest.mark.parametrize("dtype,remat,loops", [("bfloat16", "none", False), ("bfloat16", "full", True), ("float32", "none", True)])
-def test_layers_are_a_loop_but_where_a_cpu_would_copy_what_it_keeps(dtype, remat, loops):
+def test_of_what_is_recomputed_only_the_arguments_are_kept():
+    """Also where no loop lies between the two passes: XLA would find the second computation equal to the first."""
+    gated = lambda w, x: (x * jnp.tanh(x) * jnp.exp(-x * x)) @ w
+    weights = [jnp.asarray(w, jnp.float32) for w in np.random.default_rng(0).standard_normal((8, 64, 64)) / 8]
+    x = jnp.ones((512, 64)) / 3
+
+    def program(gate):
+        return jax.jit(jax.grad(lambda weights: jnp.sum(functools.reduce(lambda x, w: gate(w, x), weights, x)))).lower(weights).compile()
+
+    plain, ours = program(gated), program(functools.partial(recomputed, gated))
+    kept = lambda compiled: compiled.memory_analysis().temp_size_in_bytes / x.nbytes
+    assert kept(plain) > 2 * len(weights) > kept(ours)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), ours(weights), plain(weights))
+
+
+def test_rotation_is_computed_once_for_all_layers():
+    """Not in every pass that reads it, for every head, as XLA puts a program without a loop together."""
+    model = from_hf(tiny.llama_config())
+    params, batch = tiny.perturbed(model), model.inputs({"input_ids": np.arange(6)[None]})
+    with jax.set_mesh(step.one_device()):
+        compiled = jax.jit(jax.grad(lambda params: jnp.sum(model.apply(params, batch).hidden))).lower(params).compile()
+    assert compiled.as_text().count(" cosine(") == 1
+
+
+@pytest.mark.parametrize("dtype,remat,loops", [("bfloat16", "none", False), ("bfloat16", "full", True), ("float32", "none", False)])
+def test_layers_are_a_loop_but_on_a_cpu_that_keeps_all(dtype, remat, loops):
     model = from_hf(tiny.llama_config())
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), tiny.perturbed(model))
     batch = model.inputs({"input_ids": np.arange(6)[None]})
