@@ -131,7 +131,8 @@ class Attention(nn.Module):
         scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
         slopes = alibi_slopes(c.num_attention_heads) if c.alibi else None
         out = attention(q, k, v, spec, scale=scale, softcap=c.attention_softcap, slopes=slopes)
-        return Linear(c.hidden_size, c.o_bias, c.initializer_range, name=c.o_name)(out.reshape(*x.shape[:2], -1)), memory
+        out = constrain(out.reshape(*x.shape[:2], -1), "batch", "length", "heads")
+        return Linear(c.hidden_size, c.o_bias, c.initializer_range, name=c.o_name)(out), memory
 
 
 class MLP(nn.Module):

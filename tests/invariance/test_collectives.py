@@ -58,6 +58,14 @@ def test_nothing_of_the_vocabularys_size_is_sent(model, mesh):
     assert all(elements(one.shape) <= max(largest, positions * model.config.hidden_size) for one in found)
 
 
+def test_a_layer_makes_no_row_whole_that_is_cut(model):
+    """Its columns change places with its heads for attention; all else is of each device's own columns."""
+    _, program = compiled(model, 8, data=4, sequence=2)
+    layers = [one for one in ahead.find_collectives(program.as_text()) if one.times > 1]
+    assert any(one.kind == "all-to-all" for one in layers)
+    assert not [one for one in layers if one.kind == "all-gather" and ROW.tokens in one.shape]
+
+
 def weak(model, mesh_of):
     """[(devices, operations on one device, {kind: bytes}, step)] with as much work for each device."""
     made = []
