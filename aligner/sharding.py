@@ -135,6 +135,12 @@ def per_device(
     return run
 
 
+def largest(x: jax.Array, k: int) -> jax.Array:
+    """Where along the last axis of [B, T, N] the k largest are, [B, T, k]. The compiler would gather all rows on every device to see."""
+    rows = ("batch", "length", None)
+    return per_device(lambda x: jax.lax.top_k(x, k)[1], (rows,), rows)(jax.lax.stop_gradient(x))
+
+
 def like_params(tree: Params, params: Params, shardings: Params, mesh: Mesh) -> Params:
     """Shardings for a tree made from the parameters (optimizer state): a leaf whose path ends like a parameter's is laid out like it."""
     by_path = dict(zip(tree_paths(params), jax.tree.leaves(shardings, is_leaf=lambda s: isinstance(s, NamedSharding))))

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from aligner.losses.distillation import generalized_jsd
 from aligner.losses.reference_free import log1mexp
+from aligner.sharding import largest
 
 Values = Float[Array, "..."]
 SUPPORTS = ("student", "teacher", "both")
@@ -24,9 +25,8 @@ def likeliest(log_p: Float[Array, "... V"], log_q: Float[Array, "... V"], k: int
         k: how many of each.
         of: whose likeliest, one of SUPPORTS; of both they are 2k, and some may stand there twice.
     """
-    top = lambda x: jax.lax.top_k(jax.lax.stop_gradient(x), k)[1]
     chosen = {"student": (log_p,), "teacher": (log_q,), "both": (log_q, log_p)}[of]
-    return jnp.concatenate([top(x) for x in chosen], axis=-1)
+    return jnp.concatenate([largest(x, k) for x in chosen], axis=-1)
 
 
 def few_tokens_jsd(

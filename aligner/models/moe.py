@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from aligner.matmul import accumulated
 from aligner.models.layers import ACTIVATIONS, at_least_float32, leaf
-from aligner.sharding import per_device
+from aligner.sharding import largest, per_device
 from aligner.types import Batch, UserError
 
 
@@ -41,7 +41,8 @@ def route(
 ) -> tuple[Float[Array, "B T E"], Float[Array, "B T k"], Int[Array, "B T k"]]:
     """Which experts see a token: probabilities over all of them in float32, weights of the largest few, and which those are."""
     probabilities = jax.nn.softmax(at_least_float32(logits), axis=-1)
-    weights, chosen = lax.top_k(probabilities, config.per_token)
+    chosen = largest(probabilities, config.per_token)
+    weights = jnp.take_along_axis(probabilities, chosen, axis=-1)
     if config.renormalize:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return probabilities, weights.astype(logits.dtype), chosen

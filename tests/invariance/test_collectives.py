@@ -10,8 +10,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from aligner import ahead, lora
-from aligner.models import from_hf
+from aligner import ahead, lora, sharding
+from aligner.losses.partial_distillation import likeliest
+from aligner.models import from_hf, moe
 from tests.models import tiny
 
 V = 118  # this number and its parts are no other size in the program
@@ -64,6 +65,21 @@ def test_a_layer_makes_no_row_whole_that_is_cut(model):
     layers = [one for one in ahead.find_collectives(program.as_text()) if one.times > 1]
     assert any(one.kind == "all-to-all" for one in layers)
     assert not [one for one in layers if one.kind == "all-gather" and ROW.tokens in one.shape]
+
+
+OF = {
+    "tokens": lambda x: likeliest(x, -x, 3, "both"),
+    "experts": lambda x: moe.route(moe.ExpertsConfig(V, 3, 8, True), x)[1:],
+}
+
+
+@pytest.mark.parametrize("name", OF)
+def test_each_device_finds_the_largest_of_its_own_rows(name):
+    mesh = sharding.make_mesh(dict(data=2, fsdp=4))
+    logits = jax.ShapeDtypeStruct((8, ROW.tokens, V), "float32", sharding=sharding.batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        program = jax.jit(OF[name]).lower(logits).compile()
+    assert not ahead.find_collectives(program.as_text())
 
 
 def weak(model, mesh_of):
