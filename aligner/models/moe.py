@@ -3,7 +3,7 @@
 No expert has a capacity: no token is dropped, so neighbours in a batch, padding and packing do not change a token's result.
 
 Tokens are sorted by expert and multiplied group by group (`lax.ragged_dot`; grouped on TPU, while XLA's CPU backend goes over all experts
-for every token). On a mesh every device sorts its own rows, with all experts gathered for the layer as any fully sharded weight is.
+for every token). On a mesh every device sorts its own tokens, with all experts gathered for the layer as any fully sharded weight is.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Experts(nn.Module):
         c, width = self.config, x.shape[-1]
         shapes = dict(gate_proj=(width, c.intermediate_size), up_proj=(width, c.intermediate_size), down_proj=(c.intermediate_size, width))
         kernels = [Kernels((c.num_experts, *shape), self.init_scale, name=name)().astype(x.dtype) for name, shape in shapes.items()]
-        rows, into, out = ("batch", None, None), (None, None, "mlp"), (None, "mlp", None)
+        rows, into, out = ("batch", "length", None), (None, None, "mlp"), (None, "mlp", None)
         run = per_device(functools.partial(grouped_mlp, self.hidden_act), (rows, rows, rows, into, into, out), rows, summed="mlp")
         return run(x, weights, chosen, *kernels)
 

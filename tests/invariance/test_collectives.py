@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from transformers import MixtralConfig
 
 from aligner import ahead, lora, sharding
 from aligner.losses.partial_distillation import likeliest
@@ -59,9 +60,12 @@ def test_nothing_of_the_vocabularys_size_is_sent(model, mesh):
     assert all(elements(one.shape) <= max(largest, positions * model.config.hidden_size) for one in found)
 
 
-def test_a_layer_makes_no_row_whole_that_is_cut(model):
-    """Its columns change places with its heads for attention; all else is of each device's own columns."""
-    _, program = compiled(model, 8, data=4, sequence=2)
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_layer_makes_no_row_whole_that_is_cut(model, name):
+    """Its columns change places with its heads for attention; all else is of each device's own columns, experts too."""
+    sparse = dict(num_local_experts=3, num_experts_per_tok=2)
+    family = model if name == "llama" else from_hf(MixtralConfig(**{**tiny.TEXT, **sparse, "vocab_size": V, "rope_parameters": None}))
+    _, program = compiled(family, 8, data=4, sequence=2)
     layers = [one for one in ahead.find_collectives(program.as_text()) if one.times > 1]
     assert any(one.kind == "all-to-all" for one in layers)
     assert not [one for one in layers if one.kind == "all-gather" and ROW.tokens in one.shape]
