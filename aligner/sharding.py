@@ -25,8 +25,8 @@ LOGICAL: Mapping[str, str | tuple[str, ...] | None] = {
     "attended": ("tensor", "sequence"),  # heads within attention, which needs whole rows
     "mlp": "tensor",
     "vocab": "tensor",
-    "expert": "fsdp",
-    "rows": ("tensor", "fsdp", "sequence"),  # of a table that is looked up: sharding its width would gather it whole
+    "expert": ("fsdp", "sequence"),
+    "rows": ("tensor", "fsdp", "sequence"),  # of a table that is looked up, before its width
 }
 
 
@@ -61,13 +61,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def spec_for(logical: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """The mesh axes for a leaf with these logical axes; a dimension is laid over as many of its axes as divide it, else it stays whole."""
-    axes = []
+    """The mesh axes for a leaf with these logical axes; a dimension is laid over as many of its axes as divide it, else it stays whole.
+
+    An axis that several dimensions have is the first one's that it divides.
+    """
+    axes, taken = [], set()
     for name, size in zip(logical, shape):
         axis = LOGICAL[name] if name else None
-        over = [a for a in (axis if isinstance(axis, tuple) else (axis,)) if a and mesh.shape[a] > 1]
+        over = [a for a in (axis if isinstance(axis, tuple) else (axis,)) if a and mesh.shape[a] > 1 and a not in taken]
         while over and size % int(np.prod([mesh.shape[a] for a in over])):
             over.pop()
+        taken.update(over)
         axes.append(tuple(over) if len(over) > 1 else over[0] if over else None)
     return PartitionSpec(*axes)
 

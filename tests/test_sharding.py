@@ -23,7 +23,7 @@ def specs(model, mesh, params):
 
 
 DECODER = {
-    "model/embed_tokens/embedding": P("tensor", None),  # 62 rows: over tensor (2), not over tensor x fsdp (4)
+    "model/embed_tokens/embedding": P("tensor", "fsdp"),  # 62 rows: over tensor (2), not over tensor x fsdp (4)
     "model/layers/self_attn/q_proj/kernel": P(None, "fsdp", "tensor"),
     "model/layers/self_attn/k_proj/kernel": P(None, "fsdp", "tensor"),
     "model/layers/self_attn/v_proj/bias": P(None, "tensor"),
@@ -70,6 +70,15 @@ def test_a_dimension_that_does_not_divide_stays_whole(cube):
     assert sharding.spec_for(("batch",), (6,), cube) == P("data")  # over as many axes as divide it
     lying = sharding.make_mesh(dict(data=8))
     assert sharding.spec_for(("embed", "heads"), (16, 8), lying) == P(None, None)  # an axis of one device is no axis
+
+
+def test_what_one_dimension_leaves_the_next_one_takes(cube):
+    """No number of experts or tokens leaves a leaf whole, and no axis is used twice."""
+    table, experts = ("rows", "embed"), ("expert", "embed", "mlp")
+    assert [sharding.spec_for(table, (rows, 16), cube) for rows in (64, 62, 63)] == [P(("tensor", "fsdp"), None), P("tensor", "fsdp"), P(None, "fsdp")]
+    assert [sharding.spec_for(experts, (count, 16, 24), cube) for count in (4, 5)] == [P("fsdp", None, "tensor"), P(None, "fsdp", "tensor")]
+    rows_cut = sharding.make_mesh(dict(fsdp=4, sequence=2))
+    assert [sharding.spec_for(experts, (count, 16, 24), rows_cut)[:2] for count in (8, 4)] == [(("fsdp", "sequence"), None), ("fsdp", "sequence")]
 
 
 def test_one_rule_serves_stacked_and_single_leaves(cube):
