@@ -1,5 +1,7 @@
 """Meshes, and where parameters, optimizer state and activations lie on them."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from aligner import optim, sharding, state
+from aligner.models import from_hf
 from aligner.types import UserError
-from tests.models import tiny
+from tests.models import text_configs, tiny, vision_configs
 
 CUBE = dict(data=2, fsdp=2, tensor=2)
 
@@ -61,6 +64,24 @@ def test_every_kernel_is_laid_out(family, cube):
     for path, spec in specs(family.model, cube, family.params).items():
         if path.endswith(("kernel", "/embedding")) and "position" not in path and "patch" not in path:
             assert "tensor" in spec and ("fsdp" in spec or "embedding" in path), path
+
+
+# what any device may hold whole: small tables of places, convolutions over pixels and frames, routers, a pooling head that no loss reads
+SMALL = r"posi\w+/embedding|tile_positional|patch_embedding|conv\d|/(shared_expert_)?gate/|vision_model/head/"
+CONFIGS = {**text_configs.CASES, **vision_configs.CASES}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_matrix_of_every_family_is_laid_out(name):
+    """As they are in sizes that every mesh divides."""
+    configs = text_configs if name in text_configs.CASES else vision_configs
+    first = CONFIGS[name][0]
+    model = from_hf(configs.hf_config(name, **first) if configs is text_configs else configs.hf_config(name, first))
+    wide = lambda leaf: jax.ShapeDtypeStruct(tuple(8 * size for size in leaf.shape), leaf.dtype)
+    params = jax.tree.map(wide, jax.eval_shape(model.init, jax.random.key(0)))
+    found = specs(model, sharding.make_mesh(dict(data=2, fsdp=4)), params)
+    matrices = {path for path in found if re.search(r"(kernel|/embedding|weight)$", path) and not re.search(SMALL, path)}
+    assert not [path for path in matrices if "fsdp" not in found[path]]
 
 
 def test_a_dimension_that_does_not_divide_stays_whole(cube):

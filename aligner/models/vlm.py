@@ -21,6 +21,8 @@ SHARDING_RULES = (
     (r"linear_1/kernel$", ("embed", "mlp")),
     (r"linear_1/bias$", ("mlp",)),
     (r"linear_2/kernel$", ("mlp", "embed")),
+    (r"(multi_modal_projector(/linear)?|modality_projection/proj)/kernel$|mm_input_projection_weight$", ("mlp", "embed")),
+    (r"tile_embedding/embedding$", (None, "embed")),
     (r"patch_embedding/kernel$", ()),
     *decoder.SHARDING_RULES,
 )
