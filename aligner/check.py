@@ -70,8 +70,10 @@ def check_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     optim.make_schedule(config.optim, steps=1)
     if config.train.remat not in REMAT:
         raise UserError(f"config.train.remat is {config.train.remat!r}; it must be one of {', '.join(REMAT)}")
-    if config.data.pad_to_multiple % (cut := mesh.shape["sequence"]):
-        raise UserError(f"config.data.pad_to_multiple {config.data.pad_to_multiple} cannot be cut over config.mesh.sequence={cut}")
+    of_rows = {"pad_to_multiple": True, "packed_length": config.data.packed_length, "max_length": config.algorithm.name == "cpt"}
+    for key in filter(of_rows.get, of_rows):
+        if config.data[key] % (cut := mesh.shape["sequence"]):
+            raise UserError(f"config.data.{key} {config.data[key]} cannot be cut over config.mesh.sequence={cut}; make it a multiple")
     size, parts, accumulate = config.data.batch_size, sharding.batch_parts(mesh), config.train.accumulate
     if size % (parts * accumulate):
         raise UserError(

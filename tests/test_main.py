@@ -143,6 +143,15 @@ def test_settings(tmp_path, key, value, phrases):
     assert not (tmp_path / "run" / "config.json").exists(), "a first try that fails must leave no run behind"
 
 
+@pytest.mark.parametrize(
+    "settings", [{"data.pad_to_multiple": 12}, {"data.packed_length": 1001, "data.packing": True}, {"data.max_length": 1001, "algorithm.name": "cpt"}]
+)
+def test_lengths_of_rows_that_cannot_be_cut(tmp_path, settings):
+    """Every device would else do all of them, silently."""
+    key, length = next(iter(settings.items()))
+    refused(tmp_path, f"config.{key} {length} cannot be cut over config.mesh.sequence=8", **settings | {"mesh.sequence": 8})
+
+
 def test_model_folders(tmp_path):
     model = demo() / "model"
     near = refused(tmp_path, "there is no folder", "did you mean", model__path=demo() / "modle")
