@@ -1,7 +1,8 @@
 """Attention that never makes its mask, one Pallas kernel each way for TPUs (FlashAttention-2, arXiv 2307.08691).
 
 Who sees whom is three numbers a token, compared block by block: so packed rows, windows and the answers that share a prompt cost only the
-blocks of which something is seen. Everywhere else the same kernels run in Pallas' interpreter, which is for tests.
+blocks of which something is seen, and those of which all is seen are spared the comparing, which is up to half of the work. Everywhere
+else the same kernels run in Pallas' interpreter, which is for tests.
 
 Inside, logits stand turned, [keys, queries]: what belongs to a query is then a row, which the hardware spreads over the keys for nothing.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +25,7 @@ from jaxtyping import Array, Float, Int
 SIZES = (512, 384, 256, 128)  # tokens of a block
 ROLES = 2**12  # roles of a segment at most; segments of a row: 2**19
 UNSEEN = -1e30  # a logit that is masked; finite, so that differences of two are numbers
+LEAST = -1e29  # what a query's greatest logit is taken for at least: beside it an unseen one has no weight, and need not be masked again
 
 
 class Tokens(NamedTuple):
@@ -30,13 +33,13 @@ class Tokens(NamedTuple):
 
     Attributes:
         queries: [B, 3, T] own, prompt, position.
-        keys: [B, T, 2] own, position.
-        live: [B, T / block, T / block] 1 where a block of queries sees something of a block of keys.
+        keys: [B, 2, T] own, position.
+        live: [B, T / block, T / block] 1 where a block of queries sees something of a block of keys, 2 where each of them sees all of it.
         window: [1].
     """
 
     queries: Int[Array, "B 3 T"]
-    keys: Int[Array, "B T 2"]
+    keys: Int[Array, "B 2 T"]
     live: Int[Array, "B q k"]
     window: Int[Array, "1"]
 
@@ -80,31 +83,51 @@ def _tokens(segment: Array, role: Array, positions: Array, window: int | Array |
     unlimited = jnp.iinfo(jnp.int32).max
     window = jnp.asarray(unlimited if window is None else window, jnp.int32).reshape(1)
     queries = jnp.stack([jnp.where(real, own, -2), jnp.where(real, prompt, -2), positions], axis=1)
-    keys = jnp.stack([jnp.where(real, own, -1), positions], axis=2)
+    keys = jnp.stack([jnp.where(real, own, -1), positions], axis=1)
+    cut = lambda x: x.reshape(len(x), -1, block)
 
     def span(x: Array) -> tuple[Array, Array]:
         """The least and the greatest of every block's real tokens."""
-        cut = lambda empty: jnp.where(real, x, empty).reshape(len(x), -1, block)
-        return jnp.min(cut(unlimited), axis=2), jnp.max(cut(-1), axis=2)
+        return jnp.min(cut(jnp.where(real, x, unlimited)), axis=2), jnp.max(cut(jnp.where(real, x, -1)), axis=2)
 
     def meet(x: Array) -> Array:
         """Where a block of queries and one of keys may hold the same number."""
         least, most = span(x)
         return (least[:, :, None] <= most[:, None, :]) & (least[:, None, :] <= most[:, :, None])
 
-    first_role, first_position, last_position = span(role)[0], *span(positions)
+    def same(x: Array) -> Array:
+        """Where a block of queries and one of keys hold one number, the same."""
+        least, most = span(x)
+        return (least[:, :, None] == most[:, None, :]) & (most[:, :, None] == least[:, None, :])
+
+    (first_role, last_role), (first_position, last_position) = span(role), span(positions)
     number = jnp.arange(first_role.shape[1])
     live = meet(segment) & (number[:, None] >= number[None, :])
     live &= meet(role) | (first_role == 0)[:, None, :]
     live &= first_position[:, :, None] - last_position[:, None, :] < window
-    return Tokens(queries, keys, live.astype(jnp.int32), window)
+    full = jnp.all(cut(real), axis=2)
+    whole = full[:, :, None] & full[:, None, :] & same(segment) & (number[:, None] > number[None, :])
+    whole &= same(role) | (last_role == 0)[:, None, :]
+    whole &= last_position[:, :, None] - first_position[:, None, :] < window
+    return Tokens(queries, keys, live.astype(jnp.int32) + whole, window)
 
 
-def _logits(static: _Static, q: Array, k: Array, queries: Array, keys: Array, window: Array, i: Any, j: Any) -> tuple[Array, Array]:
-    """(logits, what of them is seen) of block i of the queries and block j of the keys, each [keys, queries]."""
+def _add_up(live: Array, add: Callable[[bool], None]) -> None:
+    """What a block of queries has of a block of keys, without comparing tokens where all is seen."""
+    pl.when(live == 1)(lambda: add(False))
+    pl.when(live == 2)(lambda: add(True))
+
+
+def _logits(
+    static: _Static, whole: bool, q: Array, k: Array, queries: Array, keys: Array, window: Array, i: Any, j: Any
+) -> tuple[Array, Array | None]:
+    """(logits, what of them is seen, None is all) of block i of the queries and block j of the keys, each [keys, queries]."""
     logits = _product(k, q, 1, 1)
     if static.softcap is not None:
         logits = static.softcap * jnp.tanh(logits / static.softcap)
+    if whole:
+        return logits, None
+    keys = keys.T
     code, position = keys[:, :1], keys[:, 1:]
     key = j * static.block + lax.broadcasted_iota(jnp.int32, logits.shape, 0)
     query = i * static.block + lax.broadcasted_iota(jnp.int32, logits.shape, 1)
@@ -123,19 +146,20 @@ def _forward_kernel(static, live, window, q, k, v, queries, keys, out, lse, top,
 
     @pl.when(j == 0)
     def start():
-        top[...] = jnp.full_like(top, UNSEEN)
+        top[...] = jnp.full_like(top, LEAST)
         total[...] = jnp.zeros_like(total)
         sums[...] = jnp.zeros_like(sums)
 
-    @pl.when(live[b, i, j] > 0)
-    def add():
-        logits, seen = _logits(static, q[...], k[...], queries[...], keys[...], window[0], i, j)
+    def add(whole: bool):
+        logits, _ = _logits(static, whole, q[...], k[...], queries[...], keys[...], window[0], i, j)
         highest = jnp.maximum(top[...], jnp.max(logits, axis=0, keepdims=True))
-        weights = jnp.where(seen, jnp.exp(logits - highest), 0.0)
+        weights = jnp.exp(logits - highest)
         fade = jnp.exp(top[...] - highest)
         top[...] = highest
         total[...] = total[...] * fade + jnp.sum(weights, axis=0, keepdims=True)
         sums[...] = sums[...] * fade + _product(v[...], weights.astype(v.dtype), 0, 0)
+
+    _add_up(live[b, i, j], add)
 
     @pl.when(j == pl.num_programs(4) - 1)
     def end():
@@ -143,13 +167,14 @@ def _forward_kernel(static, live, window, q, k, v, queries, keys, out, lse, top,
         lse[...] = top[...] + jnp.log(jnp.maximum(total[...], 1e-30))
 
 
-def _gradients(static, window, q, k, v, queries, keys, d_out, lse, inner, i, j) -> tuple[Array, Array]:
+def _gradients(static, whole, window, q, k, v, queries, keys, d_out, lse, inner, i, j) -> tuple[Array, Array]:
     """(weights, gradient by the logits) of two blocks; the weights are made again from the log-sum-exp of the forward pass."""
-    logits, seen = _logits(static, q[...], k[...], queries[...], keys[...], window[0], i, j)
-    weights = jnp.where(seen, jnp.exp(logits - lse[...]), 0.0)
+    logits, seen = _logits(static, whole, q[...], k[...], queries[...], keys[...], window[0], i, j)
+    weights = jnp.exp(logits - lse[...])
     d_logits = weights * (_product(v[...], d_out[...], 1, 1) - inner[...])
     if static.softcap is not None:
-        d_logits = jnp.where(seen, d_logits * (1.0 - jnp.square(logits / static.softcap)), 0.0)
+        d_logits = d_logits * (1.0 - jnp.square(logits / static.softcap))
+        d_logits = d_logits if whole else jnp.where(seen, d_logits, 0.0)
     return weights, d_logits
 
 
@@ -160,10 +185,11 @@ def _queries_kernel(static, live, window, q, k, v, queries, keys, d_out, lse, in
     def start():
         sums[...] = jnp.zeros_like(sums)
 
-    @pl.when(live[b, i, j] > 0)
-    def add():
-        _, d_logits = _gradients(static, window, q, k, v, queries, keys, d_out, lse, inner, i, j)
+    def add(whole: bool):
+        _, d_logits = _gradients(static, whole, window, q, k, v, queries, keys, d_out, lse, inner, i, j)
         sums[...] += _product(d_logits.astype(k.dtype), k[...], 0, 0)
+
+    _add_up(live[b, i, j], add)
 
     @pl.when(j == pl.num_programs(4) - 1)
     def end():
@@ -178,11 +204,12 @@ def _keys_kernel(static, live, window, q, k, v, queries, keys, d_out, lse, inner
         sums_k[...] = jnp.zeros_like(sums_k)
         sums_v[...] = jnp.zeros_like(sums_v)
 
-    @pl.when(live[b, i, j] > 0)
-    def add():
-        weights, d_logits = _gradients(static, window, q, k, v, queries, keys, d_out, lse, inner, i, j)
+    def add(whole: bool):
+        weights, d_logits = _gradients(static, whole, window, q, k, v, queries, keys, d_out, lse, inner, i, j)
         sums_v[...] += _product(weights.astype(v.dtype), d_out[...], 1, 0)
         sums_k[...] += _product(d_logits.astype(q.dtype), q[...], 1, 0)
+
+    _add_up(live[b, i, j], add)
 
     @pl.when((group == pl.num_programs(3) - 1) & (i == pl.num_programs(4) - 1))
     def end():
@@ -196,7 +223,8 @@ def _call(kernel, static: _Static, grid, places, tokens: Tokens, arrays, out, sc
     Args:
         kernel: of (static, live, window, blocks of the arrays, blocks of the results, scratch).
         grid: programs along every axis; the first is the row's, the last two run one after the other.
-        places: place in the grid -> (row, key's head, head of its group, block of queries, block of keys).
+        places: place in the grid -> (row, key's head, head of its group, block of queries, block of keys). Where no query sees any of
+            the keys it says what was there before, or will be next, so that nothing is fetched for nothing.
         tokens: who sees whom.
         arrays: (kind of block, array) pairs.
         out: (kind of block, shape and dtype) pairs.
@@ -210,7 +238,7 @@ def _call(kernel, static: _Static, grid, places, tokens: Tokens, arrays, out, sc
             "key": ((None, None, block, width), lambda b, h, g, i, j: (b, h, j, 0)),
             "row": ((None, None, None, 1, block), lambda b, h, g, i, j: (b, h, g, 0, i)),
             "queries": ((None, 3, block), lambda b, h, g, i, j: (b, 0, i)),
-            "keys": ((None, block, 2), lambda b, h, g, i, j: (b, j, 0)),
+            "keys": ((None, 2, block), lambda b, h, g, i, j: (b, 0, j)),
         }
         shape, place = shapes[name]
         return pl.BlockSpec(shape, lambda *at: place(*places(*at[: len(grid)])))
@@ -250,6 +278,10 @@ def _flash(static: _Static, q, k, v, tokens: Tokens):
     return _forward(static, q, k, v, tokens)[0]
 
 
+def _up_to_query(b, h, g, i, j):
+    return b, h, g, i, jnp.minimum(i, j)
+
+
 def _forward(static: _Static, q, k, v, tokens: Tokens):
     B, K, G, T, H = q.shape
     blocks, block = T // static.block, static.block
@@ -257,7 +289,7 @@ def _forward(static: _Static, q, k, v, tokens: Tokens):
     out = [("query", jax.ShapeDtypeStruct(q.shape, q.dtype)), ("row", jax.ShapeDtypeStruct((B, K, G, 1, T), jnp.float32))]
     grid = (B, K, G, blocks, blocks)
     scratch = [(1, block), (1, block), (H, block)]
-    found = _call(_forward_kernel, static, grid, lambda b, h, g, i, j: (b, h, g, i, j), tokens, arrays, out, scratch)
+    found = _call(_forward_kernel, static, grid, _up_to_query, tokens, arrays, out, scratch)
     out, lse = (checkpoint_name(x, "context") for x in found)  # with both kept, the backward pass need not run this again
     return out, (q, k, v, tokens, out, lse)
 
@@ -271,9 +303,9 @@ def _backward(static: _Static, residuals, d_out):
     arrays += [("row", lse), ("row", inner)]
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     rest = (tokens, arrays)
-    grid, places = (B, K, G, blocks, blocks), lambda b, h, g, i, j: (b, h, g, i, j)
-    [d_q] = _call(_queries_kernel, static, grid, places, *rest, [("query", like(q))], [(block, H)])
-    grid, places = (B, K, blocks, G, blocks), lambda b, h, j, g, i: (b, h, g, i, j)
+    grid = (B, K, G, blocks, blocks)
+    [d_q] = _call(_queries_kernel, static, grid, _up_to_query, *rest, [("query", like(q))], [(block, H)])
+    grid, places = (B, K, blocks, G, blocks), lambda b, h, j, g, i: (b, h, g, jnp.maximum(i, j), j)
     d_k, d_v = _call(_keys_kernel, static, grid, places, *rest, [("key", like(k)), ("key", like(v))], [(block, H)] * 2)
     return d_q, d_k, d_v, None
 

@@ -39,8 +39,8 @@ def rows(length):
     return Spec(**{name: jnp.asarray(array) for name, array in arrays.items()})
 
 
-def compare(length, window, softcap, dtype="float32", bar=1e-5):
-    spec = rows(length)
+def compare(length, window, softcap, dtype="float32", bar=1e-5, spec=None):
+    spec = rows(length) if spec is None else spec
     rng = np.random.default_rng(0)
     draw = lambda heads: jnp.asarray(rng.normal(size=(2, length, heads, WIDTH)), dtype)
     q, k, v, weight = draw(HEADS), draw(GROUPS), draw(GROUPS), draw(HEADS)
@@ -76,18 +76,38 @@ def test_bfloat16():
     compare(640, None, None, "bfloat16", bar=2e-2)
 
 
+@pytest.mark.parametrize("window,softcap", everyday([(None, None), (300, 3.0)], (None, None)))
+def test_blocks_that_are_seen_whole(monkeypatch, window, softcap):
+    """Their tokens are not compared; the result is the same."""
+    from aligner.models import flash
+
+    monkeypatch.setattr(flash, "SIZES", (128,))
+    asked, logits = [], flash._logits
+    monkeypatch.setattr(flash, "_logits", lambda static, whole, *rest: asked.append(whole) or logits(static, whole, *rest))
+    length = 384
+    ones, count = jnp.ones((2, length), jnp.int32), jnp.broadcast_to(jnp.arange(length), (2, length))
+    compare(length, window, softcap, spec=Spec(ones, role=(count >= 140).astype(jnp.int32), positions=count))
+    assert set(asked) == {True, False}
+
+
 def test_blocks_of_which_nothing_is_seen_are_passed_over():
-    """The answers of a long prompt: a third of the causal half is neither one's."""
+    """The answers of a long prompt: a third of the causal half is neither one's. Only what is not seen whole has its tokens compared."""
     from aligner.models.flash import _tokens
 
     length, block = 1536, 128
     role = np.repeat([0, 1, 2], 512)[None]
     positions = np.concatenate([np.arange(1024), np.arange(512, 1024)])[None]
-    live = lambda segment, window=None: np.asarray(_tokens(*map(jnp.asarray, (segment, role, positions)), window, block).live)[0]
+    blocks = lambda segment, window=None: np.asarray(_tokens(*map(jnp.asarray, (segment, role, positions)), window, block).live)[0]
+    live, whole = (lambda *spec: blocks(*spec) > 0), (lambda *spec: blocks(*spec) == 2)
     own, answers = 4 * 5 // 2, 4 * 4
     assert live(np.ones((1, length), int)).sum() == 3 * own + 2 * answers
     assert live(np.repeat([1, 2, 3], 512)[None]).sum() == 3 * own
     assert live(np.repeat([1, 1, 0], 512)[None]).sum() == 2 * own + answers
+    assert whole(np.ones((1, length), int)).sum() == 3 * (own - 4) + 2 * answers
+    assert whole(np.repeat([1, 2, 3], 512)[None]).sum() == 3 * (own - 4)
+    padded = np.where(np.arange(length) % 512 == 0, 0, 1)[None]  # the first block of each part is not full
+    assert whole(padded).sum() == 3 * 3 + 2 * 3 * 3
+    assert whole(np.ones((1, length), int), 384).sum() == 3 * 5 + 2 * 3, "up to two blocks back"
     assert live(np.ones((1, length), int), 1).sum() < live(np.ones((1, length), int), 600).sum() < 3 * own + 2 * answers
 
 
