@@ -156,7 +156,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
 
         train_step = jit_train_step(config, algorithm, optimizer, schedule, train_state, mesh)
         asked = lambda trainable, fixed, batch: algorithm.rollout(*whole(trainable, fixed, config), batch)
-        ask = jit(asked, out_shardings=sharding.replicated(mesh))
+        ask = jit(asked, mesh, out_shardings=sharding.replicated(mesh))
         text = lambda tokens: model.assets.tokenizer.decode(tokens, skip_special_tokens=True)
         rows = -(-config.generation.batch_size // mesh.size) * mesh.size
         weights = np.zeros(len(names))  # costs have none: they stand in the bound

@@ -128,7 +128,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             say(f"goes on from step {done}")
 
         train_step = jit_train_step(config, algorithm, optimizer, schedule, train_state, mesh)
-        eval_step = jit(make_eval_step(algorithm, dtype=config.model.dtype), out_shardings=sharding.replicated(mesh))
+        eval_step = jit(make_eval_step(algorithm, dtype=config.model.dtype), mesh, out_shardings=sharding.replicated(mesh))
 
         def evaluate(evaluation: loader.Dataset) -> dict[str, float]:
             rows = local_rows(mesh, config.data.batch_size)
@@ -336,7 +336,7 @@ def prepare_columns(
     def columns_of(reference, batch):
         return {"example_id": batch["example_id"]} | dict(algorithm.prepare(cast(reference, config.model.dtype), batch))
 
-    prepare = jit(columns_of, out_shardings=sharding.replicated(mesh))
+    prepare = jit(columns_of, mesh, out_shardings=sharding.replicated(mesh))
     one = lambda batch: prepare(reference, put(batch, {}, mesh))
     rows = local_rows(mesh, size)
     batches = lambda: loader.eval_batches(dataset, size, rows=rows)

@@ -15,14 +15,20 @@ from aligner.sharding import replicated
 from aligner.state import TrainState
 from aligner.types import Algorithm, Batch, Last, Mean, Params
 
+# On a TPU a split weight is gathered, beside other products; else the compiler multiplies by each chip's part as it is handed around, and
+# every partial sum goes to memory and back in float32
+TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 10**6}
 
-def jit(function: Callable, **options: Any) -> Callable:
-    """The one `jax.jit` of everything that scores or trains.
+
+def jit(function: Callable, mesh: Mesh | None = None, **options: Any) -> Callable:
+    """The one `jax.jit` of everything that scores or trains; `mesh` is where it will run, None is one device.
 
     XLA may otherwise keep bfloat16 intermediates in float32 where it fuses, differently in different programs; then policy = reference
     does not give exactly log 2.
     """
-    return jax.jit(function, compiler_options={"xla_allow_excess_precision": False}, **options)
+    on_tpus = mesh is not None and mesh.devices.flat[0].platform == "tpu"
+    compiler_options = {"xla_allow_excess_precision": False, **(TPU_OPTIONS if on_tpus else {})}
+    return jax.jit(function, compiler_options=compiler_options, **options)
 
 
 def make_train_step(
@@ -130,7 +136,7 @@ def jit_train_step(
         max_grad_norm=config.optim.max_grad_norm,
     )
     layout = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jit(step, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
+    return jit(step, mesh, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
 
 
 def _gradient(function: Callable, at):

@@ -1,12 +1,14 @@
 """The training step on a small analytic algorithm, where every number can be written down, and its counts on the real one."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from aligner import algorithms, metrics, state
+from aligner import algorithms, metrics, state, train_step
 from aligner.train_step import global_counts, make_eval_step, make_train_step, split_rows
 from aligner.types import Algorithm, Max, Mean, Scores, Term
 from tests.models import tiny
@@ -229,3 +231,13 @@ def test_nan_in_a_column_is_skipped_by_the_real_step(llama):
         after, found = step.lower(*arguments).compile(compiler_options=tiny.QUICK)(*arguments)
     assert int(after.nonfinite) == 1 and not np.isfinite(found["loss"].value)
     assert not any(np.isnan(leaf).any() for leaf in jax.tree.leaves(after.opt_state))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_what_a_compiler_is_told(monkeypatch, platform):
+    """What that makes of a step on sixteen chips, tests/invariance/test_collectives.py looks at."""
+    monkeypatch.setattr(jax, "jit", lambda function, **options: options["compiler_options"])
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+    common = {"xla_allow_excess_precision": False}
+    assert train_step.jit(toy, mesh) == common | (train_step.TPU_OPTIONS if platform == "tpu" else {})
+    assert train_step.jit(toy) == common
