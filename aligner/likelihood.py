@@ -40,6 +40,8 @@ def make_likelihood(
     names = tuple(dict.fromkeys(("logp", *stats)))
 
     def likelihood(params: Params, batch: Batch, key: Array | None = None) -> Scores:
+        if answers == 1 and batch["example_id"].shape[1] == 1:
+            batch = {**batch, "alone": ()}  # no array: the program itself is another one where every row is one text
         features = model.encode(params, batch, key, remat=remat)
         output = model.apply(params, batch, features=features, key=key, remat=remat)
         hidden = jnp.take_along_axis(output.hidden, batch["score_from"][..., None], axis=1)

@@ -25,8 +25,8 @@ from aligner.types import Batch, UserError
 
 PLATFORMS = {"pallas": "tpu", "cudnn": "gpu"}  # what the kernels are for
 BACKENDS = ("auto", "reference", *PLATFORMS)
-# reference; pallas: the kernels of `aligner.models.flash`; cudnn: cuDNN's flash attention under the dense mask; the latter two are an error
-# where they cannot do a spec; auto: pallas where it can
+# reference; pallas: the kernels of `aligner.models.flash`; cudnn: cuDNN's flash attention, under the dense mask where rows hold more than a
+# text; the latter two are an error where they cannot do a spec; auto: pallas where it can
 BACKEND = jax.make_user_context("reference")
 BLOCK, MAX_BLOCKS = 128, 8  # queries that are multiplied with their keys at once, and how many such products there are at most
 
@@ -47,6 +47,7 @@ class Spec:
         key_media: [B, C], `media` of a cache's columns.
         window: what `mask` was made with.
         causal: False lets everything in a segment see everything; there are no roles then.
+        alone: whether every row is one text with its padding behind it, and no window limits it: each token then sees all before it.
     """
 
     segment_ids: Int[Array, "B T"]
@@ -60,6 +61,7 @@ class Spec:
     window: Int[Array, ""] | None = None
     causal: bool = struct.field(pytree_node=False, default=True)
     unlimited: bool = struct.field(pytree_node=False, default=False)
+    alone: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def backwards(self) -> bool:
@@ -68,7 +70,7 @@ class Spec:
 
 
 def spec_of(batch: Batch) -> Spec:
-    return Spec(batch["segment_ids"], batch["role"], batch["positions"])
+    return Spec(batch["segment_ids"], batch["role"], batch["positions"], alone="alone" in batch)
 
 
 def chosen(mesh: Mesh, wanted: str = "auto") -> str:
@@ -195,8 +197,9 @@ def by_kernel(spec: Spec | None, dtype: jnp.dtype, softcap: float | None, slopes
 def _by_kernel(q: Array, k: Array, v: Array, spec: Spec, softcap: float | None) -> Float[Array, "B K G T H"]:
     heads, tokens = ("batch", "attended", None, None), ("batch", None)
     if BACKEND.value == "cudnn":
-        run = per_device(fused, ((*heads, None), heads, heads, ("batch", None, None, None)), (*heads, None))
-        return checkpoint_name(run(q, k, v, spec.mask), "context")
+        masks = () if spec.alone and spec.backwards else (spec.mask,)
+        run = per_device(fused, ((*heads, None), heads, heads, *[("batch", None, None, None)] * len(masks)), (*heads, None))
+        return checkpoint_name(run(q, k, v, *masks), "context")
     from aligner.models.flash import flash  # here alone: TPUs' kernels take a tenth of a second to import
 
     run = per_device(
@@ -211,12 +214,17 @@ def fused(
     q: Float[Array, "B K G T H"],
     k: Float[Array, "B K T H"],
     v: Float[Array, "B K T H"],
-    mask: Bool[Array, "B 1 T T"],
+    mask: Bool[Array, "B 1 T T"] | None = None,
     implementation: str = "cudnn",
 ) -> Float[Array, "B K G T H"]:
-    """By `jax.nn.dot_product_attention`, which has cuDNN's forward and backward kernels; q is already scaled."""
+    """By `jax.nn.dot_product_attention`, which has cuDNN's forward and backward kernels; q is already scaled.
+
+    Without a mask a query sees what is not later, and the kernels pass over the rest. A mask they are given as a bias, of which they
+    compute all pairs, and a gradient that nobody reads.
+    """
     heads_last = lambda x: x.reshape(x.shape[0], -1, *x.shape[-2:]).transpose(0, 2, 1, 3)
-    out = jax.nn.dot_product_attention(*map(heads_last, (q, k, v)), mask=mask, scale=1.0, implementation=implementation)
+    seen = dict(is_causal=True) if mask is None else dict(mask=mask)
+    out = jax.nn.dot_product_attention(*map(heads_last, (q, k, v)), **seen, scale=1.0, implementation=implementation)
     return out.transpose(0, 2, 1, 3).reshape(q.shape)
 
 

@@ -317,6 +317,7 @@ def stand(config: DecoderConfig, batch: Batch, cache: Cache | None) -> tuple[Cac
     if config.split_media and ("media_index" in batch or cache is not None):
         media = batch["media_index"] >= 0 if "media_index" in batch else jnp.zeros_like(batch["tokens"], bool)
     spec = spec_of(batch).replace(blocks=both_ways(config, batch), media=media, unlimited=config.both_ways == "prompt")
+    spec = spec.replace(alone=spec.alone and not any(config.windows))
     if cache is None:
         return None, spec
     standing = jnp.where(batch["segment_ids"] > 0, batch["positions"], -1)

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 
 from aligner import sharding
+from aligner.data.templates import Encoded
+from aligner.likelihood import cast, make_likelihood
+from aligner.models import from_hf
 from aligner.models.attention import BACKEND, Spec, attention, chosen, dense, fused
 from aligner.types import UserError
 from tests.everyday import everyday
@@ -177,16 +180,55 @@ def test_what_cudnn_is_asked_for(monkeypatch, name):
         np.testing.assert_allclose(b, a, atol=2e-2 * max(1, np.abs(a).max()))
 
 
-def test_cudnn_gets_both_passes(monkeypatch):
-    """Lowered for a GPU the program asks cuDNN, forwards and backwards, and makes no weights [T,T] of its own for any head."""
+@pytest.mark.parametrize("alone", [False, True])
+def test_cudnn_gets_both_passes(monkeypatch, alone):
+    """Lowered for a GPU the program asks cuDNN, forwards and backwards, and makes no weights [T,T] of its own for any head.
+
+    Rows of one text need no mask either, which would be computed with all its pairs, and with a gradient of its own.
+    """
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91002)
     x, keys = (jnp.ones((2, 48, heads, 64), jnp.bfloat16) for heads in (HEADS, GROUPS))
-    spec = dense(rows(48))
+    spec = dense(rows(48)).replace(alone=alone)
     total = lambda q, k, v: jnp.sum(attention(q, k, v, spec, scale=0.125).astype(jnp.float32))
     with BACKEND("cudnn"):
         program = jax.jit(jax.grad(total, (0, 1, 2))).trace(x, keys, keys).lower(lowering_platforms=("cuda",)).as_text()
-    assert "__cudnn$fmhaScaleBiasSoftmax(" in program and "__cudnn$fmhaScaleBiasSoftmaxBackward(" in program
+    asked = "__cudnn$fmhaSoftmax" if alone else "__cudnn$fmhaScaleBiasSoftmax"
+    assert f"{asked}(" in program and f"{asked}Backward(" in program
     assert "48x48xf32" not in program and f"{HEADS}x48x48" not in program
+    assert ("48x48xbf16" in program) == (not alone)
+
+
+@pytest.mark.parametrize("kind,masked", [("one", False), ("pairs", True), ("packed", True), ("window", True)])
+def test_rows_of_one_text_have_no_mask(monkeypatch, llama, kind, masked):
+    """With padding behind it a text's tokens see what they see under the mask. Pairs, packed rows and windows keep theirs."""
+    from transformers import MistralConfig
+
+    from aligner.models import attention as module
+
+    answers = 2 if kind == "pairs" else 1
+    f = llama._replace(pairs=[Encoded(pair.prompt, pair.answers[:answers]) for pair in llama.pairs])
+    if kind == "window":
+        model = from_hf(MistralConfig(**{name: value for name, value in tiny.TEXT.items() if "bias" not in name}, sliding_window=9))
+        f = f._replace(model=model, params=tiny.perturbed(model))
+    batch = tiny.make_batch(f, per_row=2 if kind == "packed" else 1, columns=False)
+    batch = {name: jnp.asarray(np.pad(x, ((0, 0), (0, x.shape[1] % 2))) if x.shape[1] > 2 else x) for name, x in batch.items()}
+    params = cast(jax.tree.map(jnp.asarray, f.params), "bfloat16")
+    masks = []
+
+    def by_xla(*arrays):
+        masks.extend(arrays[3:])
+        return fused(*arrays, implementation="xla")
+
+    monkeypatch.setattr(module, "fused", by_xla)
+    likelihood = make_likelihood(f.model, answers)
+    found = {}
+    for backend in ("reference", "cudnn"):
+        with BACKEND(backend):
+            found[backend] = tiny.quick(jax.grad(lambda p, b: jnp.sum(likelihood(p, b).logps)))(params, batch)
+    assert bool(masks) == masked
+    for expected, got in zip(*map(jax.tree.leaves, found.values()), strict=True):
+        expected, got = (np.asarray(x, np.float32) for x in (expected, got))
+        np.testing.assert_allclose(got, expected, atol=5e-2 * max(1, np.abs(expected).max()))
 
 
 TPU = """
