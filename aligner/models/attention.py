@@ -155,7 +155,7 @@ def attention(
         k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
         if spec is not None and spec.causal and spec.key_positions is None:
             q, k, v = _whole_rows(q, k, v)
-        kernel = by_kernel(spec, q.dtype, softcap, slopes)
+        kernel = by_kernel(spec, q.dtype, width, softcap, slopes)
         out = _by_kernel(q, k, v, spec, softcap) if kernel else _reference(q, k, v, spec, softcap, slopes)
         return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
 
@@ -177,7 +177,7 @@ def _whole_rows(q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"], v: Flo
     return constrain(q, *heads, None), constrain(k, *heads), constrain(v, *heads)
 
 
-def by_kernel(spec: Spec | None, dtype: jnp.dtype, softcap: float | None, slopes: Sequence[float] | None) -> bool:
+def by_kernel(spec: Spec | None, dtype: jnp.dtype, width: int, softcap: float | None, slopes: Sequence[float] | None) -> bool:
     """Whether the kernels do it; they are refused what they cannot do."""
     backend = BACKEND.value
     if backend == "reference" or spec is None or spec.window is None or not spec.causal or spec.key_positions is not None:
@@ -186,6 +186,7 @@ def by_kernel(spec: Spec | None, dtype: jnp.dtype, softcap: float | None, slopes
     if backend == "cudnn":
         cannot |= {"capped logits": softcap is not None, f"{dtype} (but bfloat16)": dtype.itemsize > 2}
         cannot |= {"rows of an odd length": spec.segment_ids.shape[1] % 2 > 0}
+        cannot |= {f"heads {width} wide (but multiples of 8 up to 256)": width % 8 > 0 or width > 256}
     else:
         cannot |= {"tokens that see each other both ways": spec.blocks is not None}
     lacking = ", ".join(name for name, needed in cannot.items() if needed)

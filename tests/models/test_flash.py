@@ -138,8 +138,10 @@ def test_what_it_cannot_do_is_refused_or_left_to_the_reference():
             run(media=jnp.ones((2, 20), bool))
         with pytest.raises(UserError, match="ALiBi"):
             jax.eval_shape(lambda: attention(x, x, x, spec, scale=1.0, slopes=(0.5, 0.25)))
-    with BACKEND("cudnn"), pytest.raises(UserError, match=r"cannot do capped logits, float32 \(but bfloat16\), as is needed"):
+    with BACKEND("cudnn"), pytest.raises(UserError, match=r"cannot do capped logits, float32 \(but bfloat16\), heads 4 wide"):
         jax.eval_shape(lambda: attention(x, x, x, spec, scale=1.0, softcap=30.0))
+    with BACKEND("cudnn"), pytest.raises(UserError, match=r"cannot do heads 4 wide \(but multiples of 8 up to 256\), as is needed"):
+        jax.eval_shape(lambda: attention(*[x.astype(jnp.bfloat16)] * 3, spec, scale=1.0))
     with BACKEND("auto"):
         assert "pallas_call" not in str(jax.make_jaxpr(lambda: attention(x, x, x, spec, scale=1.0, slopes=(0.5, 0.25)))())
         assert "pallas_call" in str(jax.make_jaxpr(lambda: attention(x, x, x, spec, scale=1.0))())
@@ -207,9 +209,9 @@ def test_rows_of_one_text_have_no_mask(monkeypatch, llama, kind, masked):
 
     answers = 2 if kind == "pairs" else 1
     f = llama._replace(pairs=[Encoded(pair.prompt, pair.answers[:answers]) for pair in llama.pairs])
-    if kind == "window":
-        model = from_hf(MistralConfig(**{name: value for name, value in tiny.TEXT.items() if "bias" not in name}, sliding_window=9))
-        f = f._replace(model=model, params=tiny.perturbed(model))
+    text = {name: value for name, value in tiny.TEXT.items() if "bias" not in name} | {"head_dim": 8}
+    model = from_hf(MistralConfig(**text, sliding_window=9 if kind == "window" else None))
+    f = f._replace(model=model, params=tiny.perturbed(model))
     batch = tiny.make_batch(f, per_row=2 if kind == "packed" else 1, columns=False)
     batch = {name: jnp.asarray(np.pad(x, ((0, 0), (0, x.shape[1] % 2))) if x.shape[1] > 2 else x) for name, x in batch.items()}
     params = cast(jax.tree.map(jnp.asarray, f.params), "bfloat16")
