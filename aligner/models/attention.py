@@ -200,7 +200,7 @@ def _by_kernel(q: Array, k: Array, v: Array, spec: Spec, softcap: float | None) 
     if BACKEND.value == "cudnn":
         masks = () if spec.alone and spec.backwards else (spec.mask,)
         run = per_device(fused, ((*heads, None), heads, heads, *[("batch", None, None, None)] * len(masks)), (*heads, None))
-        return checkpoint_name(run(q, k, v, *masks), "context")
+        return run(q, k, v, *masks)  # `aligner.models.layers.keep` knows it by the kernel's own name
     from aligner.models.flash import flash  # here alone: TPUs' kernels take a tenth of a second to import
 
     run = per_device(

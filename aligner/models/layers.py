@@ -175,12 +175,18 @@ def pick(kinds: tuple, index: Array) -> Any:
     return jax.tree.map(lambda *leaves: jax.lax.select_n(index, *leaves), *kinds)
 
 
+def keep(*names: str) -> Callable[..., bool]:
+    """Keeps what has one of these names, and all that cuDNN's attention gives: its log-sum-exp has none, and is made by all of it again."""
+    named = jax.checkpoint_policies.save_only_these_names(*names)
+    return lambda primitive, *args, **options: primitive.name.startswith("dot_product_attention_fwd") or named(primitive, *args, **options)
+
+
 # What the backward pass may keep of a layer; the rest is computed again. "context" is attention's output before its projection.
 REMAT: dict[str, Callable | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "context": jax.checkpoint_policies.save_only_these_names("context"),
-    "dots": jax.checkpoint_policies.save_only_these_names("linear", "context"),
+    "context": keep("context"),
+    "dots": keep("linear", "context"),
 }
 
 
