@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import re
 import runpy
 import sys
@@ -148,9 +149,24 @@ def ended(program: Callable[[], int | None], explain: Callable[[str], str] = str
     except UserError as error:
         print(f"error: {explain(str(error))}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if not (message := unwritable(error)):
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
         return 130
+
+
+def unwritable(error: OSError) -> str | None:
+    """What people read of a disk that is full, or may not be written; None where something else went wrong."""
+    if error.errno in (errno.EROFS, errno.EACCES):
+        return f"{error.filename}: {error.strerror}; make that possible and give the same command again"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        where = f" to {error.filename}" if error.filename else ""
+        return f"nothing more can be written{where}: {error.strerror}; make room and give the same command again"
+    return None
 
 
 def split_of(asked: str | None, data: str) -> str:

@@ -8,7 +8,6 @@ Every setting of the config can be overridden, --config.section.key=value; confi
 goes on where the run stopped.
 """
 
-import errno
 import gc
 import os
 import signal
@@ -27,7 +26,7 @@ if __name__ == "__main__":  # first of all: what is imported below takes its tim
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from aligner.commandline import defaults, parse
+from aligner.commandline import defaults, parse, unwritable
 from aligner.processes import EXAMPLE, world
 from aligner.types import SaveError, UserError
 
@@ -99,13 +98,9 @@ def cli(program: Callable[[list[str]], int] = main) -> None:
             os._exit(2)
         sys.exit(2)
     except OSError as error:
-        if error.errno in (errno.EROFS, errno.EACCES):
-            print(f"error: {error.filename}: {error.strerror}; make that possible and give the same command to go on", file=sys.stderr)
-            sys.exit(2)
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not (message := unwritable(error)):
             raise
-        where = f" to {error.filename}" if error.filename else ""
-        print(f"error: nothing more can be written{where}: {error.strerror}; make room and give the same command to go on", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # before there is a state to save, or the second one
         print("stopped at once; the same command goes on from the newest checkpoint", file=sys.stderr)

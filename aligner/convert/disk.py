@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -127,11 +128,21 @@ def write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], sizes:
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         shard = dict(next(tensors) for _ in names)
-        save_file(shard, folder / file, metadata={"format": "pt", "producer": PRODUCER})
+        write(shard, folder / file, {"format": "pt", "producer": PRODUCER})
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write(tensors: Mapping[str, np.ndarray], file: Path, metadata: Mapping[str, str]) -> None:
+    """One safetensors file; what the system refused is an OSError, as of other files, where safetensors has an error of its own."""
+    try:
+        save_file(dict(tensors), file, metadata=dict(metadata))
+    except SafetensorError as error:
+        if not (number := re.search(r"os error (\d+)", str(error))):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
 
 
 def is_export(folder: Path) -> bool:

@@ -219,8 +219,6 @@ def write(out: str | Path, model: Model, adapters: Adapters, trainable: Params, 
     Raises:
         UserError: `out` holds something else, or PEFT has no name for what trained.
     """
-    from safetensors.numpy import save_file
-
     out = Path(out).expanduser().absolute()
     if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {CONFIG, WEIGHTS, "README.md"}):
         raise UserError(f"{out} exists and is no former adapter; choose another folder or remove it")
@@ -269,7 +267,7 @@ def write(out: str | Path, model: Model, adapters: Adapters, trainable: Params, 
     partial.mkdir(parents=True)
     (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     cast = {name: np.ascontiguousarray(tensor, np.dtype(dtype)) for name, tensor in tensors.items()}
-    save_file(cast, partial / WEIGHTS, metadata={"format": "pt"})
+    disk.write(cast, partial / WEIGHTS, {"format": "pt"})
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
 

@@ -1,5 +1,6 @@
 """The command line, in this process."""
 
+import errno
 import json
 
 import numpy as np
@@ -64,6 +65,17 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["to-hf", "--out", "x"])
     assert caught.value.code == 2 and "--workdir" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
+    make(tmp_path / "in", LLAVA)
+
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", "weights")
+
+    monkeypatch.setattr(disk, "save_file", full)
+    assert main(["verify", "--model", str(tmp_path / "in")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: nothing more can be written to weights: No space left on device; make room")
 
 
 def test_from_hf_is_read_back_from_orbax(tmp_path, capsys):

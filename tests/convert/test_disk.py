@@ -1,6 +1,8 @@
 """Folders of weights as files: every form they come in, and every way they break."""
 
+import errno
 import json
+import resource
 import shutil
 
 import ml_dtypes
@@ -178,3 +180,14 @@ def test_size_in_words(tmp_path):
 def test_only_our_own_files_are_an_export(tmp_path):
     save_file(load_file(write(tmp_path) / "model.safetensors"), tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert not is_export(tmp_path)
+
+
+def test_a_disk_that_is_full_is_an_error_of_the_system(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            write(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.errno == errno.EFBIG and error.value.filename.endswith("model.safetensors")
