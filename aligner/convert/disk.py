@@ -136,13 +136,18 @@ def write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], sizes:
 
 
 def write(tensors: Mapping[str, np.ndarray], file: Path, metadata: Mapping[str, str]) -> None:
-    """One safetensors file; what the system refused is an OSError, as of other files, where safetensors has an error of its own."""
+    """One safetensors file, read by whom its folder is read.
+
+    What the system refused is an OSError, as of other files, where safetensors has an error of its own.
+    """
     try:
         save_file(dict(tensors), file, metadata=dict(metadata))
     except SafetensorError as error:
         if not (number := re.search(r"os error (\d+)", str(error))):
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
+    with contextlib.suppress(OSError):  # of a mounted bucket, which may know no modes
+        file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors makes it for one user alone
 
 
 def is_export(folder: Path) -> bool:

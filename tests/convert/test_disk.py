@@ -191,3 +191,11 @@ def test_a_disk_that_is_full_is_an_error_of_the_system(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert error.value.errno == errno.EFBIG and error.value.filename.endswith("model.safetensors")
+
+
+def test_who_reads_the_folder_reads_the_weights(tmp_path):
+    for mode in (0o755, 0o750, 0o700):
+        folder = tmp_path / oct(mode)
+        folder.mkdir()
+        folder.chmod(mode)
+        assert (write(folder) / "model.safetensors").stat().st_mode & 0o777 == mode & 0o666
