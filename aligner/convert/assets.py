@@ -94,11 +94,17 @@ class Assets:
         try:
             config = json.loads(path.read_text())
         except FileNotFoundError:
+            if (self.folder / "adapter_config.json").exists():
+                raise UserError(f"{self.folder} is a PEFT adapter; give its base here, and the folder as config.lora.adapter.") from None
             raise UserError(f"{self.folder} has no config.json, so it is no Hugging Face checkpoint folder.") from None
         except ValueError as error:
             raise UserError(f"{path} is no valid JSON ({error}); fetch it again.") from None
         if not isinstance(config, dict):
             raise UserError(f"{path} holds a {type(config).__name__} where a JSON object is needed.")
+        if {"algorithm", "checkpoint"} <= config.keys():  # a run's config
+            export, command = self.folder / "export", f"python -m aligner.convert to-hf --workdir {self.folder} --out DIR"
+            there = f"give {export}" if export.is_dir() else f"write its model with {command}, and give that"
+            raise UserError(f"{self.folder} is the workdir of a run; {there}.")
         return {**config, **self.config_changes}
 
     @functools.cached_property
