@@ -13,13 +13,14 @@ import html
 import io
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from absl import app, flags
 
 from aligner.commandline import check_out, ended
+from aligner.data.kinds import ENCODERS, Kind
 from aligner.types import Model, UserError
 
 OUT = flags.DEFINE_string("out", "preview.html", "The page to write.")
@@ -49,7 +50,7 @@ LEGEND = (
 )
 
 
-def page(config: Any, model: Model, datasets: Iterable[Any], rows: int, names: Sequence[str] = ()) -> str:
+def page(config: Any, model: Model, datasets: Iterable[Any], rows: int, kind: Kind | None = None) -> str:
     """The whole page as HTML text; it loads nothing from anywhere.
 
     Args:
@@ -57,7 +58,7 @@ def page(config: Any, model: Model, datasets: Iterable[Any], rows: int, names: S
         model: for its assets and media sizes.
         datasets: from `aligner.data.loader.load_dataset`.
         rows: how many rows of each to show, evenly spaced.
-        names: what the answers of an example are called, such as chosen and rejected.
+        kind: of the examples: what their answers are called, and which are trained.
     """
     from aligner.data.templates import chat_template
 
@@ -68,7 +69,7 @@ def page(config: Any, model: Model, datasets: Iterable[Any], rows: int, names: S
         parts.append(drops(dataset))
         shown = [dataset.row(int(i)) for i in np.linspace(0, dataset.size - 1, min(rows, dataset.size))]
         parts.append(histogram(dataset))
-        parts += [show_row(row, model, names) for row in shown]
+        parts += [show_row(row, model, kind) for row in shown]
     template = chat_template(model.assets)
     parts.append("<h2>Chat template</h2><pre>" + html.escape(template or "none: raw text") + "</pre>")
     title = html.escape(f"aligner preview: {config.model.path}")
@@ -108,11 +109,13 @@ def histogram(dataset: Any, bins: int = 16) -> str:
     return f"<table><tr><th>tokens of a row</th><th>rows</th><th></th></tr>{lines}</table>{note}"
 
 
-def show_row(row: Mapping[str, np.ndarray], model: Model, names: Sequence[str] = ()) -> str:
+def show_row(row: Mapping[str, np.ndarray], model: Model, kind: Kind | None = None) -> str:
     """One row: its images, then for each segment the prompt and its answers side by side."""
     pictures = "".join(map(picture, stills(row, model))) if "pixel_values" in row else ""
     # the columns whose token is trained: the one after a scored position in the same answer, or the first of an answer
-    trained = trained_columns(row)
+    trained, real, names = trained_columns(row), row["score_segment"] > 0, kind.names if kind else ()
+    if kind and kind.mismatched:  # another row's answer is looked at, not learned from
+        trained, real = trained & (row["role"] != 2), real & (row["score_role"] != 2)
     blocks = []
     segments = int(row["segment_ids"].max())
     of = lambda segment: f" of segment {segment}" if segments > 1 else ""
@@ -126,7 +129,7 @@ def show_row(row: Mapping[str, np.ndarray], model: Model, names: Sequence[str] =
         named = [names[role - 1] if role <= len(names) else f"answer {role}" for role in roles]
         cells = [f"<div><h3>{name}</h3>{text}</div>" for name, text in zip(named, texts)]
         blocks.append(f'<h3>prompt{of(segment)}</h3>{prompt}<div class="answers">{"".join(cells)}</div>')
-    used, scored = int((row["segment_ids"] > 0).sum()), int((row["score_segment"] > 0).sum())
+    used, scored = int((row["segment_ids"] > 0).sum()), int(real.sum())
     ids = ", ".join(str(i) for i in row["example_id"] if i >= 0)
     note = f'<p class="note">row {ids}: {used} of {len(row["tokens"])} columns, {scored} tokens trained</p>'
     return f'<div class="row">{note}{pictures}{"".join(blocks)}</div>'
@@ -228,7 +231,6 @@ def main(argv: list[str]) -> None:
     from aligner.console import say
     from aligner.data import loader
     from aligner.data.catalogue import with_template
-    from aligner.data.kinds import ENCODERS
     from aligner.main import CONFIG, WORKDIR
     from aligner.run import call_setup, eval_splits
 
@@ -247,8 +249,8 @@ def main(argv: list[str]) -> None:
     datasets = [loader.load_dataset(config, split, model, needs) for split in ("train", *eval_splits(config).values())]
     for dataset in datasets:
         say(*dataset.report)
-    out.write_text(page(config, model, datasets, ROWS.value, ENCODERS[needs].names), encoding="utf-8")
-    print(f"{out}: {len(datasets)} datasets, {ROWS.value} rows each; open it in a browser")
+    out.write_text(page(config, model, datasets, ROWS.value, ENCODERS[needs]), encoding="utf-8")
+    print(f"{out}: up to {ROWS.value} rows of {', '.join(dataset.name for dataset in datasets)}; open it in a browser")
 
 
 if __name__ == "__main__":

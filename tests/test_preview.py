@@ -27,7 +27,7 @@ def test_a_page(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = tiny.text_model()
     dataset = load_dataset(tiny.config(path), "train", model, progress=False)
-    shown = preview.page(ConfigDict({"model": {"path": "some/model"}}), model, [dataset], rows=2, names=ENCODERS["preference"].names)
+    shown = preview.page(ConfigDict({"model": {"path": "some/model"}}), model, [dataset], rows=2, kind=ENCODERS["preference"])
     assert shown.count("<h3>chosen</h3>") == shown.count("<h3>rejected</h3>") == 2 and "<h3>answer" not in shown
     assert "6 of 8 rows kept" in shown and shown.count('<div class="row">') == 2
     assert "answers are equal" in shown and "p &lt;b&gt;" in shown and "<b>" not in shown.replace("&lt;b&gt;", "")
@@ -37,6 +37,19 @@ def test_a_page(tmp_path):
     for what in ('class="prompt"', 'class="trained1', 'class="trained2', "common", "endfor"):
         assert what in shown, what
     assert not re.search(r'(src|href)="(?!data:)', shown), "it loads nothing"
+
+
+def test_another_rows_answer_is_not_trained(tmp_path):
+    rows = [{"prompt": f"what is {i}", "completion": " yes" * (i + 1), "label": True} for i in range(3)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = load_dataset(tiny.config(path), "train", tiny.text_model(), "unpaired", progress=False)
+    shown = preview.page(ConfigDict({"model": {"path": "some/model"}}), tiny.text_model(), [dataset], rows=3, kind=ENCODERS["unpaired"])
+    assert shown.count("<h3>answer</h3>") == shown.count("<h3>another row's answer, for the KL alone</h3>") == 3
+    rows = shown[shown.index('<div class="row">') :]
+    assert "trained2" not in rows and "untrained" in rows
+    trained = [int((row["score_role"] == 1).sum()) for row in map(dataset.row, range(3))]
+    assert [int(n) for n in re.findall(r"(\d+) tokens trained", shown)] == trained
 
 
 def test_lengths_of_packed_rows(tmp_path):
@@ -94,7 +107,7 @@ def test_the_command(tmp_path):
     assert refused.returncode == 2 and refused.stderr.endswith("nowhere/page.html cannot be written: No such file or directory\n")
     assert not (tmp_path / "run").exists()
     done = run(tmp_path / "page.html")
-    assert done.returncode == 0 and "3 datasets, 8 rows each" in done.stdout, done.stderr
+    assert done.returncode == 0 and "up to 8 rows of data.train, data.eval, data.evals.others" in done.stdout, done.stderr
     shown = (tmp_path / "page.html").read_text()
     assert re.findall("<h2>(data.*?)</h2>", shown) == ["data.train", "data.eval", "data.evals.others"]
     assert shown.count('<img alt="image as fed"') == 8 + 8 + 3

@@ -99,6 +99,7 @@ def _prompt(sample: Any, model: Model, data: Any) -> Steps:
 
 
 _PAIR = ("chosen", "rejected")
+_AND_ANOTHER = ("answer", "another row's answer, for the KL alone")
 ENCODERS = {
     "supervised": Kind((Supervised, Document, Preference, Ranked), _supervised),  # R=1
     "text": Kind((Document,), _document),  # R=1; cut into full rows
@@ -107,7 +108,7 @@ ENCODERS = {
     "preference_last": Kind((Preference, Ranked), _preference, {"margin": ()}, last=True, names=_PAIR),
     "cost_last": Kind((Preference,), _cost, {"safe": (2,)}, last=True, names=_PAIR),
     # R=2: the row's answer, another row's to the same prompt
-    "unpaired": Kind((Unpaired, Preference, Ranked), _unpaired, {"label": ()}, mismatched=True),
+    "unpaired": Kind((Unpaired, Preference, Ranked), _unpaired, {"label": ()}, mismatched=True, names=_AND_ANOTHER),
     "unpaired_alone": Kind((Unpaired, Preference, Ranked), _unpaired, {"label": ()}),  # R=1
     "two_sided": Kind((TwoSided,), _two_sided),  # R=4: chosen, rejected under a good principle, then under a bad one
     "triple": Kind((Triple,), _triple, names=(*_PAIR, "gold")),  # R=3
