@@ -24,6 +24,7 @@ from aligner.main import CONFIG, WORKDIR, cli, start_jax
 from aligner.types import UserError
 
 FLAGS = flags.FLAGS
+ASKED = "asked.json"  # in the workdir: what its rounds were made with, the config aside
 
 
 def define_flags() -> None:
@@ -57,6 +58,9 @@ def run(config: ConfigDict, workdir: Path, rounds: int, prompts: str, reward_mod
     if bool(reward_model) == spin:
         raise UserError("give either --reward_model, which judges the answers, or --spin, which prefers the dataset's own")
     check(config, rounds)
+    asked = {"prompts": prompts, "reward_model": reward_model, "spin": spin, "n": n, **options}
+    asked.pop("dtype", None)  # the config's
+    check_place(workdir, asked)
     config = config.copy_and_resolve_references()
     if config.setup:
         call_setup(config)
@@ -74,6 +78,7 @@ def run(config: ConfigDict, workdir: Path, rounds: int, prompts: str, reward_mod
             pairs = place / "pairs.jsonl"
             if not pairs.exists():
                 write_pairs(pairs, folder, prompts, reward_model, 1 if spin else n, options | template(folder, config))
+            note_place(workdir, asked)  # only now, so that a first try with a bad path leaves nothing behind
             this = config.copy_and_resolve_references().unlock()
             this.model.path = str(folder)
             this.data.train.path = str(pairs)
@@ -94,6 +99,20 @@ def check(config: ConfigDict, rounds: int) -> None:
         raise UserError(f"--rounds is {rounds}; it must be at least 1")
     if config.algorithm.name in ONLINE:
         raise UserError(f"{config.algorithm.name} writes its own answers; a round learns from pairs, as configs/dpo_llama3.py does")
+
+
+def check_place(directory: Path, asked: dict[str, Any]) -> None:
+    """Whether the rounds in a folder, which are not made again, are those that are asked for."""
+    path = directory / ASKED
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else asked
+    if changed := [f"--{name} was {before.get(name)!r} and is {value!r}" for name, value in asked.items() if before.get(name) != value]:
+        raise UserError(f"{directory} holds rounds of another command: {'; '.join(changed)}. Use another --workdir, or what was asked then")
+
+
+def note_place(directory: Path, asked: dict[str, Any]) -> None:
+    """What the rounds in a folder are made with."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / ASKED).write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
 
 
 def template(model: Any, config: ConfigDict) -> dict[str, str]:

@@ -83,6 +83,15 @@ def test_the_first_rounds_answers_are_made_as_the_config_says(tmp_path, monkeypa
     assert seen == [{"revision": "v2", "chat_template": "{{ messages }}"}]
 
 
+def test_rounds_of_another_command_are_not_taken_for_those_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(iterate, "write_pairs", lambda *args: None)
+    monkeypatch.setattr(aligner.run, "run", lambda config, workdir: (workdir / "export").mkdir(parents=True))
+    iterate.run(common.base(), tmp_path, 1, "x", "RM", False, 2, temperature=1.0)
+    iterate.run(common.base(), tmp_path, 2, "x", "RM", False, 2, temperature=1.0)  # more rounds are no other command
+    with pytest.raises(UserError, match=r"another command: --n was 2 and is 4; --temperature was 1.0 and is 0.5. Use another --workdir"):
+        iterate.run(common.base(), tmp_path, 2, "x", "RM", False, 4, temperature=0.5)
+
+
 @pytest.mark.slow
 def test_two_rounds_of_self_play(tmp_path):
     make_llama(tmp_path / "model", tokenizer=make_words(), hidden_size=32, layers=1, heads=2, kv_heads=1)
