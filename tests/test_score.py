@@ -9,6 +9,8 @@ import pytest
 
 import aligner
 from aligner import by_row, convert, score
+from aligner.data.by_columns import scores
+from aligner.data.filters import plain
 from scripts.make_tiny_checkpoint import make_llama
 
 PAIRS = [
@@ -99,6 +101,12 @@ def test_bad_input_is_one_sentence(folder, capsys, changes, words):
     assert score.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and words in error and error.count("\n") == 1
+
+
+def test_rewards_stand_in_the_order_of_a_rows_answers():
+    """Not in that of their scores: whoever reads the file puts them beside `completions`."""
+    row = {"prompt": "q", "completions": ["a", "b", "c"], "scores": [1, 3, 2]}
+    assert [plain(answer) for answer in score.answers_of(scores(row))[1]] == ["a", "b", "c"]
 
 
 def test_why_rows_were_not_scored_is_told_by_the_commonest_reason():

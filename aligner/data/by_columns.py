@@ -144,15 +144,14 @@ def tpo(row: dict[str, Any]) -> Triple:
 def scores(row: dict[str, Any]) -> Ranked:
     """`prompt` with `completions` and their `scores`, or one `completion` and its `score`; a user's message and the assistant's.
 
-    Best first, as every ranking.
+    In the row's order, by which `aligner.score` writes what each is worth.
     """
     answers = row["completions"] if "completions" in row else [row["completion"]]
     given = row["scores"] if "scores" in row else [row["score"]]
     prompt = place_media(messages_of(row["prompt"], role="user"), media_in(row))
     if len(answers) != len(given):
         raise Bad("no scores", f"there are {len(given)} scores for {len(answers)} answers")
-    best_first = sorted(zip(map(float, given), answers), key=lambda pair: -pair[0])
-    return Ranked(prompt, tuple(messages_of(answer) for _, answer in best_first), tuple(score for score, _ in best_first))
+    return Ranked(prompt, tuple(map(messages_of, answers)), tuple(map(float, given)))
 
 
 # --- judged answers --------------------------------------------------------------------------------------------------------------
