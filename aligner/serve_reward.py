@@ -79,9 +79,13 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--timeout is {args.timeout}; it must be above 0")
         try:
             [reward] = make_rewards([args.reward], dtype=args.dtype)
+        except OSError as error:
+            raise UserError(str(error)) from None
+        try:
             server = make_server(reward, args.host, args.port, args.timeout)
         except (OSError, OverflowError) as error:  # the second: a port that is none
-            raise UserError(str(error)) from None
+            where = f"--host {args.host} --port {args.port}"
+            raise UserError(f"cannot serve at {where}: {error}; name others, --port 0 takes a free one") from None
         print(f"serving {args.reward} at http://{args.host}:{server.server_address[1]}/reward", flush=True)
         try:
             server.serve_forever()

@@ -11,7 +11,7 @@ import pytest
 from aligner.rl import verifiers
 from aligner.rl.remote import make_remote_reward
 from aligner.rl.rewards import Reward, make_rewards, value
-from aligner.serve_reward import make_server
+from aligner.serve_reward import main, make_server
 from aligner.types import UserError
 from tests.rl.http import listener
 
@@ -71,3 +71,10 @@ def test_nonsense_is_refused(serve):
         make_remote_reward(serve(answers((200, {"scores": [1]}))), wait=0.01)(["a"], ["b"])
     with pytest.raises(UserError, match=r"400: .*bad"):
         make_remote_reward(serve(answers((400, {"error": "bad"}))), wait=0.01)(["a"], ["b"])
+
+
+def test_a_port_that_cannot_be_had_is_named(capsys):
+    with make_server(make_rewards(["math"])[0], "127.0.0.1", 0, 60.0) as server:
+        port = server.server_address[1]
+        assert main(["--reward", "math", "--port", str(port)]) == 2
+    assert f"cannot serve at --host 127.0.0.1 --port {port}: " in (told := capsys.readouterr().err) and "--port 0 takes a free one" in told
