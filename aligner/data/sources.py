@@ -216,6 +216,8 @@ def _jsonl(path: Path) -> Rows:
         start, end = starts[index], ends[index]
         text = whole[start:end] if whole is not None else os.pread(file.fileno(), end - start, start)
         where = f"{path}, line {lines[index]}"
+        if index == 0 and text.lstrip().startswith(b"["):
+            raise UserError(f"{where}: a list begins here, but in .jsonl every line is a row; name the file .json.")
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError; brackets without end
