@@ -27,10 +27,10 @@ def model():
     return from_hf(tiny.llama_config(vocab_size=V))
 
 
-def compiled(model, devices: int, dtype: str = "float32", **mesh: int):
+def compiled(model, devices: int, dtype: str = "float32", remat: str = "none", **mesh: int):
     """(step, its program) with as many rows on each device, however many there are."""
     axes = {f"mesh__{axis}": size for axis, size in mesh.items()}
-    config = tiny.config(data__batch_size=ROWS * devices // mesh.get("tensor", 1), model__dtype=dtype, **axes)
+    config = tiny.config(data__batch_size=ROWS * devices // mesh.get("tensor", 1), model__dtype=dtype, train__remat=remat, **axes)
     step = ahead.make_step(config, model, jax.devices()[:devices], ROW)
     with jax.set_mesh(step.mesh):
         program = step.program.lower(step.state, step.fixed, step.batch).compile(compiler_options={"xla_backend_optimization_level": 0})
@@ -65,7 +65,7 @@ def test_a_layer_makes_no_row_whole_that_is_cut(model, name):
     """Its columns change places with its heads for attention; all else is of each device's own columns, experts too."""
     sparse = dict(num_local_experts=3, num_experts_per_tok=2)
     family = model if name == "llama" else from_hf(MixtralConfig(**{**tiny.TEXT, **sparse, "vocab_size": V, "rope_parameters": None}))
-    _, program = compiled(family, 8, data=4, sequence=2)
+    _, program = compiled(family, 8, remat="full", data=4, sequence=2)  # with which layers are a loop
     layers = [one for one in ahead.find_collectives(program.as_text()) if one.times > 1]
     assert any(one.kind == "all-to-all" for one in layers)
     assert not [one for one in layers if one.kind == "all-gather" and ROW.tokens in one.shape]
