@@ -31,7 +31,7 @@ def demo(tmp_path_factory):
 def quick_compilation():
     quick = tiny.QUICK | {"xla_allow_excess_precision": False}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "jit", lambda function, **options: jax.jit(function, compiler_options=quick, **options))
+        patch.setattr(run, "jit", lambda function, mesh=None, **options: jax.jit(function, compiler_options=quick, **options))
         yield
 
 

@@ -18,7 +18,7 @@ from tests.models.vision_configs import CASES, VIDEOS
 @pytest.mark.parametrize("family", [*CASES, "pixtral"])
 def test_dpo_runs(family, tmp_path, monkeypatch):
     quick = tiny.QUICK | {"xla_allow_excess_precision": False}
-    monkeypatch.setattr(run, "jit", lambda function, **options: jax.jit(function, compiler_options=quick, **options))
+    monkeypatch.setattr(run, "jit", lambda function, mesh=None, **options: jax.jit(function, compiler_options=quick, **options))
     folder = vision_folders.save(tmp_path, "llava", 4) if family == "pixtral" else vision_folders.save(tmp_path, family)
     data = vision_folders.rows(tmp_path / "rows", videos=family in VIDEOS, sounds=family == "qwen2_audio")
     config = tiny.config(model__path=str(folder), data__max_length=512, data__pad_to_multiple=8, data__batch_size=4, data__workers=2, data__video_frames=3,

@@ -96,7 +96,7 @@ OFFLINE = [name for name in CONFIGS if read(name).algorithm.name not in ONLINE] 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OFFLINE)
 def test_two_steps(name, demo, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "jit", lambda function, **options: tiny.quick(function, **options))
+    monkeypatch.setattr(run, "jit", lambda function, mesh=None, **options: tiny.quick(function, **options))
     config = read(name, "tiny")
     (tmp_path / "demo").symlink_to(demo(config.setup.split(":")[1]))
     config.data.batch_size = 8

@@ -12,7 +12,7 @@ from tests.models import tiny
 def test_two_steps_and_two_more(tmp_path, monkeypatch, demo):
     made, mesh = {}, dict(data=2, fsdp=2, tensor=2)
 
-    def recording(function, **options):
+    def recording(function, mesh=None, **options):
         jitted = jax.jit(function, compiler_options=tiny.QUICK | {"xla_allow_excess_precision": False}, **options)
         made.setdefault(getattr(function, "__name__", ""), []).append(jitted)
         return jitted
