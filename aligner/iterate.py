@@ -111,8 +111,7 @@ def check_place(directory: Path, asked: dict[str, Any]) -> None:
 
 def note_place(directory: Path, asked: dict[str, Any]) -> None:
     """What the rounds in a folder are made with."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / ASKED).write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
+    workdir.write_json(directory / ASKED, asked)
 
 
 def template(model: Any, config: ConfigDict) -> dict[str, str]:
