@@ -147,8 +147,8 @@ class MLP(nn.Module):
         gated = lambda *y: constrain(functools.reduce(jnp.multiply, y[1:], ACTIVATIONS[c.hidden_act](y[0])), "batch", "length", "mlp")
         if self.is_initializing():
             return down(gated(*y))
-        close = lambda params, *y: down.apply({"params": params[0]}, gated(*y), rngs=params[1])
-        return recomputed(close, (self.variables["params"][out], own_rngs(self)), *y)  # rather than keep what was gated
+        close = lambda params, drawn, *y: down.apply({"params": params}, gated(*y), rngs=drawn)
+        return recomputed(close, self.variables["params"][out], own_rngs(self), *y)  # rather than keep what was gated
 
 
 class SparseMLP(nn.Module):

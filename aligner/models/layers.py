@@ -123,14 +123,10 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         scale = leaf(self, "scale", nn.initializers.zeros if self.plus_one else nn.initializers.ones, (x.shape[-1],))
-        return rms_norm(x, scale, self.eps, self.wide, self.plus_one)
+        return recomputed(functools.partial(rms_norm, eps=self.eps, wide=self.wide, plus_one=self.plus_one), x, scale)
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float, wide: bool, plus_one: bool) -> Float[Array, "... D"]:
-    return recomputed(functools.partial(_rms_norm, eps=eps, wide=wide, plus_one=plus_one), scale, x)
-
-
-def _rms_norm(scale, x, eps, wide, plus_one):
     y = at_least_float32(x)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
     if wide or plus_one:
