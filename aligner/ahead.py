@@ -56,7 +56,7 @@ def row_of(config: Any, model: Model, tokens: int | None, scored: int | None, im
     algorithm = algorithms.make(config, model)
     kind = ENCODERS[algorithm.needs]
     answers = config.algorithm.get("answers", config.algorithm.get("num_generations", _answers(algorithm)))
-    tokens = tokens or (config.data.packing and config.data.get("packed_length")) or config.data.max_length
+    tokens = tokens or config.data.get("packed_length") or config.data.max_length
     examples = examples or (max(1, tokens // 256) if config.data.packing else 1)
     everything = algorithm.needs == "text"
     scored = scored or (tokens if everything else answers * examples if kind.last else max(1, tokens // 2))
