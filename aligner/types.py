@@ -35,6 +35,7 @@ Params = Mapping[str, Any]
 #   rope_positions [B,T,3] int32        positions in time, rows and columns, where a model turns by them (M-RoPE)
 #   <array>       [B,I,...]             what else a family says of every slot (`Media.slot`)
 #   <column>      [B,G,...]             what `prepare` computed per example, such as reference_logps [B,G,R]
+#   alone         ()                    no array: there where every row is one text, which makes another program (`make_likelihood`)
 Batch = Mapping[str, Array]
 
 
