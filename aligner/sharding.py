@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -139,10 +140,36 @@ def per_device(
     return run
 
 
-def largest(x: jax.Array, k: int) -> jax.Array:
-    """Where along the last axis of [B, T, N] the k largest are, [B, T, k]. The compiler would gather all rows on every device to see."""
-    rows = ("batch", "length", None)
-    return per_device(lambda x: jax.lax.top_k(x, k)[1], (rows,), rows)(jax.lax.stop_gradient(x))
+ROW = ("batch", "length")
+
+
+def largest(x: jax.Array, k: int, along: str | None = None) -> jax.Array:
+    """Where along the last axis of [B, T, N], which lies along a logical axis, the k largest are: [B, T, k], of equal ones the first first.
+
+    The compiler would gather all rows on every device to see, and all of a row. Here each device looks at what it has, and at the k largest
+    of the others' parts.
+    """
+
+    def find(x: jax.Array, names: jax.Array) -> jax.Array:
+        values, at = jax.lax.top_k(x, min(k, x.shape[-1]))
+        if x.shape[-1] == total:
+            return at
+        values, at = (jax.lax.all_gather(each, LOGICAL[along], axis=2, tiled=True) for each in (values, names[at]))
+        return jnp.take_along_axis(at, jax.lax.top_k(values, k)[1], axis=-1)
+
+    total = x.shape[-1]
+    return per_device(find, ((*ROW, along), (along,)), (*ROW, None))(jax.lax.stop_gradient(x), jnp.arange(total))
+
+
+def taken(x: jax.Array, at: jax.Array, along: str) -> jax.Array:
+    """`jnp.take_along_axis` of [B, T, N], which lies along a logical axis, at [B, T, k]: [B, T, k]. Each device takes what it has."""
+
+    def take(x: jax.Array, names: jax.Array, at: jax.Array) -> jax.Array:
+        here = at - names[0]
+        found = jnp.take_along_axis(x, jnp.clip(here, 0, x.shape[-1] - 1), axis=-1)
+        return jnp.where((here >= 0) & (here < x.shape[-1]), found, 0)
+
+    return per_device(take, ((*ROW, along), (along,), (*ROW, None)), (*ROW, None), summed=along)(x, jnp.arange(x.shape[-1]), at)
 
 
 def like_params(tree: Params, params: Params, shardings: Params, mesh: Mesh) -> Params:

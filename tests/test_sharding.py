@@ -162,3 +162,17 @@ def test_constrain(cube):
         y = jax.jit(lambda x: sharding.constrain(x, "batch", None, "heads"))(x)
     assert y.sharding.is_equivalent_to(jax.NamedSharding(cube, P(("data", "fsdp"), None, "tensor")), 3)
     np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("k", [3, 7])
+def test_the_largest_of_a_row_that_is_cut(k):
+    """As of a whole row: of equal ones the first, also where a part has fewer than are asked for."""
+    x = jax.random.randint(jax.random.key(0), (4, 6, 10), 0, 4).astype(jnp.float32)
+    at = jax.lax.top_k(x, k)[1]
+    weights = jnp.arange(k, dtype=jnp.float32)
+    total = lambda take: jax.jit(jax.grad(lambda x: jnp.sum(take(x) * weights)))
+    with jax.set_mesh(sharding.make_mesh(dict(data=4, tensor=2))):
+        np.testing.assert_array_equal(jax.jit(lambda x: sharding.largest(x, k, "vocab"))(x), at)
+        np.testing.assert_array_equal(jax.jit(lambda x: sharding.taken(x, at, "vocab"))(x), jnp.take_along_axis(x, at, -1))
+        found = total(lambda x: sharding.taken(x, at, "vocab"))(x)
+    np.testing.assert_array_equal(found, total(lambda x: jnp.take_along_axis(x, at, -1))(x))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from aligner.losses.distillation import generalized_jsd
 from aligner.losses.reference_free import log1mexp
-from aligner.sharding import largest
+from aligner.sharding import largest, taken
 
 Values = Float[Array, "..."]
 SUPPORTS = ("student", "teacher", "both")
@@ -26,7 +26,7 @@ def likeliest(log_p: Float[Array, "... V"], log_q: Float[Array, "... V"], k: int
         of: whose likeliest, one of SUPPORTS; of both they are 2k, and some may stand there twice.
     """
     chosen = {"student": (log_p,), "teacher": (log_q,), "both": (log_q, log_p)}[of]
-    return jnp.concatenate([largest(x, k) for x in chosen], axis=-1)
+    return jnp.concatenate([largest(x, k, "vocab") for x in chosen], axis=-1)
 
 
 def few_tokens_jsd(
@@ -44,7 +44,7 @@ def few_tokens_jsd(
 
 
 def _over(log_p, support, again: Bool[Array, "... K"], add_tail: bool):
-    few = jnp.where(again, ABSENT, jnp.take_along_axis(log_p, support, axis=-1))
+    few = jnp.where(again, ABSENT, taken(log_p, support, "vocab"))
     total = jax.nn.logsumexp(few, axis=-1, keepdims=True)
     # where the few have everything, the tail is held at 1e-7, as in TRL
     return jnp.concatenate([few, log1mexp(jnp.minimum(total, -1e-7))], axis=-1) if add_tail else few - total

@@ -8,12 +8,17 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from transformers import MixtralConfig
 
 from aligner import ahead, lora, sharding
-from aligner.losses.partial_distillation import likeliest
+from aligner.logprobs import TopK, divergence
+from aligner.losses.partial_distillation import SUPPORTS, likeliest
 from aligner.models import from_hf, moe
+from aligner.types import Head
+from tests.everyday import everyday
 from tests.models import tiny
 
 V = 118  # this number and its parts are no other size in the program
@@ -84,6 +89,29 @@ def test_each_device_finds_the_largest_of_its_own_rows(name):
     with jax.set_mesh(mesh):
         program = jax.jit(OF[name]).lower(logits).compile()
     assert not ahead.find_collectives(program.as_text())
+
+
+@pytest.mark.parametrize("of", everyday(SUPPORTS, "both"))
+def test_few_tokens_of_a_vocabulary_that_is_cut(of):
+    """Divergence and gradients are one device's, and of the vocabulary's size only the head's gradient is sent."""
+    width, rng = 16, np.random.default_rng(0)
+    hidden, told = (jnp.asarray(rng.normal(size=(8, ROW.tokens, width)), jnp.float32) for _ in range(2))
+    weights = [jnp.asarray(rng.normal(size=(width, V)), jnp.float32) for _ in range(2)]
+
+    def loss(hidden, told, ours, theirs):
+        found = divergence(hidden, Head(ours), told, Head(theirs), beta=0.3, top_k=TopK(7, of, True))
+        return jnp.sum(found["divergence"]) + jnp.sum(found["agreement"])
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 2)))
+    expected = run(hidden, told, *weights)
+    mesh = sharding.make_mesh(dict(data=4, tensor=2))
+    lay = lambda x, *axes: jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)))
+    with jax.set_mesh(mesh):
+        arguments = (lay(hidden, "data"), lay(told, "data"), *(lay(weight, None, "tensor") for weight in weights))
+        found = run(*arguments)
+        sent = ahead.find_collectives(run.lower(*arguments).compile().as_text())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, expected)
+    assert sent and all(width in one.shape for one in sent if PARTS & set(one.shape)), sent
 
 
 def weak(model, mesh_of):
