@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from aligner import workdir
+from aligner.commandline import defaults
 from aligner.main import CONFIG, WORKDIR, cli, start_jax
 from aligner.types import UserError
 
@@ -38,12 +40,12 @@ def define_flags() -> None:
     flags.DEFINE_float("temperature", 1.0, "Of the answers.")
 
 
-def run(config: ConfigDict, workdir: Path, rounds: int, prompts: str, reward_model: str, spin: bool, n: int, **options: Any) -> Path:
+def run(config: ConfigDict, directory: Path, rounds: int, prompts: str, reward_model: str, spin: bool, n: int, **options: Any) -> Path:
     """All rounds.
 
     Args:
         config: of the training of a round; its model.path is where the first starts from.
-        workdir: of all.
+        directory: of all.
         prompts: dataset.
         reward_model, spin: who judges, one of the two.
         n: answers to each prompt; 1 with `spin`.
@@ -60,7 +62,7 @@ def run(config: ConfigDict, workdir: Path, rounds: int, prompts: str, reward_mod
     check(config, rounds)
     asked = {"prompts": prompts, "reward_model": reward_model, "spin": spin, "n": n, **options}
     asked.pop("dtype", None)  # the config's
-    check_place(workdir, asked)
+    check_place(directory, asked)
     config = config.copy_and_resolve_references()
     if config.setup:
         call_setup(config)
@@ -72,23 +74,30 @@ def run(config: ConfigDict, workdir: Path, rounds: int, prompts: str, reward_mod
     options |= {"revision": config.model.revision} if config.model.revision else {}
     folder = config.model.path
     for number in range(rounds):
-        place = workdir / f"round-{number}"
-        export = place / "train" / "export"
-        if not export.exists():
-            pairs = place / "pairs.jsonl"
+        place = directory / f"round-{number}"
+        pairs, export = place / "pairs.jsonl", place / "train" / "export"
+        this = of_round(config, number, folder, pairs, media)
+        if export.exists():
+            workdir.check(this, place / "train")  # whether it is a round of this config
+        else:
             if not pairs.exists():
                 write_pairs(pairs, folder, prompts, reward_model, 1 if spin else n, options | template(folder, config))
-            note_place(workdir, asked)  # only now, so that a first try with a bad path leaves nothing behind
-            this = config.copy_and_resolve_references().unlock()
-            this.model.path = str(folder)
-            this.data.train.path = str(pairs)
-            this.data.train.formatter = "trl"
-            this.data.train.image_folder = media
-            this.seed = config.seed + number
-            this.checkpoint.export = True
-            train(this.lock(), place / "train")
+            note_place(directory, asked)  # only now, so that a first try with a bad path leaves nothing behind
+            train(this, place / "train")
         folder = export
     return Path(folder)
+
+
+def of_round(config: ConfigDict, number: int, model: Any, pairs: Path, media: str) -> ConfigDict:
+    """The config of one round's training, which learns from its pairs where the round before ended."""
+    this = config.copy_and_resolve_references().unlock()
+    this.model.path = str(model)
+    this.data.train.path = str(pairs)
+    this.data.train.formatter = "trl"
+    this.data.train.image_folder = media
+    this.seed = config.seed + number
+    this.checkpoint.export = True
+    return this.lock()
 
 
 def check(config: ConfigDict, rounds: int) -> None:
@@ -174,6 +183,8 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--{name} is missing; see python -m aligner.iterate --helpshort")
     start_jax()
     config = workdir.resolve(CONFIG.value, WORKDIR.value)
+    for before in sorted(Path(WORKDIR.value).glob("round-*/train")):
+        workdir.bring_up_to_date(before, defaults(sys.argv))
     options = dict(max_new_tokens=FLAGS.max_new_tokens, temperature=FLAGS.temperature, dtype=config.model.dtype)
     folder = run(config, Path(WORKDIR.value), FLAGS.rounds, FLAGS.prompts, FLAGS.reward_model, FLAGS.spin, FLAGS.n, **options)
     print(f"written: {folder}")

@@ -107,5 +107,11 @@ def test_two_rounds_of_self_play(tmp_path):
     options = dict(max_new_tokens=4, temperature=1.0, dtype="float32")
     folder = iterate.run(config, tmp_path / "spin", 2, str(tmp_path / "rows.jsonl"), "", True, 1, **options)
     assert folder == tmp_path / "spin" / "round-1" / "train" / "export" and (folder / "config.json").exists()
+    again = lambda: iterate.run(config, tmp_path / "spin", 2, str(tmp_path / "rows.jsonl"), "", True, 1, **options)
+    config.log.every = 3  # which may differ
+    assert again() == folder
+    config.algorithm.beta = 0.5
+    with pytest.raises(UserError, match=r"round-0/train belongs to a run with another config: config.algorithm.beta was 0.1 and is 0.5\."):
+        again()
     pairs = [json.loads(line) for line in (tmp_path / "spin" / "round-1" / "pairs.jsonl").read_text().splitlines()]
     assert len(pairs) > 20 and all(pair["chosen"] != pair["rejected"] for pair in pairs)
