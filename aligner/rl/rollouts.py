@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from aligner import arrays
 from aligner.algorithms import ppo
+from aligner.console import say
 from aligner.data import layout
 from aligner.generation.engine import Completion, bucket
 from aligner.losses.policy_gradient import kl
@@ -276,7 +277,7 @@ def report(total: np.ndarray, each: np.ndarray, lengths: np.ndarray, stopped: np
     """TRL's metrics of a rollout."""
     spread = np.nan_to_num(np.nanstd(total, axis=1, ddof=1)) if total.shape[1] > 1 else np.zeros(len(total))
     found = {
-        "reward": float(np.nanmean(total)) if not np.isnan(total).all() else 0.0,
+        "reward": mean_reward(total),
         "reward_std": float(spread.mean()) if total.shape[1] > 1 else float(np.nanstd(total)),
         "frac_reward_zero_std": float(np.mean(spread < 1e-9)),
         "completions/mean_length": float(lengths.mean()),
@@ -289,6 +290,14 @@ def report(total: np.ndarray, each: np.ndarray, lengths: np.ndarray, stopped: np
         if not np.isnan(each[..., k]).all():
             found |= {f"rewards/{short}/mean": float(np.nanmean(each[..., k])), f"rewards/{short}/std": float(np.nanstd(each[..., k]))}
     return found
+
+
+def mean_reward(total: np.ndarray) -> float:
+    """Mean over the answers that are worth something; where every reward gave None for all of them that is said, and 0."""
+    if np.isnan(total).all():
+        say(f"every reward gave None for all of {total.size} answers, so that there is nothing to learn from or to compare")
+        return 0.0
+    return float(np.nanmean(total))
 
 
 def minibatch(batch: Mapping[str, np.ndarray], seed: int, iteration: int, update: int, updates: int) -> dict[str, np.ndarray]:

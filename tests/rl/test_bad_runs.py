@@ -4,10 +4,11 @@ import json
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from aligner import checkpoint, online
-from aligner.rl import remote
+from aligner.rl import remote, rollouts
 from aligner.types import UserError
 from tests.rl.http import serving
 from tests.rl.test_online import brevity, demo, one_device, records, settings  # noqa: F401
@@ -93,3 +94,8 @@ def test_a_prompt_beyond_the_budget_is_counted_and_too_many_stop_the_run(demo, t
     config.data.max_bad_fraction = 0.0
     with pytest.raises(UserError, match=r"1 of 101 rows of .* cannot be used"):
         online.run(config.lock(), tmp_path / "run")
+
+
+def test_answers_that_no_reward_judges_are_told(capsys):
+    assert rollouts.mean_reward(np.array([[np.nan, 2.0]])) == 2 and not capsys.readouterr().err
+    assert rollouts.mean_reward(np.full((2, 3), np.nan)) == 0 and "gave None for all of 6 answers" in capsys.readouterr().err
