@@ -123,7 +123,7 @@ def _nearest(path: Path) -> str:
     while not parent.is_dir():
         path, parent = parent, parent.parent
     names = difflib.get_close_matches(path.name, os.listdir(parent), n=1, cutoff=0.5)
-    return f"; did you mean {parent / names[0]}?" if names else f" (nothing like it in {parent.resolve()})"
+    return f" (did you mean {parent / names[0]}?)" if names else f" (nothing like it in {parent.resolve()})"
 
 
 def _stamp(path: Path) -> str:

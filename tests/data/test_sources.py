@@ -98,8 +98,8 @@ def test_identity_changes_with_the_file(tmp_path):
     ("files", "ask", "message"),
     [
         ({}, {"path": ""}, "path is empty"),
-        ({"train.jsonl": "{}"}, {"path": "trian.jsonl"}, r"trian.jsonl does not exist; did you mean .*/train.jsonl\?"),
-        ({"rows/x.jsonl": "{}"}, {"path": "row/x.jsonl"}, r"row/x.jsonl does not exist; did you mean .*/rows\?"),
+        ({"train.jsonl": "{}"}, {"path": "trian.jsonl"}, r"trian.jsonl does not exist \(did you mean .*/train.jsonl\?\)\."),
+        ({"rows/x.jsonl": "{}"}, {"path": "row/x.jsonl"}, r"row/x.jsonl does not exist \(did you mean .*/rows\?\)\."),
         ({"a.jsonl": '{"a": 1}\n{"a": \n'}, {"path": "a.jsonl"}, "a.jsonl, line 2: not valid JSON"),
         ({"a.jsonl": "{}\n[1]\n"}, {"path": "a.jsonl"}, "a.jsonl, line 2: a row must be an object"),
         ({"a.jsonl": '\n[\n {"a": 1}\n]\n'}, {"path": "a.jsonl"}, "a.jsonl, line 2: a list begins here, .* name the file .json"),
