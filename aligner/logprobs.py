@@ -162,6 +162,15 @@ def _logits(static: _Static, hidden, weight, bias):
     return logits
 
 
+def _axes(static: _Static, width: str | None = None) -> tuple[str | None, ...]:
+    return ("vocab", width) if static.transposed else (width, "vocab")
+
+
+def _gathered(static: _Static, weight):
+    """The head whole, but for the vocabulary's parts: a loop would gather again in every turn what it reads."""
+    return constrain(weight, *_axes(static))
+
+
 def _chunks(x: Array, size: int) -> Array:
     """[B, S, ...] -> [pieces, B, size, ...], padded with zeros."""
     rows, length = x.shape[:2]
@@ -216,6 +225,8 @@ def _stats(static: _Static, hidden, weight, bias, targets):
 
 
 def _stats_and_logits(static: _Static, hidden, weight, bias, targets, keep: bool):
+    weight = _gathered(static, weight)
+
     def body(_, chunk):
         states, ids = chunk
         logits = _logits(static, states, weight, bias)
@@ -239,16 +250,17 @@ def _trains(weight, bias) -> tuple | None:
     return () if weight.perturbed or (bias is not None and bias.perturbed) else None
 
 
-def _head_zeros(weight, bias, trains):
-    """What the gradient of the head starts from, in at least float32; (None, None) where it does not train."""
+def _head_zeros(static: _Static, weight, bias, trains, parts: int):
+    """What the gradient of the head starts from, in at least float32, for each part of the batch; (None, None) where it does not train."""
     if trains is None:
         return None, None
     wide = jnp.promote_types(weight.dtype, jnp.float32)
-    return jnp.zeros(weight.shape, wide), None if bias is None else jnp.zeros(bias.shape, wide)
+    zeros = lambda x, *logical: constrain(jnp.zeros((parts, *x.shape), wide), "batch", *logical)
+    return zeros(weight, *_axes(static)), None if bias is None else zeros(bias, "vocab")
 
 
-def _through_head(static: _Static, d, logits, states, weight, bias, trains):
-    """A chunk's gradient by its logits -> (by its states, its part of (weight's, bias's))."""
+def _through_head(static: _Static, d, logits, states, weight, bias, trains, parts: int):
+    """A chunk's gradient by its logits -> (by its states, (weight's, bias's) of each part of the batch)."""
     if static.softcap is not None:
         d = d * (1 - jnp.square(logits / static.softcap))
     d = d * static.scale if static.scale != 1.0 else d
@@ -257,17 +269,27 @@ def _through_head(static: _Static, d, logits, states, weight, bias, trains):
     if trains is None:
         return d_states, (None, None)
     states = after(d_states, states)
-    d_weight = weight_gradient(*((low, states) if static.transposed else (states, low)))
-    return d_states, (d_weight, None if bias is None else jnp.sum(d, axis=(0, 1)))
+    by_part = lambda x: x.reshape(parts, -1, *x.shape[1:])
+    factors = (low, states) if static.transposed else (states, low)
+    d_weight = jax.vmap(weight_gradient)(*map(by_part, factors)) if parts > 1 else weight_gradient(*factors)[None]
+    return d_states, (d_weight, None if bias is None else jnp.sum(by_part(d), axis=(1, 2)))
 
 
-def _in_dtypes(d_head, weight, bias):
-    return tuple(None if d is None else d.astype(x.dtype) for d, x in zip(d_head, (weight, bias)))
+def _parts(static: _Static, hidden) -> int:
+    """Of how many parts of a batch the gradient of the head is added up apart, which each device then sends once, not for every chunk."""
+    return _batch_parts(hidden.shape[0]) if static.chunk < hidden.shape[1] else 1
+
+
+def _summed(static: _Static, d_head, weight, bias):
+    """The head's gradient over all parts of the batch, added up before it is rounded, and by each device the part of it that it trains."""
+    total = lambda d, like, *logical: None if d is None else constrain(jnp.sum(d, axis=0), *logical).astype(like.dtype)
+    return total(d_head[0], weight, *_axes(static, "embed")), total(d_head[1], bias, "vocab")
 
 
 def _stats_backward(static: _Static, residuals, gradients):
     hidden, weight, bias, targets, lse, entropy, kept, trains = residuals
     gradients = {n: g for n, g in gradients.items() if n in DIFFERENTIABLE and not isinstance(g, SymbolicZero)}
+    weight, parts = _gathered(static, weight), _parts(static, hidden)
 
     def body(carry, chunk):
         states, ids, lse, entropy, g, logits = chunk
@@ -280,13 +302,13 @@ def _stats_backward(static: _Static, residuals, gradients):
             d = d + jnp.where(_is_target(logits, ids), g["logp"][..., None], 0)
         if "entropy" in g:
             d = d - g["entropy"][..., None] * p * (logits - lse[..., None] + entropy[..., None])
-        d_states, d_head = _through_head(static, d, logits, states, weight, bias, trains)
+        d_states, d_head = _through_head(static, d, logits, states, weight, bias, trains, parts)
         return jax.tree.map(jnp.add, carry, d_head), d_states
 
     arrays = (hidden, targets, lse, lse if entropy is None else entropy, gradients)
     chunks = (*jax.tree.map(lambda x: _chunks(x, static.chunk), arrays), kept)
-    d_head, d_hidden = _scan(body, _head_zeros(weight, bias, trains), chunks)
-    return (_unchunk(d_hidden, hidden.shape[1]), *_in_dtypes(d_head, weight, bias), None)
+    d_head, d_hidden = _scan(body, _head_zeros(static, weight, bias, trains, parts), chunks)
+    return (_unchunk(d_hidden, hidden.shape[1]), *_summed(static, d_head, weight, bias), None)
 
 
 _stats.defvjp(_stats_forward, _stats_backward, symbolic_zeros=True)
@@ -314,7 +336,9 @@ def _chunk_divergence_gradient(static: _Divergence, log_p, log_q):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _divergence(static: _Divergence, hidden, weight, bias, teacher_hidden, *teacher_head):
+def _divergence(static: _Divergence, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias):
+    weight, teacher_head = _gathered(static.student, weight), (_gathered(static.teacher, teacher_weight), teacher_bias)
+
     def body(_, chunk):
         states, teacher_states = chunk
         _, log_p, log_q = _log_probs(static, (states, weight, bias), (teacher_states, *teacher_head))
@@ -332,21 +356,23 @@ def _divergence_forward(static: _Divergence, hidden, weight, bias, *teacher):
 
 
 def _divergence_backward(static: _Divergence, residuals, gradients):
-    (hidden, weight, bias, teacher_hidden, *teacher_head), trains = residuals
+    (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias), trains = residuals
     g = gradients["divergence"]
     if isinstance(g, SymbolicZero):
         g = jnp.zeros(g.shape, g.dtype)
+    teacher_head = _gathered(static.teacher, teacher_weight), teacher_bias
+    weight, parts = _gathered(static.student, weight), _parts(static.student, hidden)
 
     def body(carry, chunk):
         states, teacher_states, g = chunk
         logits, log_p, log_q = _log_probs(static, (states, weight, bias), (teacher_states, *teacher_head))
         d = _chunk_divergence_gradient(static, log_p, log_q) * (g / static.temperature)[..., None]
-        d_states, d_head = _through_head(static.student, d, logits, states, weight, bias, trains)
+        d_states, d_head = _through_head(static.student, d, logits, states, weight, bias, trains, parts)
         return jax.tree.map(jnp.add, carry, d_head), d_states
 
     chunks = jax.tree.map(lambda x: _chunks(x, static.student.chunk), (hidden, teacher_hidden, g))
-    d_head, d_hidden = _scan(body, _head_zeros(weight, bias, trains), chunks)
-    return (_unchunk(d_hidden, hidden.shape[1]), *_in_dtypes(d_head, weight, bias), None, *[None for _ in teacher_head])
+    d_head, d_hidden = _scan(body, _head_zeros(static.student, weight, bias, trains, parts), chunks)
+    return (_unchunk(d_hidden, hidden.shape[1]), *_summed(static.student, d_head, weight, bias), None, None, None)
 
 
 _divergence.defvjp(_divergence_forward, _divergence_backward, symbolic_zeros=True)

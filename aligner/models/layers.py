@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from aligner import lora
 from aligner.matmul import after, dot
 from aligner.quant import matmul
+from aligner.sharding import constrain
 
 
 def at_least_float32(x: Array) -> Array:
@@ -106,7 +107,10 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-        return jnp.take(leaf(self, "embedding", nn.initializers.normal(self.init_scale), (self.num, self.features)), ids, axis=0)
+        table = leaf(self, "embedding", nn.initializers.normal(self.init_scale), (self.num, self.features))
+        if ids.size > self.num:  # less is sent of the table than of all that is looked up in it
+            table = constrain(table, "vocab", None)
+        return jnp.take(table, ids, axis=0)
 
 
 class RMSNorm(nn.Module):

@@ -14,9 +14,9 @@ import pytest
 from transformers import MixtralConfig
 
 from aligner import ahead, lora, sharding
-from aligner.logprobs import TopK, divergence
+from aligner.logprobs import TopK, divergence, token_stats
 from aligner.losses.partial_distillation import SUPPORTS, likeliest
-from aligner.models import from_hf, moe
+from aligner.models import from_hf, layers, moe
 from aligner.types import Head
 from tests.everyday import everyday
 from tests.models import tiny
@@ -112,6 +112,48 @@ def test_few_tokens_of_a_vocabulary_that_is_cut(of):
         sent = ahead.find_collectives(run.lower(*arguments).compile().as_text())
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, expected)
     assert sent and all(width in one.shape for one in sent if PARTS & set(one.shape)), sent
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_head_is_sent_once_however_many_chunks(transposed):
+    """Gathered for either pass, and its gradient added up: not in every turn of their loops. The numbers are one device's."""
+    width, rng = 16, np.random.default_rng(0)
+    hidden, targets = jnp.asarray(rng.normal(size=(8, ROW.tokens, width)), jnp.float32), jnp.asarray(rng.integers(V, size=(8, ROW.tokens)))
+    weight, bias = jnp.asarray(rng.normal(size=(V, width) if transposed else (width, V)), jnp.float32), jnp.ones(V)
+
+    def loss(hidden, weight, bias):
+        logp = token_stats(hidden, Head(weight, transposed, bias), targets, chunk=11)["logp"]
+        same = divergence(hidden, Head(weight, transposed, bias), -hidden, Head(weight, transposed), chunk=11)["divergence"]
+        return jnp.sum(logp) + jnp.sum(same)
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+    expected = run(hidden, weight, bias)
+    mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+    lay = lambda x, *axes: jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)))
+    with jax.set_mesh(mesh):
+        arguments = (lay(hidden, ("data", "fsdp")), lay(weight, *("tensor", "fsdp")[:: 1 if transposed else -1]), lay(bias, "tensor"))
+        found = run(*arguments)
+        sent = [one for one in ahead.find_collectives(run.lower(*arguments).compile().as_text()) if PARTS & set(one.shape)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, expected)
+    assert sent and not [one for one in sent if one.times > 1], [one for one in sent if one.times > 1]
+
+
+def test_of_a_table_that_is_cut_only_the_vocabularys_parts_are_sent():
+    """Nor all that the batch looks up, however many rows it has. The numbers are one device's."""
+    width, rows, rng = 16, 64, np.random.default_rng(0)
+    table = jnp.asarray(rng.normal(size=(V + 2, width)), jnp.float32)
+    ids, weights = jnp.asarray(rng.integers(V, size=(rows, ROW.tokens))), jnp.asarray(rng.normal(size=(rows, ROW.tokens, width)), jnp.float32)
+    embed = layers.Embed(V + 2, width)
+    run = jax.jit(jax.grad(lambda table, ids, weights: jnp.sum(jnp.square(embed.apply({"params": {"embedding": table}}, ids)) * weights)))
+    expected = run(table, ids, weights)
+    mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+    lay = lambda x, *axes: jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)))
+    with jax.set_mesh(mesh):
+        arguments = lay(table, ("tensor", "fsdp")), lay(ids, ("data", "fsdp")), lay(weights, ("data", "fsdp"))
+        np.testing.assert_allclose(run(*arguments), expected, rtol=1e-5, atol=1e-4)
+        sent = ahead.find_collectives(run.lower(*arguments).compile().as_text())
+    own = rows // 4 * ROW.tokens * width  # what is looked up in a device's part of the table is added up to this
+    assert sent and all(one.shape != table.shape and elements(one.shape) <= own for one in sent), sent
 
 
 def weak(model, mesh_of):
