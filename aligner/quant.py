@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from aligner.matmul import Turned, dot, dot_turned
+from aligner.matmul import Turned, after, dot, dot_turned
 from aligner.matmul import matmul as dense_matmul
 from aligner.types import UserError
 
@@ -104,7 +104,13 @@ def matmul(x: Float[Array, "... K"], kernel: Any) -> Float[Array, "... N"]:
 
 @jax.custom_vjp
 def _matmul(x, kernel):
-    return dense_matmul(x, dequantise(kernel, x.dtype))
+    return dense_matmul(x, dequantise(_awaiting(x, kernel), x.dtype))
+
+
+def _awaiting(x, kernel):
+    """The kernel, once x is known: where a CPU's layers are no loop it would make the kernels of all of them at once, and keep for the
+    backward pass those that it made for the forward pass."""
+    return jax.tree.map(lambda part: after(x, part), kernel)
 
 
 def _forward(x, kernel):
@@ -112,7 +118,7 @@ def _forward(x, kernel):
 
 
 def _backward(kernel, g):
-    weight = dequantise(kernel, g.dtype)
+    weight = dequantise(_awaiting(g, kernel), g.dtype)
     return dot(g, weight, ((g.ndim - 1,), (1,))).astype(g.dtype), None
 
 

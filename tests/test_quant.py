@@ -140,4 +140,4 @@ def test_argument_bytes_of_a_7b_step():
     print(f"arguments {dense.argument_size_in_bytes:,} -> {nf4.argument_size_in_bytes:,} ({ratio:.3f}), "
           f"temporaries {dense.temp_size_in_bytes:,} -> {nf4.temp_size_in_bytes:,}")  # fmt: skip
     assert ratio <= 0.35
-    assert nf4.temp_size_in_bytes < 0.9 * dense.argument_size_in_bytes, "the layers' weights are not all dequantised at once"
+    assert nf4.temp_size_in_bytes < 0.6 * dense.argument_size_in_bytes, "the layers' weights are not all dequantised at once"

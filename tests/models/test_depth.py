@@ -24,12 +24,12 @@ CONFIGS = {
 
 
 def lower(kind: str, depth: int):
-    """A DPO step of a model so deep, as XLA gets it."""
+    """A DPO step of a model so deep, as XLA gets it. What is computed again is a loop on a CPU, too."""
     model = from_hf(CONFIGS[kind](depth))
     f = tiny.Family(model, tiny.perturbed(model), tiny.make_pairs(model, 4, np.random.default_rng(1)), np.zeros((4, 2), np.float32))
     mesh = step.one_device()
     with jax.set_mesh(mesh):
-        function, state, fixed = step.build(f, tiny.config(), optax.adamw(1e-3), mesh)
+        function, state, fixed = step.build(f, tiny.config(train__remat="full"), optax.adamw(1e-3), mesh)
         return function.lower(state, fixed, step.put(tiny.make_batch(f), mesh))
 
 
