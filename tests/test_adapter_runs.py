@@ -48,6 +48,7 @@ def trained(demo, tmp_path_factory):
     """A run of four steps, stopped after two and gone on with, exported at its end."""
     folder = tmp_path_factory.mktemp("runs")
     config = configure(demo, reference__kind="base", lora__dropout=0.1, checkpoint__export=True)
+    config.data.train.size = config.data.batch_size  # every step has all rows, so that what one learned shows in the next
     for steps in (2, 4):
         config.train.steps = steps
         run.run(config, folder / "twice")
