@@ -183,8 +183,10 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--{name} is missing; see python -m aligner.iterate --helpshort")
     start_jax()
     config = workdir.resolve(CONFIG.value, WORKDIR.value)
-    for before in sorted(Path(WORKDIR.value).glob("round-*/train")):
-        workdir.bring_up_to_date(before, defaults(sys.argv))
+    if rounds := sorted(Path(WORKDIR.value).glob("round-*/train")):
+        of_file = defaults(sys.argv)
+        for before in rounds:
+            workdir.bring_up_to_date(before, of_file)
     options = dict(max_new_tokens=FLAGS.max_new_tokens, temperature=FLAGS.temperature, dtype=config.model.dtype)
     folder = run(config, Path(WORKDIR.value), FLAGS.rounds, FLAGS.prompts, FLAGS.reward_model, FLAGS.spin, FLAGS.n, **options)
     print(f"written: {folder}")

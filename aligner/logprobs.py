@@ -271,6 +271,7 @@ def _through_head(static: _Static, d, logits, states, weight, bias, trains, part
     states = after(d_states, states)
     by_part = lambda x: x.reshape(parts, -1, *x.shape[1:])
     factors = (low, states) if static.transposed else (states, low)
+    # not mapped over one part: what a CPU turns in memory for its product cannot be
     d_weight = jax.vmap(weight_gradient)(*map(by_part, factors)) if parts > 1 else weight_gradient(*factors)[None]
     return d_states, (d_weight, None if bias is None else jnp.sum(by_part(d), axis=(1, 2)))
 

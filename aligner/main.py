@@ -70,11 +70,9 @@ def main(argv: list[str]) -> int:
 def train(config: ConfigDict, directory: str) -> None:
     """Run as the config says, in a folder of this machine."""
     from aligner import algorithms, workdir  # after the flags, so that a typo is told at once
-    from aligner.console import say
     from aligner.convert.assets import leave_pytorch_out
 
-    if new := workdir.bring_up_to_date(directory, defaults(sys.argv)):
-        say(f"the run in {directory} is of an earlier aligner; these count as their defaults: config.{', config.'.join(new)}")
+    workdir.bring_up_to_date(directory, defaults(sys.argv))
     leave_pytorch_out(config.to_json_best_effort())
     if config.algorithm.name in algorithms.ONLINE:
         from aligner.online import run

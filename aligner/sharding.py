@@ -149,6 +149,7 @@ def largest(x: jax.Array, k: int, along: str | None = None) -> jax.Array:
     The compiler would gather all rows on every device to see, and all of a row. Here each device looks at what it has, and at the k largest
     of the others' parts.
     """
+    total = x.shape[-1]
 
     def find(x: jax.Array, names: jax.Array) -> jax.Array:
         values, at = jax.lax.top_k(x, min(k, x.shape[-1]))
@@ -157,7 +158,6 @@ def largest(x: jax.Array, k: int, along: str | None = None) -> jax.Array:
         values, at = (jax.lax.all_gather(each, LOGICAL[along], axis=2, tiled=True) for each in (values, names[at]))
         return jnp.take_along_axis(at, jax.lax.top_k(values, k)[1], axis=-1)
 
-    total = x.shape[-1]
     return per_device(find, ((*ROW, along), (along,)), (*ROW, None))(jax.lax.stop_gradient(x), jnp.arange(total))
 
 

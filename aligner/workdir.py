@@ -123,23 +123,21 @@ def make(workdir: str | Path) -> None:
         raise UserError(f"--workdir {workdir} cannot be made ({error.strerror}); name a folder in which you may write") from None
 
 
-def bring_up_to_date(workdir: str | Path, defaults: ConfigDict) -> list[str]:
-    """Settings that the aligner of an earlier run in the workdir did not have are recorded for it as what they are by default.
+def bring_up_to_date(workdir: str | Path, defaults: ConfigDict) -> None:
+    """Settings that the aligner of an earlier run in the workdir did not have are recorded for it as what they are by default, and told.
 
     Args:
         workdir: with or without a run in it.
         defaults: the config as its file has it; what the command line changes is not the earlier run's.
-
-    Returns:
-        The keys that were added.
     """
     if not (Path(workdir) / CONFIG).exists():
-        return []
+        return
     before = read_config(workdir)
     after = _with_missing(before, json.loads(json.dumps(resolve(defaults, workdir).to_dict())))
     if after != before:
         write_json(Path(workdir) / CONFIG, after)
-    return sorted(flat(after).keys() - flat(before).keys())
+    if new := sorted(flat(after).keys() - flat(before).keys()):
+        say(f"the run in {workdir} is of an earlier aligner; these count as their defaults: config.{', config.'.join(new)}")
 
 
 def _with_missing(before: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

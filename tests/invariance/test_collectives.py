@@ -76,6 +76,15 @@ def test_a_layer_makes_no_row_whole_that_is_cut(model, name):
     assert not [one for one in layers if one.kind == "all-gather" and ROW.tokens in one.shape]
 
 
+def on_a_mesh(run, sizes, *arguments):
+    """(what a jitted function returns, what its devices send); each argument is an array and the mesh axes that it lies along."""
+    mesh = sharding.make_mesh(sizes)
+    lay = lambda x, *axes: jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)))
+    with jax.set_mesh(mesh):
+        laid = [lay(*argument) for argument in arguments]
+        return run(*laid), ahead.find_collectives(run.lower(*laid).compile().as_text())
+
+
 OF = {
     "tokens": lambda x: likeliest(x, -x, 3, "both"),
     "experts": lambda x: moe.route(moe.ExpertsConfig(V, 3, 8, True), x)[1:],
@@ -104,12 +113,8 @@ def test_few_tokens_of_a_vocabulary_that_is_cut(of):
 
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 2)))
     expected = run(hidden, told, *weights)
-    mesh = sharding.make_mesh(dict(data=4, tensor=2))
-    lay = lambda x, *axes: jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)))
-    with jax.set_mesh(mesh):
-        arguments = (lay(hidden, "data"), lay(told, "data"), *(lay(weight, None, "tensor") for weight in weights))
-        found = run(*arguments)
-        sent = ahead.find_collectives(run.lower(*arguments).compile().as_text())
+    laid = (hidden, "data"), (told, "data"), *((weight, None, "tensor") for weight in weights)
+    found, sent = on_a_mesh(run, dict(data=4, tensor=2), *laid)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, expected)
     assert sent and all(width in one.shape for one in sent if PARTS & set(one.shape)), sent
 
@@ -128,12 +133,9 @@ def test_the_head_is_sent_once_however_many_chunks(transposed):
 
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
     expected = run(hidden, weight, bias)
-    mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
-    lay = lambda x, *axes: jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)))
-    with jax.set_mesh(mesh):
-        arguments = (lay(hidden, ("data", "fsdp")), lay(weight, *("tensor", "fsdp")[:: 1 if transposed else -1]), lay(bias, "tensor"))
-        found = run(*arguments)
-        sent = [one for one in ahead.find_collectives(run.lower(*arguments).compile().as_text()) if PARTS & set(one.shape)]
+    laid = (hidden, ("data", "fsdp")), (weight, *("tensor", "fsdp")[:: 1 if transposed else -1]), (bias, "tensor")
+    found, sent = on_a_mesh(run, dict(data=2, fsdp=2, tensor=2), *laid)
+    sent = [one for one in sent if PARTS & set(one.shape)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, expected)
     assert sent and not [one for one in sent if one.times > 1], [one for one in sent if one.times > 1]
 
@@ -146,12 +148,9 @@ def test_of_a_table_that_is_cut_only_the_vocabularys_parts_are_sent():
     embed = layers.Embed(V + 2, width)
     run = jax.jit(jax.grad(lambda table, ids, weights: jnp.sum(jnp.square(embed.apply({"params": {"embedding": table}}, ids)) * weights)))
     expected = run(table, ids, weights)
-    mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
-    lay = lambda x, *axes: jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)))
-    with jax.set_mesh(mesh):
-        arguments = lay(table, ("tensor", "fsdp")), lay(ids, ("data", "fsdp")), lay(weights, ("data", "fsdp"))
-        np.testing.assert_allclose(run(*arguments), expected, rtol=1e-5, atol=1e-4)
-        sent = ahead.find_collectives(run.lower(*arguments).compile().as_text())
+    laid = (table, ("tensor", "fsdp")), (ids, ("data", "fsdp")), (weights, ("data", "fsdp"))
+    found, sent = on_a_mesh(run, dict(data=2, fsdp=2, tensor=2), *laid)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
     own = rows // 4 * ROW.tokens * width  # what is looked up in a device's part of the table is added up to this
     assert sent and all(one.shape != table.shape and elements(one.shape) <= own for one in sent), sent
 
