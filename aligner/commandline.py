@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags, logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from aligner.types import UserError
 from aligner.workdir import flat
@@ -38,10 +38,14 @@ def parse(argv: list[str]) -> list[str]:
     if {"h", "?", "help", "helpshort", "helpfull"} & {argument.lstrip("-") for argument in argv[1:] if argument.startswith("-")}:
         print(help_text(argv))
         sys.exit(0)
+    argv, unset = _without_none(argv)
     try:
         left = flags.FLAGS(argv)
     except Exception as error:
         raise UserError(_explain(argv, path, error)) from None
+    for name in unset:
+        section, key = _field(flags.FLAGS.config, name)
+        section[key] = None
     if len(left) > 1:
         raise UserError(f"unexpected argument {left[1]!r}; settings are given as --config.section.key=value")
     logging.set_verbosity(logging.WARNING)  # Orbax tells a dozen lines for every save, JAX which backends are not there
@@ -89,6 +93,30 @@ def _settings(argv: list[str]) -> list[tuple[str, str | None]]:
         if match := re.fullmatch(r"--?([\w.]+)(?:=(.*))?", argument, re.DOTALL):
             found.append((match[1], match[2] if match[2] is not None or following.startswith("-") else following))
     return found
+
+
+def _without_none(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(the command line without settings that are to be None and may be, which absl would read as numbers, the names of those settings)."""
+    given = dict(_settings(argv))
+    asked = [argument for argument in argv if re.fullmatch(r"--?config\.[\w.]+=None", argument)]
+    config = defaults(argv) if asked and "config" in given else None
+    taken = [argument for argument in asked if _may_be_none(config, argument)]
+    unset = {argument.lstrip("-").removesuffix("=None") for argument in taken}
+    return [argument for argument in argv if argument not in taken], [name for name in unset if given[name] == "None"]
+
+
+def _may_be_none(config: Any, argument: str) -> bool:
+    """Whether a config's file says, by a placeholder, that a setting may be None."""
+    section, key = _field(config, argument.lstrip("-").removesuffix("=None"))
+    return isinstance(section, ConfigDict) and isinstance(dict(section.items(preserve_field_references=True)).get(key), FieldReference)
+
+
+def _field(config: Any, name: str) -> tuple[Any, str]:
+    """(the section, the key in it) of `config.section.key`; None for a section that is not there."""
+    _, *sections, key = name.split(".")
+    for section in sections:
+        config = config.get(section) if isinstance(config, ConfigDict) else None
+    return config, key
 
 
 def _explain(argv: list[str], path: str, error: Exception) -> str:

@@ -1,6 +1,6 @@
 """Keys of config.algorithm for algorithms that learn from what the policy itself writes; a part of configs/common.py."""
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
 
@@ -110,7 +110,7 @@ def ppo() -> ConfigDict:
     config.gamma = 1.0
     config.lam = 0.95
     config.vf_coef = 0.1  # weight of the critic's loss
-    config.cliprange_value = 0.2  # the critic's values are held so near the old ones; None does not
+    config.cliprange_value = FieldReference(0.2)  # the critic's values are held so near the old ones; None does not
     config.whiten_rewards = False  # rewards at tokens are divided by their deviation
     config.missing_eos_penalty = placeholder(float)  # taken off the reward of answers that were cut
     config.reward_clip = placeholder(float)  # rewards are held in [-reward_clip, reward_clip]

@@ -89,6 +89,7 @@ def refused(tmp_path, *phrases, argv=None, **settings):
         (["--config.optim=3"], ["config.optim is a section", "config.optim.learning_rate"]),
         (["--config.seed.x=3"], ["config.seed is a value"]),
         (["--config.data.batch_size=many"], ["config.data.batch_size must be a whole number", "not 'many'"]),
+        (["--config.data.batch_size=None"], ["config.data.batch_size must be a whole number", "not 'None'"]),
         (["--config.data.batch_size=3.5"], ["config.data.batch_size must be a whole number", "not '3.5'"]),
         (["--config.optim.learning_rate", "fast"], ["config.optim.learning_rate must be a number", "not 'fast'"]),
         (["--config.checkpoint.export=perhaps"], ["config.checkpoint.export must be true or false", "not 'perhaps'"]),
@@ -100,6 +101,19 @@ def test_command_line(tmp_path, argv, phrases):
     elif argv == ["runs/here"]:
         argv = [*arguments(tmp_path), *argv]
     refused(tmp_path, *phrases, argv=argv)
+
+
+@pytest.mark.parametrize(
+    ("given", "clipped"), [(["None"], None), (["0.3", "None"], None), (["None", "0.3"], 0.3), ([], 0.2)], ids=str
+)
+def test_a_setting_that_may_be_none_is_set_to_none(monkeypatch, given, clipped):
+    """What `--help` prints of it, `--config.algorithm.cliprange_value=None` among others, can be given back; the last of several counts."""
+    forget_flags()
+    settings = [f"--config.algorithm.cliprange_value={value}" for value in given]
+    monkeypatch.setattr(sys, "argv", ["main", "--config=configs/ppo_llama3.py", *settings, "--config.data.packed_length=None"])
+    commandline.parse(sys.argv)
+    config = flags.FLAGS.config
+    assert (config.algorithm.cliprange_value, config.data.packed_length) == (clipped, None)
 
 
 @pytest.mark.parametrize(
