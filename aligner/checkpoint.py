@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,10 +33,11 @@ absl_logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pa
 
 
 class Checkpoints(NamedTuple):
-    """The open checkpoints of a workdir, and the thread that notes their checksums."""
+    """The open checkpoints of a workdir, the thread that notes their checksums, and the last save as it sees it (on the first process)."""
 
     orbax: ocp.training.Checkpointer
     sealer: ThreadPoolExecutor
+    last: list[Future]
 
     def folder(self, step: int) -> Path:
         return Path(str(self.orbax.directory)) / str(step)
@@ -50,11 +51,11 @@ def open_checkpoints(workdir: str | Path, keep: int) -> Iterator[Checkpoints]:
     folder.mkdir(parents=True, exist_ok=True)
     orbax = ocp.training.Checkpointer(folder, preservation_policy=policy, cleanup_tmp_directories=True)
     with contextlib.closing(orbax), ThreadPoolExecutor(1) as sealer:
-        yield Checkpoints(orbax, sealer)
+        yield Checkpoints(orbax, sealer, [])
 
 
 def save(checkpoints: Checkpoints, state: TrainState, metadata: dict[str, Any]) -> None:
-    """Save in the background. Waits for the save before it, and raises SaveError if that went wrong. `metadata` is JSON."""
+    """Save in the background. Waits for the save before it, and raises SaveError if that went wrong, as `check` does. `metadata` is JSON."""
     if jax.default_backend() == "cpu":  # host arrays are written from where they lie, and the next step would overwrite them
         state = _copy(state)
     step = int(state.step)
@@ -62,12 +63,18 @@ def save(checkpoints: Checkpoints, state: TrainState, metadata: dict[str, Any]) 
         seal.remove(checkpoints.folder(step))
         saving = checkpoints.orbax.save_checkpointables_async(step, _parts(state), custom_metadata=metadata, force=True)
     if jax.process_index() == 0:
-        checkpoints.sealer.submit(lambda: saving.result() and seal.write(checkpoints.folder(step)))
+        checkpoints.last[:] = [checkpoints.sealer.submit(lambda: saving.result() and seal.write(checkpoints.folder(step)))]
 
 
 @jax.jit
 def _copy(state: TrainState) -> TrainState:
     return jax.tree.map(jnp.copy, state)
+
+
+def check(checkpoints: Checkpoints) -> None:
+    """Raises SaveError if the last save has gone wrong by now; until the next one a run would work for nothing."""
+    if any(saving.done() and saving.exception() for saving in checkpoints.last):
+        wait(checkpoints)
 
 
 def wait(checkpoints: Checkpoints) -> None:

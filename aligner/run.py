@@ -215,6 +215,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                     if due(step):
                         watch(False)
                         hold_out()
+                    checkpoint.check(checkpoints)
                     check_stop()
                     watch(True)
             except Stopped:

@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back, and what was harmed since is known and not used."""
 
+import concurrent.futures
 import os
 import resource
 import socket
@@ -14,7 +15,7 @@ import pytest
 
 from aligner import checkpoint, seal
 from aligner.state import TrainState, abstract
-from aligner.types import UserError
+from aligner.types import SaveError, UserError
 
 
 def tree(step: int) -> TrainState:
@@ -104,6 +105,20 @@ def test_a_full_disk(saved, caplog):
     with checkpoint.open_checkpoints(saved, keep=2) as checkpoints:
         checkpoint.save(checkpoints, state(3), {"seen": 3})
     assert restored(saved) == (3, 3.0, 3)
+
+
+def test_a_full_disk_is_told_before_the_next_save(saved):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(SaveError, match="File too large"), checkpoint.open_checkpoints(saved, keep=2) as checkpoints:
+        checkpoint.check(checkpoints)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+        try:
+            checkpoint.save(checkpoints, state(3), {"seen": 3})
+            concurrent.futures.wait(checkpoints.last)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        checkpoint.check(checkpoints)
+        raise AssertionError("a save that failed was not told")
 
 
 def test_without_checksums(saved):

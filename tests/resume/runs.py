@@ -215,6 +215,11 @@ def saving(number: int) -> Callable[[Path], bool]:
     return moment
 
 
+def saved(number: int) -> Callable[[Path], bool]:
+    """The checkpoint of the step is whole."""
+    return lambda workdir: (workdir / "checkpoints" / str(number)).exists()
+
+
 def evaluating(number: int) -> Callable[[Path], bool]:
     """The step has been logged and is being saved, its evaluation has not been logged."""
 

@@ -26,6 +26,7 @@ from tests.resume.runs import (
     prepared_in_part,
     records,
     same_numbers,
+    saved,
     start,
     step,
     stop,
@@ -117,7 +118,7 @@ def test_one_misfortune_after_another(pictures, in_order, tmp_path):
     def full(process):  # no file can grow beyond this: to a writer the same as a full disk
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
 
-    code, told = told_by(workdir, lambda: meddle(workdir, step(6), full, settings=settings(pictures)))
+    code, told = told_by(workdir, lambda: meddle(workdir, saved(5), full, settings=settings(pictures)))
     assert code == 2
     said = told.strip().splitlines()[-1]
     assert said.startswith("error: ") and "File too large" in said and "step 5; make room" in said, told
