@@ -55,7 +55,7 @@ def open_checkpoints(workdir: str | Path, keep: int) -> Iterator[Checkpoints]:
 
 
 def save(checkpoints: Checkpoints, state: TrainState, metadata: dict[str, Any]) -> None:
-    """Save in the background. Waits for the save before it, and raises SaveError if that went wrong, as `check` does. `metadata` is JSON."""
+    """Save in the background. Waits for the save before it, and raises SaveError if that went wrong. `metadata` is JSON."""
     if jax.default_backend() == "cpu":  # host arrays are written from where they lie, and the next step would overwrite them
         state = _copy(state)
     step = int(state.step)

@@ -281,6 +281,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                     if due(step):
                         watch(False)
                         hold_out()
+                    checkpoint.check(checkpoints)
                     check_stop()
                     watch(True)
             except (Stopped, UserError):  # a reward server that is gone is no reason to lose what was learned
