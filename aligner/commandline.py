@@ -43,9 +43,8 @@ def parse(argv: list[str]) -> list[str]:
         left = flags.FLAGS(argv)
     except Exception as error:
         raise UserError(_explain(argv, path, error)) from None
-    for name in unset:
-        section, key = _field(flags.FLAGS.config, name)
-        section[key] = None
+    if unset:
+        flags.FLAGS.config.update_from_flattened_dict(dict.fromkeys(unset), "config.")
     if len(left) > 1:
         raise UserError(f"unexpected argument {left[1]!r}; settings are given as --config.section.key=value")
     logging.set_verbosity(logging.WARNING)  # Orbax tells a dozen lines for every save, JAX which backends are not there
@@ -97,26 +96,19 @@ def _settings(argv: list[str]) -> list[tuple[str, str | None]]:
 
 def _without_none(argv: list[str]) -> tuple[list[str], list[str]]:
     """(the command line without settings that are to be None and may be, which absl would read as numbers, the names of those settings)."""
-    given = dict(_settings(argv))
-    asked = [argument for argument in argv if re.fullmatch(r"--?config\.[\w.]+=None", argument)]
-    config = defaults(argv) if asked and "config" in given else None
-    taken = [argument for argument in asked if _may_be_none(config, argument)]
-    unset = {argument.lstrip("-").removesuffix("=None") for argument in taken}
-    return [argument for argument in argv if argument not in taken], [name for name in unset if given[name] == "None"]
+    asked = {argument: match[1] for argument in argv if (match := re.fullmatch(r"--?(config\.[\w.]+)=None", argument))}
+    config = defaults(argv) if asked and config_file(argv)[0] else None
+    taken = {argument: name for argument, name in asked.items() if _may_be_none(config, name)}
+    last = dict(_settings(argv))
+    return [argument for argument in argv if argument not in taken], [name for name in taken.values() if last[name] == "None"]
 
 
-def _may_be_none(config: Any, argument: str) -> bool:
-    """Whether a config's file says, by a placeholder, that a setting may be None."""
-    section, key = _field(config, argument.lstrip("-").removesuffix("=None"))
-    return isinstance(section, ConfigDict) and isinstance(dict(section.items(preserve_field_references=True)).get(key), FieldReference)
-
-
-def _field(config: Any, name: str) -> tuple[Any, str]:
-    """(the section, the key in it) of `config.section.key`; None for a section that is not there."""
+def _may_be_none(config: Any, name: str) -> bool:
+    """Whether a config's file says, by a placeholder, that `config.section.key` may be None."""
     _, *sections, key = name.split(".")
     for section in sections:
         config = config.get(section) if isinstance(config, ConfigDict) else None
-    return config, key
+    return isinstance(config, ConfigDict) and isinstance(dict(config.items(preserve_field_references=True)).get(key), FieldReference)
 
 
 def _explain(argv: list[str], path: str, error: Exception) -> str:
