@@ -264,13 +264,17 @@ BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count[\\"]*:\{[\\"]*n[\\"]*:[\\"]*(\d+)')
-_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_BETWEEN = r"send(?=\(.*_xla_megascale)"  # what a TPU's program gives its host for the other slices
+_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)}|{_BETWEEN})(-start)?\(")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _ARRAY = re.compile(r"(pred|[suf]\d+|bf16)\[([\d,]*)\]")
 
 
 class Collective(NamedTuple):
-    """One collective of a program: kind, dtype and shape of its largest result on a device, bytes of all results, how often it runs."""
+    """One collective of a program: kind, dtype and shape of its largest result on a device, bytes of all results, how often it runs.
+
+    The kind `between-slices` is what a device sends to other slices of TPUs, as a part of a collective that spans them.
+    """
 
     kind: str
     dtype: str
@@ -329,9 +333,9 @@ def _collective(kind: str, results: str, starts: bool, times: int) -> Collective
     arrays = [(dtype, tuple(map(int, filter(None, dims.split(","))))) for dtype, dims in _ARRAY.findall(results)]
     size = lambda array: int(BYTES[array[0]] * math.prod(array[1]))
     largest = max(arrays, key=size)
-    # what starts a collective returns its operands beside its results
-    total = size(largest) if starts and kind != "all-reduce" else sum(map(size, arrays))
-    return Collective(kind, *largest, total, times)
+    # what starts a collective returns its operands beside its results, what sends between slices a mark
+    total = size(largest) if (starts and kind != "all-reduce") or kind == "send" else sum(map(size, arrays))
+    return Collective("between-slices" if kind == "send" else kind, *largest, total, times)
 
 
 def collectives(program: str) -> dict[str, dict[str, int]]:

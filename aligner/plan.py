@@ -1,6 +1,7 @@
 """What a config needs, before any machine is rented: the real training step, compiled ahead of time for a topology that need not be here.
 
     python -m aligner.plan --config configs/dpo_llava.py --topology v5e:4x8 --config.mesh.fsdp=32
+    python -m aligner.plan --config configs/dpo_llava.py --topology v5p:4x4x4 --slices 2 --config.mesh.fsdp=64
     python -m aligner.plan --config configs/dpo_llava.py:tiny --topology cpu:8
 
 TPU topologies need `pip install '.[tpu]'` and no TPU. `cuda:h200:8` is compiled for as many CPU devices and says that it is an
@@ -24,6 +25,7 @@ from aligner.commandline import check_out, ended
 from aligner.types import UserError
 
 TOPOLOGY = flags.DEFINE_string("topology", "cpu:1", "v5e:4x8, v5p:4x4x4, v6e:4x4, cpu:8, cuda:h200:8 ...")
+SLICES = flags.DEFINE_integer("slices", 1, "How many slices of TPUs of this topology there are.", lower_bound=1)
 JSON = flags.DEFINE_string("json", None, "Write the figures to this file as well.")
 TOKENS = flags.DEFINE_integer("tokens", None, "Columns of a row; default: data.max_length, for prompt and both answers.", lower_bound=1)
 SCORED = flags.DEFINE_integer("scored", None, "Scored positions of a row; default: half of its columns.", lower_bound=1)
@@ -39,9 +41,16 @@ REMAT = ("none", "dots", "context", "full")  # what the backward pass recomputes
 RANK = 16  # of the adapters that are tried
 
 
-def devices_of(topology: str) -> tuple[list[Any], str, bool]:
-    """(devices, chip, whether the figures are an estimate) of a topology's name. Nothing else may have started JAX before."""
+def devices_of(topology: str, slices: int = 1) -> tuple[list[Any], str, bool]:
+    """(devices, chip, whether the figures are an estimate) of a topology's name. Nothing else may have started JAX before.
+
+    Args:
+        topology: of one slice.
+        slices: how many there are; only TPUs have several.
+    """
     kind, _, rest = topology.partition(":")
+    if slices > 1 and kind not in TPUS:
+        raise UserError(f"--slices {slices}: only TPUs have slices; give --topology {topology} all its devices")
     if kind in ("cpu", "cuda"):
         chip, _, count = rest.rpartition(":")
         if not count.isdigit() or not int(count) or (kind == "cpu" and chip):
@@ -58,10 +67,12 @@ def devices_of(topology: str) -> tuple[list[Any], str, bool]:
         raise UserError(f"--topology {topology}: {kind!r} is not known{meant}")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is touched, so that several plans may be made at once
     from jax.experimental import topologies
 
+    cores = {"chip_config_name": "megacore"} if kind == "v4" else {}  # a chip's two cores are one device, as in a run
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices), kind, False
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices, **cores).devices), kind, False
     except Exception as error:
         reason = str(error).splitlines()[0]
         hint = "; pip install '.[tpu]'" if "not installed" in reason else ""
@@ -190,7 +201,7 @@ def main(argv: list[str]) -> int:
         raise UserError("--config is missing; for example: python -m aligner.plan --config configs/dpo_llava.py --topology v5e:4x8")
     if JSON.value:
         check_out(JSON.value, "--json")
-    devices, chip, estimate = devices_of(TOPOLOGY.value)
+    devices, chip, estimate = devices_of(TOPOLOGY.value, SLICES.value)
     from aligner import ahead, workdir
     from aligner.run import call_setup
 
@@ -206,8 +217,9 @@ def main(argv: list[str]) -> int:
     figures = plan(config, devices, **row)
     limit = MEMORY[chip] * GIB if chip in MEMORY else None
     limit = figures.get("chip_bytes", limit)
-    print(describe(figures, TOPOLOGY.value, chip, estimate))
-    found = figures | {"topology": TOPOLOGY.value, "estimate": estimate, "limit_bytes": limit, "fits": fits(figures, limit)}
+    place = dict(topology=TOPOLOGY.value, slices=SLICES.value)
+    print(describe(figures, TOPOLOGY.value + f", {SLICES.value} slices" * (SLICES.value > 1), chip, estimate))
+    found = figures | place | {"estimate": estimate, "limit_bytes": limit, "fits": fits(figures, limit)}
     if not found["fits"]:
         print(f"DOES NOT FIT: {figures['total_bytes'] / GIB:.2f} of {limit / GIB:.2f} GiB.")
         if SEARCH.value:

@@ -3,7 +3,9 @@
 Models and rules speak of logical axes ("embed", "heads", ...); LOGICAL says which mesh axis each one is laid over.
 """
 
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -32,7 +34,11 @@ LOGICAL: Mapping[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices` (default: all) with the axes `data, fsdp, sequence, tensor`; one size may be -1, "what is left"."""
+    """A mesh over `devices` (default: all) with the axes `data, fsdp, sequence, tensor`; one size may be -1, "what is left".
+
+    Raises:
+        UserError: the sizes do not make up the devices.
+    """
     devices = list(jax.devices() if devices is None else devices)
     shape = [int(sizes.get(axis, 1)) for axis in AXES]
     if any(size == 0 or size < -1 for size in shape) or shape.count(-1) > 1:
@@ -42,9 +48,27 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         shape[shape.index(-1)] = len(devices) // known
     if int(np.prod(shape)) != len(devices):
         raise UserError(f"config.mesh {dict(zip(AXES, shape))} does not divide {len(devices)} devices: their product must be that number")
+    between = between_slices(shape, devices)
+    within = [size // parts for size, parts in zip(shape, between)]
     # an axis may wind through a part of a TPU's torus: 64 of 4x4x8
-    grid = mesh_utils.create_device_mesh(tuple(shape), devices, allow_split_physical_axes=True)
+    if max(between) > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def between_slices(shape: Sequence[int], devices: Sequence[jax.Device]) -> list[int]:
+    """Into how many parts each axis of a mesh is cut over the slices of TPUs, or the nodes of GPUs, that the devices are of.
+
+    The network between them is the slow one: the outermost axes, which send the least, go over it as far as their sizes allow.
+    """
+    slices = Counter(getattr(device, "slice_index", 0) for device in devices)
+    left, parts = len(slices) if len(set(slices.values())) == 1 else 1, []  # of nodes that are unlike no mesh is made of meshes
+    for size in shape:
+        parts.append(math.gcd(size, left))
+        left //= parts[-1]
+    return parts
 
 
 def batch_parts(mesh: Mesh) -> int:

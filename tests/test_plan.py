@@ -223,12 +223,12 @@ def call(monkeypatch, tmp_path, *argv):
 
     from aligner.commandline import parse
 
-    for name in ("topology", "json", "tokens", "scored", "images", "examples", "search"):
+    for name in ("topology", "slices", "json", "tokens", "scored", "images", "examples", "search"):
         flags.FLAGS[name].unparse()
     monkeypatch.setattr(sys, "argv", ["plan", *argv, f"--json={tmp_path / 'plan.json'}"])  # where the config's own flags are read
     monkeypatch.chdir(ROOT)
     parse(sys.argv)
-    monkeypatch.setattr(plan, "devices_of", lambda topology: (jax.devices(), "small", False))
+    monkeypatch.setattr(plan, "devices_of", lambda topology, slices: (jax.devices(), "small", False))
     status = plan.main([])
     return status, json.loads((tmp_path / "plan.json").read_text())
 
@@ -271,6 +271,11 @@ def test_what_fits_after_a_change_is_found_by_compiling(checkpoint, monkeypatch,
 def test_unknown_topologies(topology, message):
     with pytest.raises(UserError, match=message):
         plan.devices_of(topology)
+
+
+def test_only_tpus_have_slices():
+    with pytest.raises(UserError, match="--slices 2: only TPUs have slices"):
+        plan.devices_of("cuda:h200:8", slices=2)
 
 
 def test_rows_that_cannot_be_are_refused(family):

@@ -1,5 +1,6 @@
 """Meshes, and where parameters, optimizer state and activations lie on them."""
 
+import dataclasses
 import re
 
 import jax
@@ -119,6 +120,43 @@ def test_make_mesh(sizes):
     assert mesh.axis_names == ("data", "fsdp", "sequence", "tensor") and mesh.size == 8
     assert all(mesh.shape[axis] == size for axis, size in sizes.items() if size > 0)
     assert sharding.batch_parts(mesh) == mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As much of a device as a mesh asks for."""
+
+    id: int
+    slice_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+    process_index: int = 0
+
+
+@pytest.mark.parametrize(
+    "sizes,cut",
+    [
+        (dict(data=2, fsdp=-1), "data"),
+        (dict(data=-1), "data"),
+        (dict(data=4, tensor=2), "data"),
+        (dict(data=1, fsdp=-1), "fsdp"),  # weights go over the slow network then: there is no other axis
+        (dict(data=1, fsdp=4, tensor=2), "fsdp"),
+        (dict(data=1, tensor=8), "tensor"),
+    ],
+    ids=str,
+)
+def test_slices_are_cut_by_the_outermost_axis(sizes, cut):
+    """Whatever the order of the devices: along every other axis, and along the parts of this one, lies one slice."""
+    mesh = sharding.make_mesh(sizes, [Chip(i, i % 2) for i in range(8)])
+    slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+    first, second = np.split(slices, 2, axis=mesh.axis_names.index(cut))
+    assert np.all(first == 0) and np.all(second == 1)
+
+
+def test_six_slices_are_cut_by_several_axes_and_nodes_that_are_unlike_by_none():
+    assert sharding.between_slices([4, 9, 1, 2], [Chip(i, i // 12) for i in range(72)]) == [2, 3, 1, 1]
+    mesh = sharding.make_mesh(dict(data=-1), [Chip(i, i // 5) for i in range(8)])
+    assert [chip.id for chip in mesh.devices.flat] == list(range(8))
 
 
 @pytest.mark.parametrize(

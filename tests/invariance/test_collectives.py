@@ -197,13 +197,14 @@ def test_weak_scaling_with_parameters_split(model):
 TPU = """
 import json, sys
 from aligner import plan
-devices, _, _ = plan.devices_of("v5e:4x4")
+slices = int(sys.argv[1])
+devices, _, _ = plan.devices_of("v5e:4x4" if slices == 1 else "v5e:2x4", slices)
 from aligner import ahead
 from aligner.models import from_hf
 from tests.models import tiny
 model = from_hf(tiny.llama_config(vocab_size=1536, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
                                   num_key_value_heads=4, head_dim=64, attention_bias=False, mlp_bias=False))
-config = tiny.config(mesh__data=1, mesh__fsdp=16, data__batch_size=32, model__dtype="bfloat16")
+config = tiny.config(mesh__data=slices, mesh__fsdp=-1, data__batch_size=32, model__dtype="bfloat16")
 config.train.remat = "full"
 step = ahead.make_step(config, model, devices, ahead.Row(tokens=384, scored=384))
 found = ahead.find_collectives(ahead.compile_step(step).as_text())
@@ -211,19 +212,28 @@ print(json.dumps({"found": found, "split": sum(leaf.size for leaf in __import__(
 """
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU's compiler, jax[tpu]")
+def needs_tpus_compiler(test):
+    reason = "needs the TPU's compiler, jax[tpu]"
+    return pytest.mark.slow(pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason=reason)(test))
+
+
+def on_tpus(slices: int):
+    """(collectives of a step on sixteen chips, how many parameters are split over them)."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("XLA_FLAGS")} | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", TPU, str(slices)]
+    told = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    told = json.loads(told.stdout.splitlines()[-1])
+    return [ahead.Collective(*one) for one in told["found"]], told["split"]
+
+
+@needs_tpus_compiler
 def test_on_a_tpu_topology():
     """Sixteen chips: weights and nothing else are gathered, in bfloat16; no activation has the vocabulary's size; gradients are scattered.
 
     The compiler gathers a weight at once: it does not hand its sixteenths around while it multiplies by them (collective-permute).
     """
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("XLA_FLAGS")} | {"JAX_PLATFORMS": "cpu"}
-    root = Path(__file__).parents[2]
-    told = subprocess.run([sys.executable, "-c", TPU], cwd=root, env=environment, capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr
-    told = json.loads(told.stdout.splitlines()[-1])
-    found = [ahead.Collective(*one) for one in told["found"]]
+    found, split = on_tpus(slices=1)
     large = [one for one in found if elements(one.shape) > 4096]
     gathered = [one for one in large if one.kind == "all-gather"]
     assert {one.dtype for one in gathered} == {"bf16"}, gathered
@@ -232,4 +242,15 @@ def test_on_a_tpu_topology():
         assert {512, 512 // 16} & set(one.shape), one  # a weight or its gradient, whole or a chip's part of it
         assert 384 not in one.shape, one  # no activation along its columns
     total = sum(one.bytes * one.times for one in gathered)
-    assert 2 * told["split"] <= total <= 2 * 3.3 * told["split"], total / told["split"]  # forward, recomputation, backward
+    assert 2 * split <= total <= 2 * 3.3 * split, total / split  # forward, recomputation, backward
+
+
+@needs_tpus_compiler
+def test_between_two_slices():
+    """Over the slow network each chip sends its own part of the gradient, once, and a few numbers; weights are gathered within a slice."""
+    found, split = on_tpus(slices=2)
+    sent = sum(one.bytes * one.times for one in found if one.kind == "between-slices")
+    own = 4 * split / 8  # of eight chips, in float32
+    assert own <= sent <= 1.3 * own, sent / own
+    gathered = sum(one.bytes * one.times for one in found if one.kind == "all-gather")
+    assert 2 * split <= gathered <= 2 * 3.3 * split, gathered / split
