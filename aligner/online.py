@@ -83,7 +83,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
 
     # What is trained, on what, and what it is worth.
     model, disk = convert.open_model(config.model.path, config.model.revision)
-    attention.check_heads(mesh, text_config(model).num_key_value_heads)
+    attention.check_heads(mesh, text_config(model).num_attention_heads, text_config(model).num_key_value_heads)
     algorithm = algorithms.make(config, model)
     manner = sampling_of(config, model)
     abstract = convert.abstract_params(model)

@@ -56,7 +56,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
 
     # What is trained and on what: by headers and rows, no weights yet.
     model, disk = convert.open_model(config.model.path, config.model.revision, config.algorithm.name in algorithms.SCORING)
-    attention.check_heads(mesh, text_config(model).num_key_value_heads)
+    attention.check_heads(mesh, text_config(model).num_attention_heads, text_config(model).num_key_value_heads)
     model = with_template(model, config.data)
     reference_disk = open_reference(config, model, disk)
     algorithm = algorithms.make(config, model)

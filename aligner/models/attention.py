@@ -160,19 +160,37 @@ def attention(
         return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
 
 
-def check_heads(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, heads: int) -> None:
-    """Refuse a mesh that cuts rows over devices and cannot cut so many heads of keys over them instead; raises UserError."""
-    parts = 1 if mesh.empty else mesh.shape["sequence"] * mesh.shape["tensor"]
-    if not mesh.empty and mesh.shape["sequence"] > 1 and heads % parts:
+def check_heads(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, heads: int, key_heads: int) -> None:
+    """Refuse a mesh that cuts rows over devices and cannot cut a row's heads over them instead; raises UserError."""
+    if not mesh.empty and mesh.shape["sequence"] > 1 and _copies(mesh, heads, key_heads) is None:
+        parts = mesh.shape["sequence"] * mesh.shape["tensor"]
         raise UserError(
-            f"config.mesh has tensor x sequence = {parts} devices for the heads of a row, and the model {heads} heads of keys; "
-            "make the product a divisor of them"
+            f"config.mesh has tensor x sequence = {parts} devices for the heads of a row, and the model {heads}, {key_heads} of keys; "
+            f"make the product a divisor of {heads} that {key_heads} is a divisor or a multiple of"
         )
 
 
+def _copies(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, heads: int, key_heads: int) -> int | None:
+    """How often each head of keys must be there for every device to have its own, where there are more devices than such heads; None where
+    a row's heads cannot be cut over them."""
+    parts = 1 if mesh.empty else mesh.shape["sequence"] * mesh.shape["tensor"]
+    all_keys = math.lcm(key_heads, parts)
+    return None if heads % all_keys else all_keys // key_heads
+
+
 def _whole_rows(q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"]) -> tuple[Array, Array, Array]:
-    """Rows that are cut over devices become whole, and their heads are cut instead (DeepSpeed-Ulysses, arXiv 2309.14509)."""
-    check_heads(jax.sharding.get_abstract_mesh(), k.shape[1])
+    """Rows that are cut over devices become whole, and their heads are cut instead (DeepSpeed-Ulysses, arXiv 2309.14509).
+
+    Where more devices share a head of keys, each of them has it, for its own part of the queries' heads: K times as many, G so much less.
+    """
+    batch, K, G, length, width = q.shape
+    mesh = jax.sharding.get_abstract_mesh()
+    check_heads(mesh, K * G, K)
+    copies = _copies(mesh, K * G, K) or 1
+    q = q.reshape(batch, K * copies, G // copies, length, width)
+    if copies > 1 and mesh.shape["sequence"] > 1:  # whole first: the compiler finds no way from parts of columns to copies of heads
+        k, v = (constrain(x, "batch", "heads", None, None) for x in (k, v))
+    k, v = (x if copies == 1 else jnp.repeat(x, copies, axis=1) for x in (k, v))
     heads = ("batch", "attended", None, None)
     return constrain(q, *heads, None), constrain(k, *heads), constrain(v, *heads)
 

@@ -69,38 +69,46 @@ def test_same_loss_and_gradients(name, variant, monkeypatch):
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize("mesh", [dict(data=2, fsdp=2, sequence=2), dict(data=2, sequence=2, tensor=2)], ids=str)
 @pytest.mark.parametrize("name", ["llama", pytest.param("llava", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shared,changes,chunk", [(True, {}, None), pytest.param(False, dict(train__remat="full"), 4, marks=pytest.mark.slow)])
-def test_rows_cut_over_devices(name, shared, changes, chunk, monkeypatch):
-    """Columns over the axis `sequence`, whole rows for each of its parts of the heads within attention."""
+def test_rows_cut_over_devices(name, shared, changes, chunk, mesh, monkeypatch):
+    """Columns over the axis `sequence`, whole rows for each of its parts of the heads within attention, the two of keys twice over four."""
     options = dict(shared=shared, per_row=2)
     made = tiny.make_batch(tiny.family(name), **options)
     options["more"] = (made["tokens"].shape[1] % 2, made["score_from"].shape[1] % 2, 0)  # what is odd would stay whole
     expected = baseline(name)
     if chunk:
         monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk * tiny.TEXT["vocab_size"])
-    assert_same(compute(name, options, changes, dict(data=2, fsdp=2, sequence=2)), expected)
+    assert_same(compute(name, options, changes, mesh), expected)
 
 
 @pytest.mark.slow
-def test_rows_cut_over_devices_take_less_memory_and_work_of_each():
-    model = from_hf(tiny.llama_config(num_attention_heads=8, num_key_value_heads=4, head_dim=16, hidden_size=64, intermediate_size=256))
+@pytest.mark.parametrize("keys", [4, 2])
+def test_rows_cut_over_devices_take_less_memory_and_work_of_each(keys):
+    """Also where two devices share a head of keys; and heads over `tensor` then, where all would else be every device's."""
+    sizes = dict(num_attention_heads=8, num_key_value_heads=keys, head_dim=16, hidden_size=64, intermediate_size=256)
+    model = from_hf(tiny.llama_config(**sizes))
 
-    def measured(sequence):
+    def measured(**mesh):
         # with layers as a loop: one CPU's program without one is another than that of several
-        config = tiny.config(mesh__data=1, mesh__sequence=sequence, data__batch_size=2, train__remat="dots")
-        step = ahead.make_step(config, model, jax.devices()[:sequence], ahead.Row(tokens=1024, scored=512))
+        axes = {f"mesh__{axis}": size for axis, size in mesh.items()}
+        config = tiny.config(mesh__data=1, data__batch_size=2, train__remat="dots", **axes)
+        step = ahead.make_step(config, model, jax.devices()[: max(mesh.values(), default=1)], ahead.Row(tokens=1024, scored=512))
         program = ahead.compile_step(step)
-        return program.memory_analysis().temp_size_in_bytes, program.cost_analysis()["flops"], program.as_text()
+        sent = ahead.collectives(program.as_text())
+        return program.memory_analysis().temp_size_in_bytes, program.cost_analysis()["flops"], sent
 
-    (whole, work, _), (part, less, text) = measured(1), measured(4)
-    assert "all-to-all" in text
+    (whole, work, _), (part, less, sent) = measured(), measured(sequence=4)
+    assert sent["all-to-all"]["times"]
     assert part < 0.4 * whole and less < 0.4 * work, (part / whole, less / work)
+    rows = 4 * 2 * 1024 * sizes["num_attention_heads"] * sizes["head_dim"]  # of a layer's queries
+    assert measured(tensor=4)[2].get("all-gather", {"bytes": 0})["bytes"] < 3 * rows, "queries are not gathered"
 
 
 def test_a_mesh_that_cannot_cut_rows_is_refused():
-    with pytest.raises(UserError, match=r"tensor x sequence = 4 .* 2 heads of keys"):
-        compute("llama", mesh=dict(data=2, sequence=4))
+    with pytest.raises(UserError, match=r"tensor x sequence = 8 .* the model 4, 2 of keys"):
+        compute("llama", mesh=dict(data=1, sequence=8))
 
 
 @pytest.mark.parametrize("name", ["llama", "llava"])
