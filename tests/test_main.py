@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -360,6 +361,24 @@ def test_as_a_program(tmp_path):
     shown = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert "Train a model as a config file says." in shown.stdout
     assert "--workdir" in shown.stdout and "--config.optim.learning_rate=0.0005" in shown.stdout and shown.returncode == 0
+
+
+@pytest.mark.parametrize("program", ["aligner.preview", "aligner.iterate"])
+def test_a_reader_who_leaves_is_no_fault(program):
+    """`python -m aligner.preview --help | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", program, "--help"], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, timeout=300)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_another_broken_pipe_is_a_fault():
+    def lost():
+        raise BrokenPipeError(32, "Broken pipe")  # of a server, say
+
+    with pytest.raises(BrokenPipeError):
+        commandline.ended(lost)
 
 
 def test_a_save_that_failed_ends_the_process_at_once(monkeypatch, capsys):
