@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import os
 import re
 import runpy
+import select
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -157,7 +160,8 @@ def as_options(message: str, parser: argparse.ArgumentParser) -> str:
 
 
 def ended(program: Callable[[], int | None], explain: Callable[[str], str] = str, stopped: str = "stopped") -> int:
-    """Run a program to its end. Returns its exit code, 2 where what it was given is wrong, 130 after Ctrl-C, each told in a sentence.
+    """Run a program to its end. Returns its exit code, 2 where what it was given is wrong, 130 after Ctrl-C, each told in a sentence;
+    141 where nobody reads on what it prints, as after `| head`, which is no fault and told to nobody.
 
     Args:
         program: returns its exit code, None for 0.
@@ -165,11 +169,17 @@ def ended(program: Callable[[], int | None], explain: Callable[[str], str] = str
         stopped: what is said after Ctrl-C.
     """
     try:
-        return program() or 0
+        try:
+            return program() or 0
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # at the interpreter's end it would be too late to say nothing
     except UserError as error:
         print(f"error: {explain(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _unread():
+            return 128 + signal.SIGPIPE
         if not (message := unwritable(error)):
             raise
         print(f"error: {message}", file=sys.stderr)
@@ -177,6 +187,17 @@ def ended(program: Callable[[], int | None], explain: Callable[[str], str] = str
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
         return 130
+
+
+def _unread() -> bool:
+    """Whether stdout or stderr is a pipe that its reader has left; what is still printed there goes nowhere."""
+    pipes = select.poll()
+    for descriptor in (1, 2):
+        pipes.register(descriptor, 0)
+    left = [descriptor for descriptor, event in pipes.poll(0) if event & (select.POLLERR | select.POLLHUP)]
+    for descriptor in left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return bool(left)
 
 
 def unwritable(error: OSError) -> str | None:

@@ -26,7 +26,7 @@ if __name__ == "__main__":  # first of all: what is imported below takes its tim
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from aligner.commandline import defaults, parse, unwritable
+from aligner.commandline import defaults, ended, parse
 from aligner.processes import EXAMPLE, world
 from aligner.types import SaveError, UserError
 
@@ -84,25 +84,20 @@ def train(config: ConfigDict, directory: str) -> None:
 
 def cli(program: Callable[[list[str]], int] = main) -> None:
     """Run a program that trains; whatever ends it before its time is told in a sentence, and by the exit status."""
-    try:
-        app.run(program, flags_parser=parse)
-    except Stopped as stopped:
-        print(f"stopped; the same command goes on from here: {WORKDIR.value}", file=sys.stderr)
-        sys.exit(130 if stopped.args[0] == signal.SIGINT else CONFIG.value.checkpoint.requeue_code)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        if isinstance(error, SaveError):
+
+    def run() -> None:
+        try:
+            app.run(program, flags_parser=parse)
+        except Stopped as stopped:
+            print(f"stopped; the same command goes on from here: {WORKDIR.value}", file=sys.stderr)
+            sys.exit(130 if stopped.args[0] == signal.SIGINT else CONFIG.value.checkpoint.requeue_code)
+        except SaveError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
             sys.stdout.flush()
             os._exit(2)
-        sys.exit(2)
-    except OSError as error:
-        if not (message := unwritable(error)):
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:  # before there is a state to save, or the second one
-        print("stopped at once; the same command goes on from the newest checkpoint", file=sys.stderr)
-        sys.exit(130)
+
+    # Ctrl-C before there is a state to save, or the second one
+    sys.exit(ended(run, stopped="stopped at once; the same command goes on from the newest checkpoint"))
 
 
 if __name__ == "__main__":

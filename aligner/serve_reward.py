@@ -10,6 +10,7 @@ golden (what answers may be compared to) may be left out. GET /health answers {"
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import threading
@@ -38,12 +39,16 @@ def make_server(reward: Reward, host: str, port: int, timeout: float) -> Threadi
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
+        def handle(self) -> None:
+            with contextlib.suppress(ConnectionError):  # whoever asked has gone, as a training that was stopped
+                super().handle()
+
         def do_GET(self) -> None:
             self.answer(*((200, {"status": "ok"}) if self.path == "/health" else (404, {"error": f"there is no {self.path}"})))
 
         def do_POST(self) -> None:
             try:
-                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+                body = json.loads(self.rfile.read(max(0, int(self.headers.get("Content-Length", 0)))))
                 prompts, responses = body["prompts"], body["responses"]
                 golden = body.get("golden") or [None] * len(responses)
                 if not len(prompts) == len(responses) == len(golden):

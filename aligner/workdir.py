@@ -53,7 +53,8 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check(config: ConfigDict, workdir: str | Path) -> list[str]:
-    """Whether a run with this config may go on in the workdir, if there is one in it.
+    """Whether a run with this config may go on in the workdir, if there is one in it. What made no step, as where memory was too small, is
+    none.
 
     Returns:
         Lines about settings that differ from the run before and may.
@@ -61,9 +62,8 @@ def check(config: ConfigDict, workdir: str | Path) -> list[str]:
     Raises:
         UserError: the workdir belongs to a run whose config differs in what may not differ.
     """
-    path = Path(workdir) / CONFIG
     make(workdir)
-    if not path.exists():
+    if not (Path(workdir) / CONFIG).exists() or not has_trained(workdir):
         return []
     before, now = flat(read_config(workdir)), flat(json.loads(json.dumps(config.to_dict())))
     pairs = {key: (before.get(key), now.get(key)) for key in before.keys() | now.keys()}
@@ -73,6 +73,13 @@ def check(config: ConfigDict, workdir: str | Path) -> list[str]:
         what = "; ".join(f"config.{key} was {changed[key][0]!r} and is {changed[key][1]!r}" for key in refused)
         raise UserError(f"{workdir} belongs to a run with another config: {what}. Use another --workdir, or the settings of that run")
     return [f"config.{key} was {changed[key][0]!r} and is now {changed[key][1]!r}" for key in sorted(changed)]
+
+
+def has_trained(workdir: str | Path) -> bool:
+    """Whether a step was made in a workdir, and something is left of it."""
+    from aligner import checkpoint, metrics
+
+    return bool(checkpoint.steps(workdir) or metrics.read(workdir))
 
 
 @contextlib.contextmanager
@@ -235,14 +242,14 @@ def read_source(workdir: str | Path) -> dict[str, Any]:
 
 
 def check_source(workdir: str | Path, model: Model, fingerprint: str, adapters: "Adapters | None" = None) -> None:
-    """The weights that a run started from are recorded once, and must be the same ever after; so what adapters it has.
+    """The weights that a run started from are recorded, and must be the same from its first step on; so what adapters it has.
 
     Raises:
         UserError: they changed.
     """
     path = Path(workdir) / SOURCE
     described = json.loads(json.dumps(dataclasses.asdict(adapters))) if adapters else None
-    if path.exists():
+    if path.exists() and has_trained(workdir):
         before = read_source(workdir)
         if before["fingerprint"] != fingerprint:
             raise UserError(f"the weights in {model.assets.folder} are not the ones that the run in {workdir} started from")

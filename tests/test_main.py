@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -249,6 +250,10 @@ def test_workdir_of_another_run(tmp_path, monkeypatch):
     main.parse(sys.argv)
     config = workdir.resolve(main.CONFIG.value, tmp_path / "run")
     workdir.record(config, tmp_path / "run")
+    with pytest.raises(AssertionError, match="parameters were loaded"):  # nothing was learned yet: memory was too small, say
+        call(*arguments(tmp_path / "run", {"optim.learning_rate": 0.25}))
+    workdir.record(config, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\n')
     said = refused(tmp_path, "belongs to a run with another config", "config.optim.learning_rate was 0.0005 and is 0.5",
                    "Use another --workdir", optim__learning_rate=0.5, checkpoint__every=7)  # fmt: skip
     assert "checkpoint.every" not in said
@@ -275,6 +280,7 @@ def test_workdir_of_an_earlier_aligner(tmp_path, monkeypatch):
     before = workdir.resolve(main.CONFIG.value, tmp_path / "run").to_dict()
     del before["data"]["chat_template"], before["data"]["train"]["mixture"], before["quant"], before["data"]["loss_on"]
     workdir.write_json(tmp_path / "run" / "config.json", before)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\n')
     said = refused(tmp_path, "another config: config.data.loss_on was 'assistant' and is 'all'. Use", data__loss_on="all")
     assert "chat_template" not in said
     assert workdir.read_config(tmp_path / "run")["quant"] == {"base": ""}
@@ -305,6 +311,7 @@ def test_a_path_may_be_written_another_way(tmp_path, monkeypatch):
     (tmp_path / "runs" / "mine" / "demo" / "model").mkdir(parents=True)
     config = dpo_llava.get_config("tiny")
     workdir.record(workdir.resolve(config, "runs/mine"), "runs/mine")
+    (tmp_path / "runs" / "mine" / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\n')
     before = workdir.read_config("runs/mine")["model"]["path"]
     for other in ("runs/mine/", tmp_path / "runs" / "mine"):
         now = workdir.resolve(config, other)
@@ -360,6 +367,24 @@ def test_as_a_program(tmp_path):
     shown = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert "Train a model as a config file says." in shown.stdout
     assert "--workdir" in shown.stdout and "--config.optim.learning_rate=0.0005" in shown.stdout and shown.returncode == 0
+
+
+@pytest.mark.parametrize("program", ["aligner.preview", "aligner.iterate"])
+def test_a_reader_who_leaves_is_no_fault(program):
+    """`python -m aligner.preview --help | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", program, "--help"], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, timeout=300)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_another_broken_pipe_is_a_fault():
+    def lost():
+        raise BrokenPipeError(32, "Broken pipe")  # of a server, say
+
+    with pytest.raises(BrokenPipeError):
+        commandline.ended(lost)
 
 
 def test_a_save_that_failed_ends_the_process_at_once(monkeypatch, capsys):

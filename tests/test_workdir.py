@@ -33,6 +33,8 @@ def test_a_workdir_that_was_moved(tmp_path):
     config.model.path, config.data.train.path = "{workdir}/demo/model", "/data/rows.jsonl"
     old, new = tmp_path / "a" / "run", tmp_path / "b" / "run"
     workdir.record(workdir.resolve(config, old), old)
+    with metrics.open_log(old, 0) as write:
+        write(1, "train", {"loss": 1.0})
     new.parent.mkdir()
     old.rename(new)
     assert workdir.check(workdir.resolve(config, new), new) == []

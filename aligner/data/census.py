@@ -13,6 +13,7 @@ import inspect
 import itertools
 import json
 import os
+import sys
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -80,7 +81,7 @@ def take_census(
         key: whatever else decides the outcome (kind of sample); part of the name under which the result is kept.
         cache_dir: None keeps nothing.
         workers: threads, which decode images and sounds side by side.
-        progress: show a bar; None shows it on process 0.
+        progress: show a bar; None shows it on process 0, in a terminal.
 
     Raises:
         UserError: a broken file, or media for a model that takes none of their kind.
@@ -180,7 +181,7 @@ def _shows(progress: bool | None) -> bool:
     if progress is None:
         import jax
 
-        progress = jax.process_index() == 0
+        progress = jax.process_index() == 0 and sys.stderr.isatty()  # redrawn lines are no use in a log
     return progress
 
 

@@ -80,7 +80,7 @@ def load_dataset(
         model: its assets (tokenizer, processor) and media sizes; no parameters.
         needs: the kind of sample the algorithm takes, a key of ENCODERS.
         cache_dir: where the result of the census is kept for the next start; None keeps nothing.
-        progress: show a bar; None shows it on process 0.
+        progress: show a bar; None shows it on process 0, in a terminal.
 
     Raises:
         UserError: missing file, missing columns, no row left, more bad rows than `config.data.max_bad_fraction`, images for a text model.

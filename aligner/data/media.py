@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import functools
 import hashlib
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,8 @@ def open_image(reference: Any, folder: str | Path) -> Image.Image:
         Bad: it cannot be found, decoded, or may not be read.
     """
     image = _opened(reference, folder)
-    try:
+    with _decoding(_name(reference)):
         return _rgb(ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise Bad("unreadable image", f"{_name(reference)}: {error}") from error
 
 
 def check_image(reference: Any, folder: str | Path) -> bytes:
@@ -55,18 +55,18 @@ def check_image(reference: Any, folder: str | Path) -> bytes:
         return hashlib.sha256(open_image(reference, folder).tobytes()).digest()
     data = encoded_bytes(reference, folder)
     image = _opened(data, folder, _name(reference))
-    try:
+    with _decoding(_name(reference)):
         image.draft("RGB", (image.width // 8, image.height // 8))
         image.load()
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise Bad("unreadable image", f"{_name(reference)}: {error}") from error
+        ImageOps.exif_transpose(image, in_place=True)  # which may be what fails
     return hashlib.sha256(data).digest()
 
 
 def image_size(reference: Any, folder: str | Path) -> tuple[int, int]:
     """(width, height) of what `open_image` gives, from the image's header."""
     image = _opened(reference, folder)
-    turned = image.getexif().get(274, 1) in (5, 6, 7, 8)  # EXIF orientations that lie on their side
+    with _decoding(_name(reference)):  # a PNG's EXIF may stand behind its pixels, which are read on the way
+        turned = image.getexif().get(274, 1) in (5, 6, 7, 8)  # EXIF orientations that lie on their side
     return (image.height, image.width) if turned else image.size
 
 
@@ -77,16 +77,25 @@ def read_pictures(images: list[Image.Image], media: Media, image_processor: Any)
 
 def _opened(reference: Any, folder: str | Path, name: str = "") -> Image.Image:
     name = name or _name(reference)
-    try:
+    with _decoding(name):
         made = isinstance(reference, Image.Image)
         image = reference if made else Image.open(io.BytesIO(encoded_bytes(reference, folder)), formats=_formats())
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        # Pillow's own message names an object in memory
-        detail = "no image format that is known" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise Bad("unreadable image", f"{name}: {detail}") from error
     if image.width * image.height > MAX_PIXELS:
         raise Bad("unreadable image", f"{name}: {image.width} x {image.height} is more than {MAX_PIXELS} pixels")
     return image
+
+
+@contextlib.contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """What fails here is the fault of the image called `name`, whatever is raised: of broken files each of Pillow's formats has its own."""
+    try:
+        yield
+    except Bad:
+        raise
+    except Exception as error:
+        # Pillow's own message names an object in memory
+        detail = "no image format that is known" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise Bad("unreadable image", f"{name}: {detail}") from error
 
 
 @functools.cache

@@ -50,13 +50,19 @@ def shown(found: Found, assets: Any, media: Media | None) -> list[pictures.Shown
             return pictures.Shown(1, (media.features,))
         return media.show(files.image_size(reference, media.folder), assets, images)
 
+    def taken(kind: str, reference: Any) -> pictures.Shown:
+        try:
+            return one(kind, reference)
+        except ValueError as error:  # the processor's, of a strip of pixels, say
+            raise Bad(f"the model takes no such {kind}", str(error)) from error
+
     def hear(samples: np.ndarray) -> pictures.Shown:
         made = media.show((audio.frames(samples, assets.processor.feature_extractor), media.width), assets, len(found))
         if not sum(made.runs):
             raise Bad("audio too short", f"{len(samples) / audio.RATE:.3f} seconds have no feature")
         return made
 
-    return [one(*medium) for medium in found]
+    return [taken(*medium) for medium in found]
 
 
 def check(kind: str, reference: Any, folder: str | Path) -> bytes:

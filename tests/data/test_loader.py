@@ -1,10 +1,12 @@
 """The census and the stream of batches."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
 from aligner.data import census
 from aligner.data.loader import attach, batches, check_assets, eval_batches, load_dataset
@@ -176,6 +178,16 @@ def test_census_is_kept_and_taken_again_when_something_changes(tmp_path, monkeyp
 
 def ids_of(stream, count):
     return np.concatenate([next(stream)["example_id"][:, 0] for _ in range(count)])
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_log_gets_no_bar(tmp_path, monkeypatch, terminal):
+    """Lines that a terminal draws over each other stay one after another there."""
+    model, disabled = tiny.text_model(), []
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr("tqdm.tqdm", lambda **options: disabled.append(options["disable"]) or tqdm(disable=True))
+    load_dataset(tiny.config(write(tmp_path / "rows.jsonl", text_rows(3))), "train", model)
+    assert disabled == [not terminal]
 
 
 def test_every_epoch_has_every_row_once_in_another_order(ten):

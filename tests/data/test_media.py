@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aligner.data import media
+from aligner.convert import model_from_folder
+from aligner.data import media, modalities
 from aligner.data.samples import Bad
 from tests.data import tiny
+from tests.models import vision_folders
 
 
 def encoded(image, form="PNG", **options):
@@ -63,6 +65,8 @@ def test_modes_and_orientation(tmp_path):
         ("text.png", "unreadable image", "no image format"),
         ("cut.png", "unreadable image", "cut.png"),
         ("cut.jpg", "unreadable image", "cut.jpg"),
+        ("torn.avif", "unreadable image", "torn.avif"),
+        ("exif.jpg", "unreadable image", "exif.jpg"),
         ("data:image/png;base64,@@", "unreadable image", "base64"),
         (b"", "unreadable image", ""),
         ({"bytes": None, "path": None}, "unreadable image", "no image"),
@@ -77,11 +81,32 @@ def test_what_cannot_be_read(tmp_path, reference, reason, detail):
     (folder / "text.png").write_text("hello")
     (folder / "cut.png").write_bytes(encoded(noise((64, 64)))[:2000])
     (folder / "cut.jpg").write_bytes(encoded(noise((64, 64)), "JPEG")[:800])
+    (folder / "torn.avif").write_bytes(encoded(noise((64, 64)), "AVIF").replace(b"av01", b"av02"))
+    turned = Image.Exif()
+    turned.update({0x0112: 6, 0x0100: 7})
+    broken = encoded(noise(), "JPEG", exif=turned)
+    place = broken.index(b"\x01\x00\x00\x04")  # the width, a number, becomes one that is none
+    (folder / "exif.jpg").write_bytes(broken[: place + 2] + b"\x00\x07" + broken[place + 4 :])
     (folder / "vector.eps").write_bytes(encoded(noise(), "EPS"))
     for read in (media.open_image, media.check_image):
         with pytest.raises(Bad) as caught:
             read(reference, folder)
         assert caught.value.reason == reason and detail in caught.value.detail
+
+
+def test_the_size_of_what_is_cut_off(tmp_path):
+    """A PNG's orientation may stand behind its pixels, which are read to find it."""
+    whole = encoded(noise((64, 64)))
+    assert media.image_size(whole, tmp_path) == (64, 64)
+    for cut in (whole[:2000], whole[:2000] + b"7" * 99):
+        with pytest.raises(Bad, match="unreadable image: bytes: "):
+            media.image_size(cut, tmp_path)
+
+
+def test_a_strip_that_the_processor_refuses(tmp_path):
+    model = model_from_folder(vision_folders.describe(tmp_path, "qwen2_vl"))
+    with pytest.raises(Bad, match=r"the model takes no such image: .* aspect ratio .* 500"):
+        modalities.shown([("image", noise((1000, 2)))], model.assets, model.media)
 
 
 def test_decompression_bombs_are_refused(tmp_path, monkeypatch):

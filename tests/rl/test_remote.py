@@ -1,5 +1,7 @@
 """The reward server and its client over real sockets: values, a server that comes late, one that dies, one that talks nonsense."""
 
+import socket
+import struct
 import threading
 import time
 import urllib.error
@@ -51,6 +53,23 @@ def test_the_server_says_what_is_wrong_with_a_request(serve):
         with pytest.raises(urllib.error.HTTPError) as error:
             urllib.request.urlopen(urllib.request.Request(url, body), timeout=5)
         assert error.value.code == status and words in error.value.read().decode()
+
+
+def test_whoever_asks_may_leave(serve, capsys):
+    """A training that is stopped, before it has said all or before it has its answer."""
+    gone = threading.Event()
+    server = make_server(Reward("slow", lambda prompts, completions, **_: [float(gone.wait(5))]), "127.0.0.1", 0, 5.0)
+    server.daemon_threads = False  # so that its end waits for them
+    serve(server)
+    for body, length in ((b'{"prompts": ["a"], "responses": ["b"]}', 38), (b"{", 99), (b"", -1)):
+        with socket.create_connection(server.server_address) as asking:
+            asking.sendall(b"POST /reward HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (length, body))
+            asking.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closed without a farewell
+            time.sleep(0.1)
+    gone.set()
+    server.shutdown()
+    server.server_close()
+    assert capsys.readouterr() == ("", "")
 
 
 def test_asked_again_until_the_server_is_there(serve):
