@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  gives NumPy, and through it safetensors, bfloat16
+import ml_dtypes  # noqa: F401  gives NumPy bfloat16
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from aligner.convert.tables import Slices, flatten, kernel_perm
 from aligner.types import UserError
@@ -26,6 +28,8 @@ PRODUCER = "aligner"
 _DTYPES = {"BF16": "bfloat16", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 _DTYPES |= {f"{letter}{bits}": f"{kind}{bits}" for letter, kind in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)}
 _DTYPES |= {f"F{bits}": f"float{bits}" for bits in (16, 32, 64)}
+_LETTERS = {name: letters for letters, name in _DTYPES.items()}
+_THREADS = min(8, os.cpu_count() or 1)  # that make a file's parts while one writes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,12 +120,33 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     raise UserError(f"{folder} holds no weights: expected model.safetensors, its shards, or an old flax_model.msgpack.")
 
 
-def write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], sizes: Mapping[str, int], max_shard_size: int | str) -> None:
+@dataclasses.dataclass(frozen=True)
+class Later:
+    """A tensor that is made while it is written, by several threads, and of which never more than a few parts are there.
+
+    Attributes:
+        shape: its shape.
+        dtype: its dtype.
+        parts: called when its turn has come; functions of which each makes the next rows, C-contiguous and in `dtype`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    parts: Callable[[], list[Callable[[], np.ndarray]]]
+
+    def copy(self) -> np.ndarray:
+        """The tensor as an array."""
+        return np.concatenate([make().reshape(-1) for make in self.parts()]).reshape(self.shape)
+
+
+def write_shards(
+    folder: Path, tensors: Iterator[tuple[str, np.ndarray | Later]], sizes: Mapping[str, int], max_shard_size: int | str
+) -> None:
     """Write tensors as safetensors, with an index when they need more than one file.
 
     Args:
         folder: an existing folder.
-        tensors: (name, array) pairs, in the order of `sizes`; consumed one at a time.
+        tensors: (name, tensor) pairs, in the order of `sizes`; consumed a file at a time.
         sizes: name -> bytes.
         max_shard_size: most bytes of a file, a number or such as "5GB"; a larger tensor gets a file of its own.
     """
@@ -137,19 +162,49 @@ def write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], sizes:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write(tensors: Mapping[str, np.ndarray], file: Path, metadata: Mapping[str, str]) -> None:
-    """One safetensors file, read by whom its folder is read.
-
-    What the system refused is an OSError, as of other files, where safetensors has an error of its own.
-    """
-    try:
-        save_file(dict(tensors), file, metadata=dict(metadata))
-    except SafetensorError as error:
-        if not (number := re.search(r"os error (\d+)", str(error))):
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
+def write(tensors: Mapping[str, np.ndarray | Later], file: Path, metadata: Mapping[str, str]) -> None:
+    """One safetensors file, read by whom its folder is read."""
+    save_file(dict(tensors), file, metadata=dict(metadata))
     with contextlib.suppress(OSError):  # of a mounted bucket, which may know no modes
-        file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors makes it for one user alone
+        file.chmod(file.parent.stat().st_mode & 0o666)
+
+
+def save_file(tensors: Mapping[str, np.ndarray | Later], file: Path, metadata: Mapping[str, str]) -> None:
+    """One safetensors file, from front to back: what the format's own library writes, which wants all tensors in memory at once.
+
+    Tensors lie in their order, those of wider dtypes first, so that each begins at a multiple of its dtype's size.
+
+    Raises:
+        OSError: what the system refused, with the file's name.
+    """
+    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    header, end = {"__metadata__": dict(metadata)}, 0
+    for name in order:
+        shape, dtype = tensors[name].shape, tensors[name].dtype
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _LETTERS[dtype.name], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        with file.open("wb") as out, ThreadPoolExecutor(_THREADS) as pool:
+            out.write(len(text).to_bytes(8, "little") + text)
+            ahead = collections.deque()
+            for make in (make for name in order for make in _parts(tensors[name])):
+                ahead.append(pool.submit(make))
+                if len(ahead) > _THREADS:
+                    out.write(_bytes(ahead.popleft().result()))
+            for part in ahead:
+                out.write(_bytes(part.result()))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error
+
+
+def _parts(tensor: np.ndarray | Later) -> list[Callable[[], np.ndarray]]:
+    return tensor.parts() if isinstance(tensor, Later) else [lambda: np.asarray(tensor, order="C")]
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return array.reshape(-1).view(np.uint8)
 
 
 def is_export(folder: Path) -> bool:

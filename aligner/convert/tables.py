@@ -232,9 +232,13 @@ def write_tensor(parts: list[tuple[Entry, tuple[int, ...]]], leaf: Callable[[str
         out = np.empty(piece.shape, piece.dtype)
         copy_into(out, piece)
         return out
-    axis, shape = first.part[0], first.full
-    blocks = [piece.reshape(*shape[:axis], first.blocks, -1, *shape[axis + 1 :]) for piece in pieces]
-    return np.asarray(np.concatenate(blocks, axis + 1).reshape(shape), order="C")
+    out, axis = np.empty(first.full, pieces[0].dtype), first.part[0]
+    by_block = lambda x: np.moveaxis(x.reshape(*x.shape[:axis], first.blocks, -1, *x.shape[axis + 1 :]), axis, 0)
+    for piece, (entry, _) in zip(pieces, parts, strict=True):
+        part = (slice(None),) * axis + (slice(*entry.part[1:]),)
+        for theirs, ours in zip(by_block(out), by_block(piece), strict=True):
+            copy_into(theirs[part], ours)
+    return out
 
 
 def kernel_perm(ndim: int) -> tuple[int, ...]:
