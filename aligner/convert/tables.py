@@ -40,8 +40,8 @@ from flax import traverse_util
 from aligner.types import Conversion
 
 Slices = tuple[slice, ...]
-TILE = (256, 512)  # of a matrix that is turned: what lies in the second level of a CPU's cache
-PIECE = 1 << 20  # values that one thread reads or writes at a time
+TILE = (256, 256)  # of a matrix that is turned: what lies in the second level of a CPU's cache
+PIECE = 1 << 21  # values that one thread reads or writes at a time
 
 
 @dataclasses.dataclass(frozen=True)
