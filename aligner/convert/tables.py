@@ -192,7 +192,7 @@ def copy_into(out: np.ndarray, tensor: np.ndarray) -> None:
     rows, columns = TILE
     # rows a line longer than a power of two: else those of a tile share a few places of the cache
     scratch = np.empty((rows, columns + 64 // out.itemsize), out.dtype)
-    bits = f"u{out.itemsize}"  # which NumPy moves twice as fast as bfloat16
+    bits = f"u{out.itemsize}"  # which NumPy moves faster than bfloat16
     for row in range(0, tensor.shape[1], rows):
         for column in range(0, tensor.shape[0], columns):
             part = (slice(column, column + columns), slice(row, row + rows))
