@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  gives NumPy, and through it safetensors, bfloat16
+import ml_dtypes  # noqa: F401  gives NumPy bfloat16
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from aligner.convert.tables import Slices, flatten, kernel_perm
 from aligner.types import UserError
@@ -26,6 +28,8 @@ PRODUCER = "aligner"
 _DTYPES = {"BF16": "bfloat16", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 _DTYPES |= {f"{letter}{bits}": f"{kind}{bits}" for letter, kind in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)}
 _DTYPES |= {f"F{bits}": f"float{bits}" for bits in (16, 32, 64)}
+_LETTERS = {name: letters for letters, name in _DTYPES.items()}
+_THREADS = min(8, os.cpu_count() or 1)  # that make a file's parts while one writes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Stored:
     shape: tuple[int, ...]
     dtype: str  # NumPy's name, or safetensors' where NumPy has none
     file: Path
+    offset: int = 0  # bytes of the file before it
     array: np.ndarray | None = None
 
     @property
@@ -57,7 +62,7 @@ class Checkpoint:
     kind: str = "safetensors"
 
     def read(self, name: str, index: Slices = ()) -> np.ndarray:
-        """A slice of a tensor, in the dtype on disk.
+        """A slice of a tensor, in the dtype on disk. It is the file itself, mapped, to be read where it is looked at and let go soon.
 
         Args:
             name: name on disk.
@@ -69,11 +74,12 @@ class Checkpoint:
         stored = self.tensors[name]
         if stored.array is not None:
             return stored.array[index]
-        if all(s.indices(n) == (0, n, 1) for s, n in zip(index, stored.shape, strict=False)):
-            index = ()
-        # Opened anew each time (a millisecond): the pages that the file maps are given back, and threads share nothing.
-        with _opened(stored.file) as file:
-            return file.get_slice(name)[index] if index else file.get_tensor(name)
+        if not stored.nbytes:
+            return np.empty(stored.shape, stored.dtype)[index]
+        try:  # mapped anew each time (30 microseconds): the pages are given back with it, and threads share nothing
+            return np.memmap(stored.file, stored.dtype, "r", stored.offset, stored.shape).view(np.ndarray)[index]
+        except (OSError, ValueError, TypeError) as error:  # ValueError: shorter than it was; TypeError: a dtype that NumPy has not
+            raise UserError(f"{stored.file}: {name} cannot be read ({first_line(error)}); fetch the file again.") from error
 
     @property
     def files(self) -> list[Path]:
@@ -114,12 +120,33 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     raise UserError(f"{folder} holds no weights: expected model.safetensors, its shards, or an old flax_model.msgpack.")
 
 
-def write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], sizes: Mapping[str, int], max_shard_size: int | str) -> None:
+@dataclasses.dataclass(frozen=True)
+class Later:
+    """A tensor that is made while it is written, by several threads, and of which never more than a few parts are there.
+
+    Attributes:
+        shape: its shape.
+        dtype: its dtype.
+        parts: called when its turn has come; functions of which each makes the next rows, C-contiguous and in `dtype`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    parts: Callable[[], list[Callable[[], np.ndarray]]]
+
+    def copy(self) -> np.ndarray:
+        """The tensor as an array."""
+        return np.concatenate([make().reshape(-1) for make in self.parts()]).reshape(self.shape)
+
+
+def write_shards(
+    folder: Path, tensors: Iterator[tuple[str, np.ndarray | Later]], sizes: Mapping[str, int], max_shard_size: int | str
+) -> None:
     """Write tensors as safetensors, with an index when they need more than one file.
 
     Args:
         folder: an existing folder.
-        tensors: (name, array) pairs, in the order of `sizes`; consumed one at a time.
+        tensors: (name, tensor) pairs, in the order of `sizes`; consumed a file at a time.
         sizes: name -> bytes.
         max_shard_size: most bytes of a file, a number or such as "5GB"; a larger tensor gets a file of its own.
     """
@@ -135,19 +162,49 @@ def write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], sizes:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write(tensors: Mapping[str, np.ndarray], file: Path, metadata: Mapping[str, str]) -> None:
-    """One safetensors file, read by whom its folder is read.
-
-    What the system refused is an OSError, as of other files, where safetensors has an error of its own.
-    """
-    try:
-        save_file(dict(tensors), file, metadata=dict(metadata))
-    except SafetensorError as error:
-        if not (number := re.search(r"os error (\d+)", str(error))):
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
+def write(tensors: Mapping[str, np.ndarray | Later], file: Path, metadata: Mapping[str, str]) -> None:
+    """One safetensors file, read by whom its folder is read."""
+    save_file(dict(tensors), file, metadata=dict(metadata))
     with contextlib.suppress(OSError):  # of a mounted bucket, which may know no modes
-        file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors makes it for one user alone
+        file.chmod(file.parent.stat().st_mode & 0o666)
+
+
+def save_file(tensors: Mapping[str, np.ndarray | Later], file: Path, metadata: Mapping[str, str]) -> None:
+    """One safetensors file, from front to back: what the format's own library writes, which wants all tensors in memory at once.
+
+    Tensors lie in their order, those of wider dtypes first, so that each begins at a multiple of its dtype's size.
+
+    Raises:
+        OSError: what the system refused, with the file's name.
+    """
+    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    header, end = {"__metadata__": dict(metadata)}, 0
+    for name in order:
+        shape, dtype = tensors[name].shape, tensors[name].dtype
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _LETTERS[dtype.name], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        with file.open("wb") as out, ThreadPoolExecutor(_THREADS) as pool:
+            out.write(len(text).to_bytes(8, "little") + text)
+            ahead = collections.deque()
+            for make in (make for name in order for make in _parts(tensors[name])):
+                ahead.append(pool.submit(make))
+                if len(ahead) > _THREADS:
+                    out.write(_bytes(ahead.popleft().result()))
+            for part in ahead:
+                out.write(_bytes(part.result()))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error
+
+
+def _parts(tensor: np.ndarray | Later) -> list[Callable[[], np.ndarray]]:
+    return tensor.parts() if isinstance(tensor, Later) else [lambda: np.asarray(tensor, order="C")]
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return array.reshape(-1).view(np.uint8)
 
 
 def is_export(folder: Path) -> bool:
@@ -171,18 +228,11 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256()
     for file in checkpoint.files:
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-    handles: dict[Path, Any] = {}
-    with contextlib.ExitStack() as stack:
-        for name, stored in sorted(checkpoint.tensors.items()):
-            digest.update(f"{name} {stored.dtype} {stored.shape}\n".encode())
-            if stored.array is not None:
-                source = stored.array
-            else:
-                if stored.file not in handles:
-                    handles[stored.file] = stack.enter_context(_opened(stored.file))
-                source = handles[stored.file].get_slice(name)
-            for index in _samples(stored):
-                digest.update(np.asarray(source[index]).tobytes())
+    for name, stored in sorted(checkpoint.tensors.items()):
+        digest.update(f"{name} {stored.dtype} {stored.shape}\n".encode())
+        source = checkpoint.read(name)
+        for index in _samples(stored):
+            digest.update(source[index].tobytes())
     return digest.hexdigest()
 
 
@@ -224,9 +274,14 @@ def _weight_files(folder: Path, stem: str, suffix: str) -> dict[Path, list[str]]
 
 
 def _safetensors_headers(path: Path) -> dict[str, Stored]:
-    with _opened(path) as file:
-        headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  no mapping
-        return {name: Stored(tuple(h.get_shape()), _DTYPES.get(h.get_dtype(), h.get_dtype()), path) for name, h in headers.items()}
+    with _opened(path), path.open("rb") as file:  # what is opened has been checked: the header, and that the file holds what it says
+        size = int.from_bytes(file.read(8), "little")
+        headers = json.loads(file.read(size))
+    headers.pop("__metadata__", None)
+    return {
+        name: Stored(tuple(header["shape"]), _DTYPES.get(header["dtype"], header["dtype"]), path, 8 + size + header["data_offsets"][0])
+        for name, header in headers.items()
+    }
 
 
 def _msgpack_headers(path: Path) -> dict[str, Stored]:
@@ -239,7 +294,7 @@ def _msgpack_headers(path: Path) -> dict[str, Stored]:
             name, is_kernel = _hf_name(leaf.removeprefix("params/"))
             array = np.asarray(array)
             array = array.transpose(np.argsort(kernel_perm(array.ndim))) if is_kernel else array
-            tensors[name] = Stored(array.shape, array.dtype.name, path, array)
+            tensors[name] = Stored(array.shape, array.dtype.name, path, array=array)
         return tensors
     except Exception as error:  # msgpack raises a dozen kinds, ValueError and its own, on torn input
         raise UserError(f"{path} is corrupt or cut short ({first_line(error)}); fetch it again.") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import difflib
 import functools
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from aligner.convert import disk
 from aligner.convert.assets import Assets
 from aligner.convert.disk import Checkpoint
-from aligner.convert.tables import Entry, by_tensor, flatten, read_leaf, table, unflatten, write_tensor
+from aligner.convert.tables import Entry, by_tensor, copy_into, flatten, read_leaf, row_slices, table, unflatten, write_tensor
 from aligner.types import Conversion, Model, Params, UserError
 
 # What a parameter may be stored as; anything else is a quantised checkpoint.
@@ -234,15 +235,33 @@ def save(
     want = {name: np.dtype(_name(dtype or kept.get(name, model.source_dtype))) for name in tensors}
     sizes = {name: int(np.prod(parts[0][0].full)) * want[name].itemsize for name, parts in tensors.items()}
 
-    def arrays() -> Iterator[tuple[str, np.ndarray]]:
-        for name, parts in bar(tensors.items(), "writing", progress):
-            yield name, _cast(name, write_tensor(parts, lambda path, index: _to_host(leaves[path], index)), want[name])
+    shown = bar(tensors, "writing", progress)
 
-    if jax.process_index() == 0:
-        _write_folder(out, model, arrays(), sizes, dtype, max_shard_size)
-    else:
-        for _ in arrays():
-            pass
+    def to_host(path: str, index: tuple[int, ...]) -> np.ndarray:
+        return _to_host(leaves[path], index)
+
+    def tensor(name: str, parts: list) -> disk.Later | np.ndarray:
+        if any(_is_elsewhere(leaves[entry.path]) for entry, _ in parts):  # gathered by all processes, in the same order
+            shown.update()
+            return _cast(name, write_tensor(parts, to_host), want[name])
+        full = parts[0][0].full
+
+        def made() -> list[Callable[[], np.ndarray]]:
+            shown.update()
+            if len(parts) > 1 or not full:
+                return [lambda: _cast(name, write_tensor(parts, to_host), want[name])]
+            [(entry, index)] = parts
+            piece = to_host(entry.path, index).transpose(np.argsort(entry.perm))
+            return [functools.partial(_cast, name, piece[rows], want[name]) for rows in row_slices(full[0], piece.size)]
+
+        return disk.Later(full, want[name], made)
+
+    with shown:
+        arrays = ((name, tensor(name, parts)) for name, parts in tensors.items())
+        if jax.process_index() == 0:
+            _write_folder(out, model, arrays, sizes, dtype, max_shard_size)
+        else:
+            collections.deque(arrays, maxlen=0)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"aligner.convert.save {out}")
 
@@ -426,18 +445,27 @@ def _entries_of(model: Model, params: Params) -> list[Entry]:
     return table(model.conversion, params)
 
 
+def _is_elsewhere(leaf: Any) -> bool:
+    """Whether other processes hold a part of it."""
+    return isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+
+
 def _to_host(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and {device.platform for device in leaf.devices()} == {"cpu"} and len(leaf.devices()) == 1:
+        leaf = np.asarray(leaf)  # the very memory
     piece = leaf[index] if index else leaf
-    if isinstance(piece, jax.Array) and not piece.is_fully_addressable:
+    if _is_elsewhere(piece):
         return np.asarray(multihost_utils.process_allgather(piece, tiled=True))
     return np.asarray(piece)
 
 
 def _cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    if array.dtype == dtype:
+    """The array in a dtype, C-contiguous."""
+    if array.dtype == dtype and array.flags.c_contiguous:
         return array
+    cast = np.empty(array.shape, dtype)
     with np.errstate(over="ignore"):
-        cast = array.astype(dtype)
+        copy_into(cast, array)
     if dtype == np.float16 and np.isinf(cast).sum() > np.isinf(array).sum():
         raise UserError(f"{name} holds values beyond float16's range (65504); write bfloat16 or float32.")
     return cast

@@ -28,6 +28,7 @@ A stack's prefix without `{...}` just names a module otherwise: {"model/embed_to
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -39,7 +40,8 @@ from flax import traverse_util
 from aligner.types import Conversion
 
 Slices = tuple[slice, ...]
-STRIP = 16  # columns of a strip: 64 bytes in float32
+TILE = (256, 256)  # of a matrix that is turned: what lies in the second level of a CPU's cache
+PIECE = 1 << 21  # values that one thread reads or writes at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,23 +140,39 @@ def read_leaf(entry: Entry, index: Slices, read: Callable[[str, Slices], np.ndar
         index: one slice per axis of the leaf.
         read: (Hugging Face name, slices of that tensor) -> array.
         dtype: dtype of the result.
-        map: how the tensors of a stack are gone through; a thread pool's reads them side by side.
+        map: how the pieces of its tensors are gone through; a thread pool's reads them side by side.
 
     Returns:
-        Array of shape `leaf[index].shape` in `dtype`. Only what the slice needs is read, one tensor at a time.
+        Array of shape `leaf[index].shape` in `dtype`. Only what the slice needs is read, one piece of a tensor at a time.
     """
     index = tuple(slice(*s.indices(n)) for s, n in zip(index, entry.shape, strict=True))
     stacked, core = index[: entry.names.ndim], index[entry.names.ndim :]
-    source = entry.source(core)
     names = entry.names[(*stacked, ...)]
     out = aligned([s.stop - s.start for s in index], dtype)
 
-    def fill(position):
-        copy_into(out[position] if position else out, entry.core(read(names[position], source), core))
+    def fill(job):
+        position, piece = job
+        theirs = tuple(slice(whole.start + s.start, whole.start + s.stop) for whole, s in zip(core, piece, strict=True))
+        copy_into(out[(*position, *piece, ...)], entry.core(read(names[position], entry.source(theirs)), theirs))
 
-    for _ in map(fill, np.ndindex(names.shape)):
+    for _ in map(fill, itertools.product(np.ndindex(names.shape), _pieces(entry, out.shape[names.ndim :]))):
         pass
     return out
+
+
+def _pieces(entry: Entry, shape: tuple[int, ...]) -> list[Slices]:
+    """Slices that together are a core of this shape, each of them rows of the tensor on disk; all at once where its axis is of blocks."""
+    whole = tuple(slice(0, n) for n in shape)
+    if not shape or entry.blocks > 1:
+        return [whole]
+    axis = entry.perm.index(0)
+    return [(*whole[:axis], rows, *whole[axis + 1 :]) for rows in row_slices(shape[axis], math.prod(shape))]
+
+
+def row_slices(rows: int, size: int) -> list[slice]:
+    """An array's rows in runs of about PIECE values, and of no fewer rows than a tile has."""
+    step = max(PIECE * rows // max(size, 1) // TILE[0], 1) * TILE[0]
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def aligned(shape: list[int], dtype: Any) -> np.ndarray:
@@ -166,14 +184,22 @@ def aligned(shape: list[int], dtype: Any) -> np.ndarray:
 
 
 def copy_into(out: np.ndarray, tensor: np.ndarray) -> None:
-    """`out[...] = tensor`. A matrix that lies transposed is copied strip by strip, each as wide as a line of the cache: NumPy, left to
-    itself, fetches every line of one side once an element (a third of the speed)."""
-    if tensor.ndim == 2 and tensor.strides[0] < tensor.strides[1]:
-        for start in range(0, tensor.shape[1], STRIP):
-            strip = slice(start, start + STRIP)
-            out[:, strip] = tensor[:, strip].astype(out.dtype)
-    else:
+    """`out[...] = tensor`, cast. A matrix that lies transposed goes through tiles that stay in the cache, cast as they are fetched and then
+    turned: NumPy, left to itself, fetches every line of one side once an element."""
+    if tensor.ndim != 2 or tensor.strides[0] >= tensor.strides[1]:
         out[...] = tensor
+        return
+    rows, columns = TILE
+    # rows a line longer than a power of two: else those of a tile share a few places of the cache
+    scratch = np.empty((rows, columns + 64 // out.itemsize), out.dtype)
+    bits = f"u{out.itemsize}"  # which NumPy moves faster than bfloat16
+    for row in range(0, tensor.shape[1], rows):
+        for column in range(0, tensor.shape[0], columns):
+            part = (slice(column, column + columns), slice(row, row + rows))
+            lying = tensor[part].T
+            tile = scratch[: lying.shape[0], : lying.shape[1]]
+            tile[...] = lying
+            out[part].view(bits)[...] = tile.view(bits).T
 
 
 def by_tensor(entries: list[Entry]) -> dict[str, list[tuple[Entry, tuple[int, ...]]]]:
@@ -206,9 +232,13 @@ def write_tensor(parts: list[tuple[Entry, tuple[int, ...]]], leaf: Callable[[str
         out = np.empty(piece.shape, piece.dtype)
         copy_into(out, piece)
         return out
-    axis, shape = first.part[0], first.full
-    blocks = [piece.reshape(*shape[:axis], first.blocks, -1, *shape[axis + 1 :]) for piece in pieces]
-    return np.asarray(np.concatenate(blocks, axis + 1).reshape(shape), order="C")
+    out, axis = np.empty(first.full, pieces[0].dtype), first.part[0]
+    by_block = lambda x: np.moveaxis(x.reshape(*x.shape[:axis], first.blocks, -1, *x.shape[axis + 1 :]), axis, 0)
+    for piece, (entry, _) in zip(pieces, parts, strict=True):
+        part = (slice(None),) * axis + (slice(*entry.part[1:]),)
+        for theirs, ours in zip(by_block(out), by_block(piece), strict=True):
+            copy_into(theirs[part], ours)
+    return out
 
 
 def kernel_perm(ndim: int) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ import errno
 import json
 import resource
 import shutil
+import threading
 
 import ml_dtypes
 import numpy as np
@@ -11,8 +12,8 @@ import pytest
 from flax.serialization import msgpack_serialize
 from safetensors.numpy import load_file, save_file
 
-from aligner.convert import fingerprint, open_checkpoint
-from aligner.convert.disk import is_export, write_shards
+from aligner.convert import disk, fingerprint, open_checkpoint
+from aligner.convert.disk import Later, is_export, write_shards
 from aligner.types import UserError
 
 TENSORS = {
@@ -191,6 +192,87 @@ def test_a_disk_that_is_full_is_an_error_of_the_system(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert error.value.errno == errno.EFBIG and error.value.filename.endswith("model.safetensors")
+
+
+def later(array, runs, made=None):
+    """The array as one that is made in so many runs of rows; `made` gets a word of each."""
+
+    def make(part):
+        if made is not None:
+            made.append(len(part))
+        return np.array(part, order="C")
+
+    return Later(array.shape, array.dtype, lambda: [lambda part=part: make(part) for part in np.array_split(array, runs)])
+
+
+MIXED = {
+    "odd": np.arange(3).astype(ml_dtypes.bfloat16),
+    "model.10.weight": np.arange(35, dtype=np.float32).reshape(5, 7),
+    "model.9.weight": np.arange(12, dtype=np.float64).reshape(3, 4).T,
+    "naïve": np.asarray(np.float16(2)),
+    "none": np.zeros((0, 3), np.float32),
+}
+
+
+def test_a_file_is_as_its_own_library_writes_it(tmp_path):
+    """The same tensors and header, each beginning at a multiple of its dtype's size; those made later as those that are there."""
+    metadata = {"format": "pt", "who": "me"}
+    disk.save_file(MIXED, tmp_path / "there", metadata)
+    disk.save_file({name: later(x, 2) if x.size > 3 else x for name, x in MIXED.items()}, tmp_path / "later", metadata)
+    assert (tmp_path / "there").read_bytes() == (tmp_path / "later").read_bytes()
+    save_file({name: np.ascontiguousarray(x) if x.ndim else x for name, x in MIXED.items()}, tmp_path / "theirs", metadata)
+    headers = {}
+    for name in ("there", "theirs"):
+        whole = (tmp_path / name).read_bytes()
+        size = int.from_bytes(whole[:8], "little")
+        assert size % 8 == 0
+        headers[name] = json.loads(whole[8 : 8 + size])
+        for tensor, array in load_file(tmp_path / name).items():
+            assert (array.shape, array.dtype, array.tobytes()) == (MIXED[tensor].shape, MIXED[tensor].dtype, MIXED[tensor].tobytes())
+            assert headers[name][tensor]["data_offsets"][0] % array.itemsize == 0
+    for header in headers.values():
+        assert header.pop("__metadata__") == metadata
+        for entry in header.values():
+            start, end = entry.pop("data_offsets")
+            entry["size"] = end - start
+    assert headers["there"] == headers["theirs"]
+    assert later(MIXED["model.9.weight"], 3).copy().tobytes() == MIXED["model.9.weight"].tobytes()
+
+
+def test_parts_are_made_a_few_ahead_of_the_writing(tmp_path, monkeypatch):
+    """By several threads, in the file's order, and never more of them than threads wait to be written."""
+    made, ahead, workers, as_bytes = [], [], set(), disk._bytes
+
+    def written(array):
+        ahead.append(len(made) - len(ahead))
+        workers.update(thread.name for thread in threading.enumerate() if thread.name.startswith("ThreadPool"))
+        return as_bytes(array)
+
+    monkeypatch.setattr(disk, "_THREADS", 3)
+    monkeypatch.setattr(disk, "_bytes", written)
+    array = np.arange(4000, dtype=np.float32).reshape(200, 20)
+    disk.save_file({"a": later(array, 100, made), "b": later(array + 1, 100, made)}, tmp_path / "x", {})
+    assert len(made) == len(ahead) == 200 and max(ahead) <= 4 and len(workers) > 1
+    np.testing.assert_array_equal(load_file(tmp_path / "x")["b"], array + 1)
+
+
+def test_a_part_that_fails_ends_the_writing(tmp_path):
+    def fails():
+        raise UserError("no such values")
+
+    with pytest.raises(UserError, match="no such values"):
+        disk.save_file({**TENSORS, "e": Later((2,), np.dtype("float32"), lambda: [fails])}, tmp_path / "x", {})
+
+
+def test_a_file_cut_short_after_it_was_opened(tmp_path):
+    checkpoint = open_checkpoint(write(tmp_path, tensors={"a.weight": np.ones((4000, 3), np.float32)}))
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.truncate(5000)
+    with pytest.raises(UserError, match=r"model\.safetensors: a\.weight cannot be read .*fetch the file again"):
+        checkpoint.read("a.weight")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors: a\.weight cannot be read"):
+        checkpoint.read("a.weight")
 
 
 def test_who_reads_the_folder_reads_the_weights(tmp_path):

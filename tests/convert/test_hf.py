@@ -366,9 +366,20 @@ print(json.dumps({"beyond": status("VmHWM") - before - sum(x.nbytes for x in lea
 """
 
 
+SAVED = """
+params = jax.tree.map(lambda leaf: leaf + 1, params)
+jax.block_until_ready(params)
+before = status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+convert.save(model, params, sys.argv[1] + "/out", dtype="bfloat16")
+print(json.dumps({"beyond": status("VmHWM") - before}))
+"""
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from Linux's /proc")
 @pytest.mark.slow
 def test_peak_memory_is_two_leaves_beyond_the_device_arrays(tmp_path):
+    """And of saving a few parts of tensors."""
     config = {**LLAMA, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "vocab_size": 4096, "head_dim": 64,
               "num_attention_heads": 16}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -380,3 +391,5 @@ def test_peak_memory_is_two_leaves_beyond_the_device_arrays(tmp_path):
     found = run(MEMORY, tmp_path)
     assert found["total"] > 3.5e8
     assert found["beyond"] <= 2 * found["largest"], found
+    found = run(MEMORY + SAVED, tmp_path)
+    assert found["beyond"] < 6e7, found

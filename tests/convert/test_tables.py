@@ -1,10 +1,13 @@
 """Entries in both directions, on tensors whose every value is different."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
-from aligner.convert.tables import by_tensor, flatten, read_leaf, table, write_tensor
+from aligner.convert.tables import PIECE, TILE, by_tensor, copy_into, flatten, read_leaf, row_slices, table, write_tensor
 from aligner.types import Conversion
 
 MIXED = Conversion(
@@ -91,6 +94,74 @@ def test_every_slice_of_every_leaf_reads_back():
             np.testing.assert_array_equal(got, leaf[index])
             assert sum(touched) == got.size  # nothing that the slice does not need
         np.testing.assert_array_equal(read_leaf(entries[path], (slice(None),) * leaf.ndim, read, np.float32), leaf)
+
+
+def test_pieces_of_large_tensors_by_threads():
+    """Tensors of several pieces, cut and whole, in another dtype, read by more threads than there are cores."""
+    shapes = {"a/kernel": (2, 1100, 2001), "b/embedding": (2001, 1100), "q/kernel": (1500, 800), "k/kernel": (1500, 500)}
+    split = Conversion(stacks={"a": "a.{i}"}, exceptions=(("qk.weight", ("q/kernel", "k/kernel"), ("split", "transpose", 0)),))
+    bits = np.random.default_rng(2).integers(0, 1 << 16, sum(map(np.prod, shapes.values())), np.uint16).view(ml_dtypes.bfloat16)
+    parts = np.split(bits, np.cumsum([np.prod(shape) for shape in shapes.values()])[:-1])
+    leaves = {path: part.reshape(shape) for (path, shape), part in zip(shapes.items(), parts, strict=True)}
+    tree = {
+        "a": {"kernel": leaves["a/kernel"]},
+        "b": {"embedding": leaves["b/embedding"]},
+        **{x: {"kernel": leaves[f"{x}/kernel"]} for x in "qk"},
+    }
+    entries = table(split, tree)
+    tensors = {name: write_tensor(parts, lambda path, index: leaves[path][index]) for name, parts in by_tensor(entries).items()}
+    asked = []
+
+    def read(name, index):
+        asked.append(name)
+        return tensors[name][index]
+
+    with ThreadPoolExecutor(8) as pool:
+        for entry in entries:
+            for index in ((slice(None),) * len(entry.shape), (slice(1, None), slice(3, -2), slice(300, -1))[-len(entry.shape) :]):
+                got, expected = read_leaf(entry, index, read, np.float32, pool.map), leaves[entry.path][index].astype(np.float32)
+                np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32))
+    assert len(asked) > 2 * sum(len(list(entry.tensors())) for entry in entries)
+
+
+EVERY_BFLOAT16 = np.arange(1 << 16, dtype=np.uint16).view(ml_dtypes.bfloat16)
+
+
+def tricky_float32():
+    """Around every bfloat16 what rounds down, ties and rounds up: normal, subnormal, infinite and NaNs of all payloads."""
+    ends = np.asarray([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    return ((np.arange(1 << 16, dtype=np.uint32) << 16)[:, None] | ends).ravel().view(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (1, 700), (700, 1), TILE, TILE[::-1], (513, 257), (1023, 1030)], ids=str)
+@pytest.mark.parametrize("values", [EVERY_BFLOAT16, tricky_float32()], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+def test_a_turned_copy_has_the_bits_of_a_cast(shape, values, dtype):
+    for lies in (np.resize(values, shape), np.resize(values, (shape[0] + 1, shape[1] + 2))[1:, 1:-1]):
+        expected = lies.astype(dtype).T
+        out = np.empty((shape[1] + 1, shape[0] + 2), dtype)  # a part of a larger one
+        copy_into(out[1:, 1:-1], lies.T)
+        assert out[1:, 1:-1].tobytes() == expected.tobytes()
+        straight = np.empty(shape, dtype)
+        copy_into(straight, lies)
+        assert straight.tobytes() == expected.T.tobytes()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_all_values_are_turned_alike():
+    for values, dtype in ((EVERY_BFLOAT16, "float32"), (tricky_float32(), "bfloat16")):
+        matrix = values.reshape(1 << 8, -1)
+        out = np.empty(matrix.shape[::-1], dtype)
+        copy_into(out, matrix.T)
+        assert out.tobytes() == matrix.astype(dtype).T.tobytes()
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (1, 3), (5, 0), (5000, 1), (100_000, 100), (300, 50_000)])
+def test_runs_of_rows_are_all_rows(shape):
+    runs = row_slices(shape[0], shape[0] * shape[1])
+    assert [row for run in runs for row in range(run.start, run.stop)] == list(range(shape[0]))
+    assert all((run.stop - run.start) * shape[1] <= max(PIECE, TILE[0] * shape[1]) for run in runs)
 
 
 def test_layers_in_order_of_the_model():
