@@ -117,8 +117,7 @@ def lay_out(groups: Sequence[Group], model: Model, shared: bool, multiple: int) 
     rows = []
     for group, one in zip(groups, encoded):
         row = layout.pair_row(one, T, S, I, model.media, shared, group.item.row)
-        if len(group.item.prompt.pictures):
-            fill(row, group.item.prompt.pictures, model.media)
+        fill(row, group.item.prompt.pictures, model.media)
         rows.append(row)
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     batch["sampling_logps"] = at_tokens([[answer.logps[answer.written] for answer in group.answers] for group in groups], S)
