@@ -274,11 +274,10 @@ def _ppo(c: ConfigDict, total, stopped, drift, batch, groups, S: int, host: dict
 
 def report(total: np.ndarray, each: np.ndarray, lengths: np.ndarray, stopped: np.ndarray, c: ConfigDict) -> dict[str, float]:
     """TRL's metrics of a rollout."""
-    spread = np.nan_to_num(np.nanstd(total, axis=1, ddof=1)) if total.shape[1] > 1 else np.zeros(len(total))
     found = {
         "reward": mean_reward(total),
-        "reward_std": float(spread.mean()) if total.shape[1] > 1 else float(np.nanstd(total)),
-        "frac_reward_zero_std": float(np.mean(spread < 1e-9)),
+        "reward_std": adv.std(total, None).item(),
+        "frac_reward_zero_std": float(np.mean(adv.std(total, 1) < 1e-9)),
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
@@ -287,7 +286,7 @@ def report(total: np.ndarray, each: np.ndarray, lengths: np.ndarray, stopped: np
     for k, name in enumerate((*c.reward_funcs, *c.get("cost_funcs", ()), *(("environment",) if c.environment else ()))):
         short = str(name).rpartition(":")[2].rstrip("/").rpartition("/")[2]
         if not np.isnan(each[..., k]).all():
-            found |= {f"rewards/{short}/mean": float(np.nanmean(each[..., k])), f"rewards/{short}/std": float(np.nanstd(each[..., k]))}
+            found |= {f"rewards/{short}/mean": float(np.nanmean(each[..., k])), f"rewards/{short}/std": adv.std(each[..., k], None).item()}
     return found
 
 

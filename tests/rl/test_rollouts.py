@@ -1,0 +1,42 @@
+"""What a rollout's rewards come to: its metrics, and the columns that updates read, where several settings meet."""
+
+import numpy as np
+import pytest
+
+from aligner.data.templates import Encoded
+from aligner.generation.engine import Completion, Prompt
+from aligner.rl import rollouts
+from aligner.rl.prompts import Item
+from configs import common
+from tests.models import tiny
+
+LONGEST = 6
+LENGTHS = np.array([[4, 6, 3], [6, 5, 2]])  # those of LONGEST tokens were cut
+REWARDS = np.array([[[0.3, 1.0], [1.4, np.nan], [np.nan, np.nan]], [[2.0, 0.0], [-1.0, 4.0], [0.5, 1.0]]])
+
+
+def rollout(algorithm, rewards=REWARDS, columns=None, **settings):
+    """(batch, metrics, host state) of two prompts with three answers each; `columns` [2][3] hold numbers of every token."""
+    config = tiny.config()
+    config.algorithm = getattr(common, algorithm)()
+    config.algorithm.update(dict(reward_funcs=("math", "format")[: rewards.shape[-1]], num_generations=3, beta=0.0) | settings)
+    config.generation.max_new_tokens = LONGEST
+    prompt = np.array([3], np.int32)
+    groups = []
+    for row, worth in zip(LENGTHS, rewards):
+        answers = [Completion(np.full(m, 5, np.int32), np.full(m, -1, np.float32), bool(m < LONGEST)) for m in row]
+        groups.append(rollouts.Group(Item(0, "x", Encoded(prompt, ()), Prompt(prompt), {}), answers, ["x"] * 3, worth))
+    batch = rollouts.lay_out(groups, tiny.family("llama").model, True, 8)
+    batch |= {name: rollouts.at_tokens(column, batch["score_from"].shape[1]) for name, column in (columns or {}).items()}
+    host = {"beta": 0.0, "running": [0, 0.0, 0.0]}
+    return rollouts.learnable(config, groups, None, batch, np.ones(rewards.shape[-1]), host)
+
+
+def test_deviations_are_those_of_the_whole_batch():
+    """TRL's reward_std and rewards/NAME/std: unbiased, over all answers that have a value."""
+    _, found, _ = rollout("grpo")
+    total, first = [1.3, 1.4, 2.0, 3.0, 1.5], [0.3, 1.4, 2.0, -1.0, 0.5]
+    assert found["reward_std"] == pytest.approx(np.std(total, ddof=1))
+    assert found["rewards/math/std"] == pytest.approx(np.std(first, ddof=1))
+    assert found["rewards/format/std"] == pytest.approx(np.std([1.0, 0.0, 4.0, 1.0], ddof=1))
+    assert found["reward"] == pytest.approx(np.mean(total)) and found["frac_reward_zero_std"] == 0
