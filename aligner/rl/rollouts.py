@@ -187,8 +187,9 @@ def learnable(
         cut = [[np.full(m, float(end)) for m, end in zip(row, ends)] for row, ends in zip(lengths, stopped)]
         batch["learn"] = batch["learn"] * at_tokens(cut, S)
     if c.get("top_entropy_quantile", 1.0) < 1:
-        there = batch["score_segment"] > 0
-        batch["sure"] = (batch["old_entropy"] < np.quantile(batch["old_entropy"][there], 1 - c.top_entropy_quantile)).astype(np.float32)
+        entropies = batch["old_entropy"][batch["learn"] > 0]  # of the tokens that are learnt, which may be none
+        least = np.quantile(entropies, 1 - c.top_entropy_quantile) if len(entropies) else 0.0
+        batch["sure"] = (batch["old_entropy"] < least).astype(np.float32)
     batch.pop("old_entropy", None)
     return batch, found, host
 

@@ -40,3 +40,13 @@ def test_deviations_are_those_of_the_whole_batch():
     assert found["rewards/math/std"] == pytest.approx(np.std(first, ddof=1))
     assert found["rewards/format/std"] == pytest.approx(np.std([1.0, 0.0, 4.0, 1.0], ddof=1))
     assert found["reward"] == pytest.approx(np.mean(total)) and found["frac_reward_zero_std"] == 0
+
+
+def test_a_share_of_the_surest_tokens_is_one_of_those_that_are_learnt():
+    """Answers that were cut are not; were all, nothing is learnt."""
+    entropies = [[np.arange(m) + 10.0 * (m == LONGEST) + j for j, m in enumerate(row)] for row in LENGTHS]
+    options = dict(columns={"old_entropy": entropies}, mask_truncated_completions=True, top_entropy_quantile=0.25)
+    batch, _, _ = rollout("grpo", **options)
+    learnt = np.concatenate([x for row in entropies for x in row if len(x) < LONGEST])
+    acts = (batch["sure"] == 0) & (batch["learn"] > 0)
+    assert acts.sum() == np.sum(learnt >= np.quantile(learnt, 0.75))
