@@ -181,7 +181,7 @@ def learnable(
     elif c.name == "ppo":
         columns, host = _ppo(c, total, stopped, drift, batch, groups, S, host)
     else:
-        columns = {"advantages": _per_answer(c, total, each, weights, greedy, drift, lengths, S)}
+        columns = {"advantages": _per_answer(c, total, each, weights, greedy, drift, lengths, longest, S)}
     batch = {**batch, **columns}
     if c.mask_truncated_completions:
         cut = [[np.full(m, float(end)) for m, end in zip(row, ends)] for row, ends in zip(lengths, stopped)]
@@ -194,7 +194,7 @@ def learnable(
     return batch, found, host
 
 
-def _per_answer(c: ConfigDict, total, each, weights, greedy, drift, lengths, S: int) -> np.ndarray:
+def _per_answer(c: ConfigDict, total, each, weights, greedy, drift, lengths, longest: int, S: int) -> np.ndarray:
     """Advantages [B,S] of the algorithms without a critic."""
     if drift is not None and c.name in ("rloo", "reinforce", "remax"):
         total = total - c.beta * np.array([[np.sum(one) for one in answers] for answers in drift])
@@ -213,8 +213,11 @@ def _per_answer(c: ConfigDict, total, each, weights, greedy, drift, lengths, S: 
             values = adv.reinforce_baseline(total)
         case "remax":
             values = adv.remax(total, greedy)
+        case _ if c.multi_objective == "gdpo":  # the penalty for length is one more reward
+            penalty = np.where(np.isnan(total), np.nan, adv.overlong_penalty(lengths, longest, c.overlong_buffer))
+            values = adv.gdpo(np.concatenate([each, penalty[..., None]], axis=-1), np.append(weights, c.overlong_penalty))
         case _:
-            values = adv.gdpo(each, weights) if c.multi_objective == "gdpo" else adv.grpo(total, c.scale_rewards)
+            values = adv.grpo(total, c.scale_rewards)
     return at_tokens([[np.full(m, v) for m, v in zip(*row)] for row in zip(lengths, values)], S)
 
 

@@ -50,3 +50,16 @@ def test_a_share_of_the_surest_tokens_is_one_of_those_that_are_learnt():
     learnt = np.concatenate([x for row in entropies for x in row if len(x) < LONGEST])
     acts = (batch["sure"] == 0) & (batch["learn"] > 0)
     assert acts.sum() == np.sum(learnt >= np.quantile(learnt, 0.75))
+
+
+def test_the_penalty_for_length_is_one_more_reward_where_each_is_normalised_apart():
+    batch, _, _ = rollout("grpo", multi_objective="gdpo", overlong_buffer=2, overlong_penalty=0.5)
+    normal = lambda x: (x - np.nanmean(x, 1, keepdims=True)) / (np.nanstd(x, 1, ddof=1, keepdims=True) + 1e-4)
+    penalty = np.array([[0.0, -1.0, np.nan], [-1.0, -0.5, 0.0]])
+    total = sum(w * np.nan_to_num(normal(x)) for w, x in ((1, REWARDS[..., 0]), (0.5, penalty)))
+    total[1] += normal(REWARDS[1:, :, 1])[0]  # the first group knows but one of the second function's
+    total[0, 2] = np.nan
+    wanted = np.nan_to_num((total - np.nanmean(total)) / (np.nanstd(total, ddof=1) + 1e-4))
+    for row in range(2):
+        firsts = np.cumsum([0, *LENGTHS[row][:-1]])
+        np.testing.assert_allclose(batch["advantages"][row, firsts], wanted[row], rtol=1e-5)
