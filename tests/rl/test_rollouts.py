@@ -63,3 +63,14 @@ def test_the_penalty_for_length_is_one_more_reward_where_each_is_normalised_apar
     for row in range(2):
         firsts = np.cumsum([0, *LENGTHS[row][:-1]])
         np.testing.assert_allclose(batch["advantages"][row, firsts], wanted[row], rtol=1e-5)
+
+
+def test_an_answer_whose_worth_is_not_known_does_not_move_what_rewards_are_standardised_by():
+    zeros = [[np.zeros(m) for m in row] for row in LENGTHS]
+    columns = {"old_values": zeros, "old_logps": zeros}
+    batch, _, host = rollout("ppo", REWARDS[..., :1], columns, standardize_rewards=True, lam=1.0)
+    known = np.array([0.3, 1.4, 2.0, -1.0, 0.5])
+    count, mean, squares = host["running"]
+    assert (count, mean) == (5, pytest.approx(known.mean())) and squares == pytest.approx(np.sum((known - known.mean()) ** 2))
+    lasts = np.cumsum(LENGTHS[0]) - 1
+    np.testing.assert_allclose(batch["returns"][0, lasts], [*((known - known.mean()) / known.std(ddof=1))[:2], 0], rtol=1e-5, atol=1e-7)
