@@ -202,7 +202,7 @@ def _per_answer(c: ConfigDict, total, each, weights, greedy, drift, lengths, lon
         at = lambda i, j, m: np.full(m, np.nan_to_num(total[i, j])) - (c.beta * adv.discounted(drift[i][j], 1.0) if drift else 0.0)
         tokens = [[at(i, j, m) for j, m in enumerate(row)] for i, row in enumerate(lengths)]
         flat = at_tokens(tokens, S).astype(np.float64)
-        there = at_tokens([[np.ones(m) for m in row] for row in lengths], S) > 0
+        there = at_tokens([[np.full(m, known) for m, known in zip(*row)] for row in zip(lengths, ~np.isnan(total))], S) > 0
         return adv.whiten(flat, there).astype(np.float32)
     match c.name:
         case "rloo":

@@ -74,3 +74,12 @@ def test_an_answer_whose_worth_is_not_known_does_not_move_what_rewards_are_stand
     assert (count, mean) == (5, pytest.approx(known.mean())) and squares == pytest.approx(np.sum((known - known.mean()) ** 2))
     lasts = np.cumsum(LENGTHS[0]) - 1
     np.testing.assert_allclose(batch["returns"][0, lasts], [*((known - known.mean()) / known.std(ddof=1))[:2], 0], rtol=1e-5, atol=1e-7)
+
+
+def test_nothing_is_learnt_from_an_answer_whose_worth_is_not_known():
+    """Nor is it among the tokens over which advantages are normalised."""
+    batch, _, _ = rollout("reinforce_plus_plus")
+    known = np.repeat([1.3, 1.4, 2.0, 3.0, 1.5], [4, 6, 6, 5, 2])
+    wanted = (known - known.mean()) / np.sqrt(known.var(ddof=1) + 1e-8)
+    np.testing.assert_allclose(batch["advantages"][batch["advantages"] != 0], wanted, rtol=1e-5)
+    assert not batch["advantages"][0, 10:].any()
