@@ -57,21 +57,24 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
         }[c.importance_sampling_level]()
         high = c.epsilon if c.epsilon_high is None else c.epsilon_high
         found = metrics(level, advantages, mask, lengths, c, high, batch)
+        lagging = lag(config, old, batch)
         match c.loss_type:
             case "cispo":
                 losses = policy_gradient.cispo(level, logps, advantages, high)
             case "sapo":
                 losses = policy_gradient.sapo(level, advantages, c.sapo_temperature_pos, c.sapo_temperature_neg)
             case "vespo":
-                sequence = spread(summed(jnp.clip(log_ratio, -20, 20)), batch)
+                # from the policy that wrote, whoever that was, to this one
+                sequence = spread(summed(jnp.clip(log_ratio, -20, 20) + jnp.log(lagging)), batch)
                 settings = (c.vespo_k_pos, c.vespo_lambda_pos, c.vespo_k_neg, c.vespo_lambda_neg)
                 losses = policy_gradient.vespo(sequence, logps, advantages, *settings)
             case _:
                 losses = policy_gradient.clipped(level, advantages, c.epsilon, high, c.delta, c.dual_clip)
         if c.off_policy_mask_threshold is not None:
-            drift = -spread(summed(jax.lax.stop_gradient(logps) - old) / jnp.maximum(lengths, 1), batch)
+            wrote = batch["sampling_logps"] if config.generation.server else old
+            drift = spread(summed(wrote - jax.lax.stop_gradient(logps)) / jnp.maximum(lengths, 1), batch)
             losses = losses * ((advantages >= 0) | (drift <= c.off_policy_mask_threshold))
-        losses = losses * lag(config, old, batch)
+        losses = losses if c.loss_type == "vespo" else losses * lagging
         if "sure" in batch:
             losses = jnp.where(batch["sure"] > 0, 0, losses)
         if in_loss:
