@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from aligner.algorithms import make
+from aligner.algorithms.distillation import distil
 from aligner.algorithms.grpo import PENALISED
 from aligner.likelihood import answer_lengths, sum_answers
 from aligner.rl import rollouts
@@ -30,9 +31,9 @@ REWARDS = np.array([[0.3, 1.4, -0.2], [2.0, -1.0, 0.5]])
 def objective_of(name, **settings):
     config = tiny.config()
     config.algorithm = getattr(common, name)()
-    config.algorithm.update(dict(reward_funcs=("math",)) | settings)
     if "importance_cap" in settings:  # a server writes
         config.generation.server, config.generation.importance_cap = "vllm:http://host", settings.pop("importance_cap")
+    config.algorithm.update(dict(reward_funcs=("math",)) | settings)
     config.generation.max_new_tokens = LONGEST
     return config.algorithm, make(config, tiny.family("llama").model).objective
 
@@ -107,8 +108,8 @@ CASES += [dict(loss_type="cispo", epsilon_high=1.2), dict(loss_type="dapo", epsi
 
 @pytest.mark.parametrize("name, settings", [("grpo", case) for case in CASES] + [("rloo", dict(beta=0.1)), ("reinforce_plus_plus", {})], ids=str)
 def test_grpo_and_its_kin(name, settings):
-    c, objective = objective_of(name, **{"num_generations": 3, **settings})
     cap = settings.get("importance_cap")
+    c, objective = objective_of(name, **{"num_generations": 3, **settings})
     learn = THERE * 1.0
     learn[LEFT_OUT] = 0
     advantages = np.where(THERE, np.take_along_axis(ADVANTAGES, np.maximum(ROLE - 1, 0), 1), 0)
@@ -137,6 +138,28 @@ def test_online_dpo(loss, answers):
         margin = summed(LOGPS - REFERENCE, row, best) - summed(LOGPS - REFERENCE, row, worst)
         losses.append(np.log1p(np.exp(-0.3 * margin)) if loss == "sigmoid" else (margin - 1 / 0.6) ** 2)
     assert total(objective, pair_arrays(c), answers) == pytest.approx(np.mean(losses), rel=BAR)
+
+
+def test_answers_that_are_left_out_make_no_pair():
+    """Those that were cut, where config.algorithm.mask_truncated_completions says so: here the second prompt's worse answer."""
+    c, objective = objective_of("xpo", xpo_alpha=0.2, beta=0.3)
+    learn = THERE * 1.0
+    learn[1, ROLE[1] == 2] = 0
+    margin = summed(LOGPS - REFERENCE, 0, 2) - summed(LOGPS - REFERENCE, 0, 1)
+    wanted = np.log1p(np.exp(-0.3 * margin)) + 0.2 * summed(LOGPS, 0, 2)
+    assert total(objective, pair_arrays(c) | {"learn": learn}, 2) == pytest.approx(wanted, rel=BAR)
+
+
+@pytest.mark.parametrize("objective", ["divergence", "iw_opd"])
+def test_a_teacher_is_not_followed_on_answers_that_are_left_out(objective):
+    config, model = tiny.config(), tiny.family("llama").model
+    config.algorithm = common.on_policy_distillation()
+    config.algorithm.update(dict(objective=objective, num_generations=3, iw_opd_gamma=0.0))
+    learn = THERE * 1.0
+    learn[1, ROLE[1] == 2] = 0
+    losses = (LOGPS - REFERENCE) * LOGPS if objective == "iw_opd" else ENTROPY
+    stats = {"divergence": ENTROPY, "agreement": THERE * 1.0, "teacher_logp": REFERENCE}
+    assert total(distil(config, model, model).objective, {"learn": learn}, 3, stats) == pytest.approx(losses[learn > 0].mean(), rel=BAR)
 
 
 def test_xpo():
