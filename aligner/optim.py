@@ -85,8 +85,12 @@ def make_optimizer(
         factors = by_path(lambda path, leaf: group_factor(path, optim.groups, "learning_rate"))(updates)
         return jax.tree.map(lambda u, f: u * f, updates, factors), state
 
+    # moments are of at least float32: times 0.999, a number in bfloat16 stays what it is, and the second would never fall
+    wide = lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), tree)
+    adam = optax.scale_by_adam(b1=optim.beta1, b2=optim.beta2, eps=optim.eps)
     stateless = lambda params: optax.EmptyState()
-    chain = [optax.scale_by_adam(b1=optim.beta1, b2=optim.beta2, eps=optim.eps)]
+    moments = lambda updates, state, params: adam.update(wide(updates), state)
+    chain = [optax.GradientTransformation(lambda params: adam.init(wide(params)), moments)]
     if optim.weight_decay:
         chain.append(optax.GradientTransformation(stateless, add_decay))
     if optim.groups:

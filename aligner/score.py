@@ -155,8 +155,7 @@ def batches(block: range, rows: Any, to_sample: Any, model: Any, max_length: int
         made = []
         for i, one, seen in part:
             made.append(layout.pair_row(one, T, S, I, model.media, example_id=i))
-            if seen:
-                fill(made[-1], seen, model.media)
+            fill(made[-1], seen, model.media)
         made += [layout.empty_row(T, S, I, model.media)] * (size - len(made))
         yield [i for i, *_ in part], {name: np.stack([row[name] for row in made]) for name in made[0]}
 

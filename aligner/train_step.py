@@ -71,10 +71,10 @@ def make_train_step(
 
         if accumulate == 1:
             (loss, (metrics, carry)), grads = _gradient(lambda t: objective(score(t, batch, key), batch), trainable)
-            grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.trainable)
+            grads = jax.tree.map(lambda g, p: g.astype(_wide(p)), grads, state.trainable)
         else:
             micro = (split_rows(batch, accumulate), jax.random.split(key, accumulate))
-            zeros = jax.tree.map(jnp.zeros_like, state.trainable)
+            zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_wide(p)), state.trainable)
             add = lambda total, grads: jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)
             if algorithm.whole_batch:
                 # all scores first; the gradient of the objective by them is then sent back through each micro-batch
@@ -137,6 +137,11 @@ def jit_train_step(
     )
     layout = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jit(step, mesh, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
+
+
+def _wide(parameter):
+    """The dtype that its gradient is added up and measured in."""
+    return jnp.promote_types(parameter.dtype, jnp.float32)
 
 
 def _gradient(function: Callable, at):

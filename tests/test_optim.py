@@ -63,6 +63,18 @@ def test_first_step_is_the_learning_rate_in_the_direction_of_the_sign():
         np.testing.assert_allclose(leaf, 0.1, rtol=1e-5)
 
 
+def test_moments_of_bfloat16_parameters_fall_too():
+    """After gradients of 1 ever smaller ones: as with float32 parameters."""
+    config = tiny.config(optim__learning_rate=1.0, optim__schedule="constant", optim__warmup=0.0).optim
+    optimizer, found = optim.make_optimizer(config, optim.make_schedule(config, 10)), []
+    for dtype in ("bfloat16", "float32"):
+        params = {"w": jnp.zeros(2, dtype)}
+        gradients = jnp.where(jnp.arange(1500) < 300, 1.0, 2.0**-6).astype(dtype)
+        step = lambda opt_state, g, params=params: optimizer.update({"w": jnp.full_like(params["w"], g)}, opt_state, params)[::-1]
+        found.append(jax.lax.scan(step, optimizer.init(params), gradients)[1]["w"][-1])
+    np.testing.assert_allclose(*found, rtol=1e-5)
+
+
 def test_weight_decay_is_decoupled():
     """AdamW: lr * decay * parameter, whatever the gradient."""
     for leaf in jax.tree.leaves(moved(gradient=0.0, weight_decay=0.5)):

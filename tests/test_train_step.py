@@ -191,6 +191,25 @@ def test_bfloat16_compute_keeps_float32_masters():
     np.testing.assert_allclose(moved, expected(toy_batch())[1], rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("accumulate", [1, 8])
+def test_gradients_of_bfloat16_masters_are_added_up_and_measured_wider(accumulate):
+    optimizer, width = optax.sgd(1.0), 3000
+
+    def objective(scores, batch, carry):
+        return {"sum": Term(1.0, jnp.sum(scores.logps), jnp.ones(()))}, {}, carry
+
+    score = lambda params, fixed, batch, key: Scores((batch["x"] @ params["w"])[:, None, None], jnp.ones((len(batch["x"]), 1, 1)), {}, {})
+    batch = toy_batch() | {"x": (np.random.default_rng(0).standard_normal((ROWS, width))).astype(jnp.bfloat16)}
+    params = {"w": jnp.zeros(width, jnp.bfloat16)}
+    begun = start(optimizer).replace(trainable=params, opt_state=optimizer.init(params))
+    step = tiny.quick(make_train_step(Algorithm(score, objective), optimizer, dtype="float32", accumulate=accumulate, max_grad_norm=0.0))
+    after, found = step(begun, FIXED, batch)
+    gradient = batch["x"].astype(np.float64).sum(0)
+    assert float(found["grad_norm"].value) == pytest.approx(np.linalg.norm(gradient), rel=1e-5)
+    assert after.trainable["w"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(after.trainable["w"]), -gradient.astype(np.float32).astype(jnp.bfloat16))
+
+
 def test_evaluation_adds_up_over_batches():
     """Two halves, the second with empty rows, give what the whole gives."""
     evaluate = tiny.quick(make_eval_step(toy(), dtype="float32"))

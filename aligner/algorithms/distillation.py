@@ -60,13 +60,14 @@ def distil(config: ConfigDict, model: Model, teacher: Model) -> Algorithm:
         return Scores(jnp.zeros_like(lengths), lengths, tokens, aux)
 
     def objective(scores: Scores, batch: Batch, carry):
-        count = jnp.sum(batch["score_segment"] > 0)
+        mask = (batch["score_segment"] > 0) * batch.get("learn", 1.0)  # of one's own answers some may be left out
+        count, total = jnp.sum(mask), lambda x: jnp.sum(x * mask)
         if c.objective == "iw_opd":
             losses, advantages = sampled(scores, batch, answers, c.iw_opd_gamma)
-            found = {"iw_opd/mean_advantage": Mean(jnp.sum(advantages), count)}
+            found = {"iw_opd/mean_advantage": Mean(total(advantages), count)}
         else:
-            losses, found = scores.tokens["divergence"], {"agreement": Mean(jnp.sum(scores.tokens["agreement"]), count)}
-        return {c.objective: Term(1.0, jnp.sum(losses), count)}, found, carry
+            losses, found = scores.tokens["divergence"], {"agreement": Mean(total(scores.tokens["agreement"]), count)}
+        return {c.objective: Term(1.0, total(losses), count)}, found, carry
 
     return Algorithm(score, objective, needs="prompt" if c.name == "on_policy_distillation" else "supervised")
 

@@ -57,21 +57,24 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
         }[c.importance_sampling_level]()
         high = c.epsilon if c.epsilon_high is None else c.epsilon_high
         found = metrics(level, advantages, mask, lengths, c, high, batch)
+        lagging = lag(config, old, batch)
         match c.loss_type:
             case "cispo":
                 losses = policy_gradient.cispo(level, logps, advantages, high)
             case "sapo":
                 losses = policy_gradient.sapo(level, advantages, c.sapo_temperature_pos, c.sapo_temperature_neg)
             case "vespo":
-                sequence = spread(summed(jnp.clip(log_ratio, -20, 20)), batch)
+                # from the policy that wrote, whoever that was, to this one
+                sequence = spread(summed(jnp.clip(log_ratio, -20, 20) + jnp.log(lagging)), batch)
                 settings = (c.vespo_k_pos, c.vespo_lambda_pos, c.vespo_k_neg, c.vespo_lambda_neg)
                 losses = policy_gradient.vespo(sequence, logps, advantages, *settings)
             case _:
                 losses = policy_gradient.clipped(level, advantages, c.epsilon, high, c.delta, c.dual_clip)
         if c.off_policy_mask_threshold is not None:
-            drift = -spread(summed(jax.lax.stop_gradient(logps) - old) / jnp.maximum(lengths, 1), batch)
+            wrote = batch["sampling_logps"] if config.generation.server else old
+            drift = spread(summed(wrote - jax.lax.stop_gradient(logps)) / jnp.maximum(lengths, 1), batch)
             losses = losses * ((advantages >= 0) | (drift <= c.off_policy_mask_threshold))
-        losses = losses * lag(config, old, batch)
+        losses = losses if c.loss_type == "vespo" else losses * lagging
         if "sure" in batch:
             losses = jnp.where(batch["sure"] > 0, 0, losses)
         if in_loss:
@@ -118,20 +121,23 @@ def policy_and_rollout(config: ConfigDict, model: Model) -> tuple[Callable, Call
 
 
 def metrics(log_ratio, advantages, mask, lengths: Float[Array, "B G R"], c: ConfigDict, high: float, batch: Batch) -> dict:
-    """TRL's clip ratios, and the ratio's own mean."""
+    """TRL's clip ratios, shares of tokens or, where the ratio is the answer's, of answers; and the ratio's own mean."""
     ratio, there, R = jnp.exp(log_ratio), mask > 0, c.num_generations
+    share = lambda x: sum_answers(x * mask, batch, R) / jnp.maximum(lengths, 1)
+    of_tokens = c.importance_sampling_level == "token"
+    mean = lambda x: mean_over(there, x) if of_tokens else Mean(jnp.sum(share(x)), R * jnp.sum(batch["example_id"] >= 0))
+    found = {"ratio": mean_over(there, ratio)}
     if c.loss_type == "cispo":
-        return {"ratio": mean_over(there, ratio), "cispo_clip_ratio": mean_over(there, (ratio > high) & (advantages > 0))}
-    low = (ratio < 1 - c.epsilon) & (advantages < 0)
-    up = (ratio > 1 + high) & (advantages > 0)
-    share = lambda x: jnp.where(lengths > 0, sum_answers(x * mask, batch, R) / jnp.maximum(lengths, 1), jnp.nan)
-    return {
-        "ratio": mean_over(there, ratio),
-        "clip_ratio/low_mean": mean_over(there, low),
-        "clip_ratio/high_mean": mean_over(there, up),
-        "clip_ratio/region_mean": mean_over(there, low | up),
-        "clip_ratio/low_min": Min(jnp.min(jnp.nan_to_num(share(low), nan=jnp.inf))),
-        "clip_ratio/high_max": Max(jnp.max(jnp.nan_to_num(share(up), nan=-jnp.inf))),
+        return found | {"cispo_clip_ratio": mean((ratio > high) & (advantages > 0))}
+    held = ratio if c.delta is None else jnp.minimum(ratio, c.delta)
+    low = (held < 1 - c.epsilon) & (advantages < 0)
+    up = (held > 1 + high) & (advantages > 0)
+    return found | {
+        "clip_ratio/low_mean": mean(low),
+        "clip_ratio/high_mean": mean(up),
+        "clip_ratio/region_mean": mean(low | up),
+        "clip_ratio/low_min": Min(jnp.min(jnp.where(lengths > 0, share(low), jnp.inf))),
+        "clip_ratio/high_max": Max(jnp.max(jnp.where(lengths > 0, share(up), -jnp.inf))),
     }
 
 

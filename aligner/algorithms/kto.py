@@ -44,7 +44,7 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
         if c.loss_type == "kto":
             kl = unpaired.kl_estimate(logratios[..., MISMATCHED], mask)
             losses = unpaired.kto(own, good, kl, c.beta)
-            found["kl"] = Last(kl)
+            found["kl"] = pairs.mean_over(mask, kl)  # evaluation has one a batch, of more or fewer examples
         elif c.loss_type == "bco":
             mean, count = unpaired.running_mean(carry["mean"], carry["count"], rewards, mask)
             losses = unpaired.bco(own, good, mean, c.beta)

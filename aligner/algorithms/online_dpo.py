@@ -17,7 +17,8 @@ LOSSES = {"sigmoid": preference.sigmoid, "ipo": preference.ipo}  # both on summe
 def make(config: ConfigDict, model: Model) -> Algorithm:
     """The algorithm that `config.algorithm` (configs.common.online_dpo) describes.
 
-    The batch has `chosen`, `rejected`, `by_rival` [B,G,R], each 1 at one answer of a prompt or 0 at all, and `reference_logps` [B,S].
+    The batch has `chosen`, `rejected`, `by_rival` [B,G,R], each 1 at one answer of a prompt or 0 at all, `reference_logps` [B,S], and
+    `learn` [B,S], 0 at answers that are left out.
     """
     c = config.algorithm
     check(config)
@@ -26,7 +27,8 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
     def objective(scores: Scores, batch: Batch, carry):
         logps = scores.logps
         ratios = logps - sum_answers(batch["reference_logps"].astype(logps.dtype), batch, R)
-        of = lambda which, x: jnp.sum(batch[which] * x, axis=-1)
+        learnt = sum_answers(batch["learn"].astype(logps.dtype), batch, R) > 0
+        of = lambda which, x: jnp.sum(jnp.where(learnt, batch[which] * x, 0), axis=-1)
         pairs = (of("chosen", 1.0) > 0) & (of("rejected", 1.0) > 0)
         losses = LOSSES[c.loss_type](of("chosen", ratios), of("rejected", ratios), c.beta)
         terms = {c.loss_type: Term(1.0, jnp.sum(jnp.where(pairs, losses, 0)), jnp.sum(pairs))}

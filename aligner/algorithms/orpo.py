@@ -8,7 +8,8 @@ from aligner.algorithms.checks import check_choice, check_positive
 from aligner.algorithms.pairs import CHOSEN
 from aligner.likelihood import make_likelihood
 from aligner.losses import reference_free
-from aligner.types import Algorithm, Batch, Mean, Model, Scores, Term
+from aligner.models.decoder import text_config
+from aligner.types import Algorithm, Batch, Mean, Model, Scores, Term, UserError
 
 NLL_OVER = ("prompt_and_completion", "completion")
 
@@ -22,6 +23,11 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
     check_positive(c, "beta")
     check_choice("algorithm.nll_over", c.nll_over, NLL_OVER)
     with_prompt = c.nll_over == "prompt_and_completion"
+    if with_prompt and getattr(text_config(model), "both_ways", "") == "prompt":
+        raise UserError(
+            f"config.algorithm.nll_over is {c.nll_over!r}, but a prompt of {model.family} sees all of itself, what is to be predicted "
+            'included; set it to "completion"'
+        )
     policy = make_likelihood(model, 2, pairs.STATS, config.train.remat)
 
     def score(params, fixed, batch: Batch, key) -> Scores:

@@ -152,8 +152,7 @@ def load_dataset(
         except Bad as error:
             where = f"row {rows.name(ids[0])}" if len(ids) == 1 else f"one of the rows {', '.join(map(rows.name, ids))}"
             raise UserError(f"{name}, {where} of {rows.description} could be read when the run started, now not: {error}.") from error
-        if pictures:
-            fill_slots(made, pictures, model.media)
+        fill_slots(made, pictures, model.media)
         return made | _values(examples, kind, G, answers)
 
     lengths = np.minimum(T, plan.lengths(_columns(sizes, data)))

@@ -94,13 +94,16 @@ def blank(media: Media, tokens: int, slots: int) -> Row:
 
 
 def fill(row: Row, pictures: Sequence[Picture], media: Media) -> None:
-    """Put pictures into a row, in place.
+    """Put pictures into a row, in place. One without any, among rows that have some, needs it too: what is said of its tokens.
 
     Args:
-        row: with `media_index` numbering the placeholders of all its pictures in order, as `aligner.data.layout` leaves it.
+        row: with `media_index` numbering the placeholders of all its pictures in order, as `aligner.data.layout` leaves it. Where no row
+            has room for pictures it has none, and stays as it is.
         pictures: of the row, in order.
         media: the model's.
     """
+    if "media_index" not in row:
+        return
     more = media.arrange(row, pictures) if media.arrange is not None else {}
     start, number, order = 0, 1, []
     for picture in pictures:

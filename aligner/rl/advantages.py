@@ -26,7 +26,7 @@ def combine(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(rewards).all(axis=-1), np.nan, total)
 
 
-def _std(x: np.ndarray, axis: int | None) -> np.ndarray:
+def std(x: np.ndarray, axis: int | None) -> np.ndarray:
     """Unbiased, over the values there are; 0 where there is one or none."""
     count = np.sum(~np.isnan(x), axis=axis, keepdims=True)
     mean = np.nansum(x, axis=axis, keepdims=True) / np.maximum(count, 1)
@@ -40,7 +40,7 @@ def _mean(x: np.ndarray, axis: int | None) -> np.ndarray:
 def grpo(rewards: np.ndarray, scale: str = "group") -> np.ndarray:
     """GRPO (arXiv 2402.03300): a reward less its group's mean, by the group's or the batch's standard deviation + 1e-4, or as it is."""
     centred = rewards - _mean(rewards, 1)
-    scaled = {"group": lambda: centred / (_std(rewards, 1) + 1e-4), "batch": lambda: centred / (_std(rewards, None) + 1e-4)}
+    scaled = {"group": lambda: centred / (std(rewards, 1) + 1e-4), "batch": lambda: centred / (std(rewards, None) + 1e-4)}
     return np.nan_to_num(scaled[scale]() if scale in scaled else centred)
 
 
@@ -65,7 +65,7 @@ def reinforce(rewards: np.ndarray) -> np.ndarray:
 
 def whiten_batch(rewards: np.ndarray) -> np.ndarray:
     """Over the batch: mean 0, standard deviation 1 (+ 1e-4)."""
-    return np.nan_to_num((rewards - _mean(rewards, None)) / (_std(rewards, None) + 1e-4))
+    return np.nan_to_num((rewards - _mean(rewards, None)) / (std(rewards, None) + 1e-4))
 
 
 def reinforce_baseline(rewards: np.ndarray) -> np.ndarray:

@@ -72,8 +72,7 @@ def make_reward_model(
             shape = (bucket(T), 1, I)
             made = [layout.lay_out([encoded[i]], [i], *shape, model.media, last=True) for i in part]
             for row, i in zip(made, part):
-                if encoded[i].media:
-                    fill(row, modalities.load(encoded[i].media, model), model.media)
+                fill(row, modalities.load(encoded[i].media, model), model.media)
             made += [layout.empty_row(*shape, model.media)] * (rows - len(made))
             values = jax.device_get(score_batch(params, {name: np.stack([row[name] for row in made]) for name in made[0]}))
             for i, value in zip(part, values):

@@ -117,8 +117,7 @@ def lay_out(groups: Sequence[Group], model: Model, shared: bool, multiple: int) 
     rows = []
     for group, one in zip(groups, encoded):
         row = layout.pair_row(one, T, S, I, model.media, shared, group.item.row)
-        if len(group.item.prompt.pictures):
-            fill(row, group.item.prompt.pictures, model.media)
+        fill(row, group.item.prompt.pictures, model.media)
         rows.append(row)
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     batch["sampling_logps"] = at_tokens([[answer.logps[answer.written] for answer in group.answers] for group in groups], S)
@@ -182,19 +181,20 @@ def learnable(
     elif c.name == "ppo":
         columns, host = _ppo(c, total, stopped, drift, batch, groups, S, host)
     else:
-        columns = {"advantages": _per_answer(c, total, each, weights, greedy, drift, lengths, S)}
+        columns = {"advantages": _per_answer(c, total, each, weights, greedy, drift, lengths, longest, S)}
     batch = {**batch, **columns}
     if c.mask_truncated_completions:
         cut = [[np.full(m, float(end)) for m, end in zip(row, ends)] for row, ends in zip(lengths, stopped)]
         batch["learn"] = batch["learn"] * at_tokens(cut, S)
     if c.get("top_entropy_quantile", 1.0) < 1:
-        there = batch["score_segment"] > 0
-        batch["sure"] = (batch["old_entropy"] < np.quantile(batch["old_entropy"][there], 1 - c.top_entropy_quantile)).astype(np.float32)
+        entropies = batch["old_entropy"][batch["learn"] > 0]  # of the tokens that are learnt, which may be none
+        least = np.quantile(entropies, 1 - c.top_entropy_quantile) if len(entropies) else 0.0
+        batch["sure"] = (batch["old_entropy"] < least).astype(np.float32)
     batch.pop("old_entropy", None)
     return batch, found, host
 
 
-def _per_answer(c: ConfigDict, total, each, weights, greedy, drift, lengths, S: int) -> np.ndarray:
+def _per_answer(c: ConfigDict, total, each, weights, greedy, drift, lengths, longest: int, S: int) -> np.ndarray:
     """Advantages [B,S] of the algorithms without a critic."""
     if drift is not None and c.name in ("rloo", "reinforce", "remax"):
         total = total - c.beta * np.array([[np.sum(one) for one in answers] for answers in drift])
@@ -202,7 +202,7 @@ def _per_answer(c: ConfigDict, total, each, weights, greedy, drift, lengths, S: 
         at = lambda i, j, m: np.full(m, np.nan_to_num(total[i, j])) - (c.beta * adv.discounted(drift[i][j], 1.0) if drift else 0.0)
         tokens = [[at(i, j, m) for j, m in enumerate(row)] for i, row in enumerate(lengths)]
         flat = at_tokens(tokens, S).astype(np.float64)
-        there = at_tokens([[np.ones(m) for m in row] for row in lengths], S) > 0
+        there = at_tokens([[np.full(m, known) for m, known in zip(*row)] for row in zip(lengths, ~np.isnan(total))], S) > 0
         return adv.whiten(flat, there).astype(np.float32)
     match c.name:
         case "rloo":
@@ -213,8 +213,11 @@ def _per_answer(c: ConfigDict, total, each, weights, greedy, drift, lengths, S: 
             values = adv.reinforce_baseline(total)
         case "remax":
             values = adv.remax(total, greedy)
+        case _ if c.multi_objective == "gdpo":  # the penalty for length is one more reward
+            penalty = np.where(np.isnan(total), np.nan, adv.overlong_penalty(lengths, longest, c.overlong_buffer))
+            values = adv.gdpo(np.concatenate([each, penalty[..., None]], axis=-1), np.append(weights, c.overlong_penalty))
         case _:
-            values = adv.gdpo(each, weights) if c.multi_objective == "gdpo" else adv.grpo(total, c.scale_rewards)
+            values = adv.grpo(total, c.scale_rewards)
     return at_tokens([[np.full(m, v) for m, v in zip(*row)] for row in zip(lengths, values)], S)
 
 
@@ -252,7 +255,8 @@ def bounded(c: ConfigDict, total: np.ndarray, each: np.ndarray, found: dict, hos
 
 def _ppo(c: ConfigDict, total, stopped, drift, batch, groups, S: int, host: dict) -> tuple[dict[str, np.ndarray], dict]:
     """PPO's columns: the reward at the last token less the KL at every token, GAE, whitened advantages."""
-    scores, running = ppo.clip_and_scale(np.nan_to_num(total), c, host["running"])
+    scores, running = ppo.clip_and_scale(total, c, host["running"])
+    scores = np.nan_to_num(scores)  # an answer of which no worth is known is worth as much as the others, on average
     if c.missing_eos_penalty is not None:
         scores = scores - c.missing_eos_penalty * ~stopped
     values = of_answers(batch["old_values"], groups)
@@ -275,11 +279,10 @@ def _ppo(c: ConfigDict, total, stopped, drift, batch, groups, S: int, host: dict
 
 def report(total: np.ndarray, each: np.ndarray, lengths: np.ndarray, stopped: np.ndarray, c: ConfigDict) -> dict[str, float]:
     """TRL's metrics of a rollout."""
-    spread = np.nan_to_num(np.nanstd(total, axis=1, ddof=1)) if total.shape[1] > 1 else np.zeros(len(total))
     found = {
         "reward": mean_reward(total),
-        "reward_std": float(spread.mean()) if total.shape[1] > 1 else float(np.nanstd(total)),
-        "frac_reward_zero_std": float(np.mean(spread < 1e-9)),
+        "reward_std": adv.std(total, None).item(),
+        "frac_reward_zero_std": float(np.mean(adv.std(total, 1) < 1e-9)),
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
@@ -288,7 +291,7 @@ def report(total: np.ndarray, each: np.ndarray, lengths: np.ndarray, stopped: np
     for k, name in enumerate((*c.reward_funcs, *c.get("cost_funcs", ()), *(("environment",) if c.environment else ()))):
         short = str(name).rpartition(":")[2].rstrip("/").rpartition("/")[2]
         if not np.isnan(each[..., k]).all():
-            found |= {f"rewards/{short}/mean": float(np.nanmean(each[..., k])), f"rewards/{short}/std": float(np.nanstd(each[..., k]))}
+            found |= {f"rewards/{short}/mean": float(np.nanmean(each[..., k])), f"rewards/{short}/std": adv.std(each[..., k], None).item()}
     return found
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from aligner.algorithms import make
+from aligner.algorithms.distillation import distil
 from aligner.algorithms.grpo import PENALISED
 from aligner.likelihood import answer_lengths, sum_answers
 from aligner.rl import rollouts
@@ -21,7 +22,7 @@ ROLE = np.array([[r + 1 for r, m in enumerate(row) for _ in range(m)] + [0] * (S
 THERE = ROLE > 0
 LEFT_OUT = (1, 3)  # a token that is not learnt
 LOGPS = -RNG.gamma(1.5, 1.0, ROLE.shape) * THERE
-OLD, REFERENCE = ((LOGPS + RNG.normal(0, scale, ROLE.shape)) * THERE for scale in (0.3, 0.5))
+OLD, REFERENCE, SAMPLED = ((LOGPS + RNG.normal(0, scale, ROLE.shape)) * THERE for scale in (0.3, 0.5, 0.4))
 ENTROPY = RNG.gamma(2, 0.5, ROLE.shape) * THERE
 ADVANTAGES = np.array([[1.2, -0.7, -0.5], [0.4, -1.1, 0.7]])
 REWARDS = np.array([[0.3, 1.4, -0.2], [2.0, -1.0, 0.5]])
@@ -30,6 +31,8 @@ REWARDS = np.array([[0.3, 1.4, -0.2], [2.0, -1.0, 0.5]])
 def objective_of(name, **settings):
     config = tiny.config()
     config.algorithm = getattr(common, name)()
+    if "importance_cap" in settings:  # a server writes
+        config.generation.server, config.generation.importance_cap = "vllm:http://host", settings.pop("importance_cap")
     config.algorithm.update(dict(reward_funcs=("math",)) | settings)
     config.generation.max_new_tokens = LONGEST
     return config.algorithm, make(config, tiny.family("llama").model).objective
@@ -38,7 +41,7 @@ def objective_of(name, **settings):
 def total(objective, arrays, answers, stats=()):
     """The loss that a step would have."""
     with jax.enable_x64(True):
-        batch = {"score_segment": THERE.astype(np.int32), "score_role": ROLE, "example_id": np.arange(2)[:, None], "sampling_logps": OLD}
+        batch = {"score_segment": THERE.astype(np.int32), "score_role": ROLE, "example_id": np.arange(2)[:, None], "sampling_logps": SAMPLED}
         batch = {name: jnp.asarray(x) for name, x in (batch | arrays).items()}
         batch |= {name: batch[name] * (batch["score_role"] <= answers) for name in ("score_segment", "score_role")}
         tokens = {"logp": jnp.asarray(LOGPS), "entropy": jnp.asarray(ENTROPY)} | {name: jnp.asarray(x) for name, x in dict(stats).items()}
@@ -64,18 +67,22 @@ def token_loss(c, ratio, sequence_ratio, a, logp):
     return min(loss, -c.dual_clip * a) if c.dual_clip is not None and a < 0 else loss
 
 
-def reference_loss(c):
+def reference_loss(c, cap=None):
+    """`cap`: of a server's importance ratios; None where this process writes."""
     of_answers, entropies = [], []
     for row in range(2):
         for role in (1, 2, 3):
             at = [t for t in range(S) if ROLE[row, t] == role and (row, t) != LEFT_OUT]
             logs = np.array([LOGPS[row, t] - OLD[row, t] for t in at])
             a = ADVANTAGES[row, role - 1]
-            keep = c.off_policy_mask_threshold is None or a >= 0 or -logs.mean() <= c.off_policy_mask_threshold
+            lags = np.array([1.0 if cap is None else min(np.exp(OLD[row, t] - SAMPLED[row, t]), cap) for t in at])
+            drift = np.mean([(OLD if cap is None else SAMPLED)[row, t] - LOGPS[row, t] for t in at])
+            keep = c.off_policy_mask_threshold is None or a >= 0 or drift <= c.off_policy_mask_threshold
+            whole = np.exp(logs.sum() + np.log(lags).sum())  # from who wrote
             losses = []
-            for t, log in zip(at, logs):
+            for t, log, lag in zip(at, logs, lags):
                 log = {"token": log, "sequence": logs.mean(), "sequence_sum": logs.sum()}[c.importance_sampling_level]
-                loss = token_loss(c, np.exp(log), np.exp(logs.sum()), a, LOGPS[row, t]) * keep
+                loss = token_loss(c, np.exp(log), whole, a, LOGPS[row, t]) * keep * (1 if c.loss_type == "vespo" else lag)
                 if c.beta and c.name not in PENALISED:
                     d = REFERENCE[row, t] - LOGPS[row, t]
                     loss += c.beta * (np.exp(d) - 1 - d) * (np.exp(log) if c.use_bias_correction_kl else 1)
@@ -95,17 +102,19 @@ CASES = [dict(loss_type=name) for name in ("grpo", "bnpo", "dr_grpo", "dapo", "s
 CASES += [dict(loss_type="cispo", epsilon_high=1.2), dict(loss_type="dapo", epsilon=0.1, epsilon_high=0.3, dual_clip=1.2),
           dict(loss_type="grpo", delta=1.1), dict(loss_type="grpo", importance_sampling_level="sequence", epsilon=0.02),
           dict(loss_type="bnpo", beta=0.2), dict(loss_type="dapo", beta=0.2, use_bias_correction_kl=True, entropy_coef=0.03),
-          dict(loss_type="dapo", off_policy_mask_threshold=0.05)]  # fmt: skip
+          dict(loss_type="dapo", off_policy_mask_threshold=0.05),
+          dict(loss_type="dapo", off_policy_mask_threshold=0.05, importance_cap=1.1), dict(loss_type="vespo", importance_cap=1.1)]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, settings", [("grpo", case) for case in CASES] + [("rloo", dict(beta=0.1)), ("reinforce_plus_plus", {})], ids=str)
 def test_grpo_and_its_kin(name, settings):
+    cap = settings.get("importance_cap")
     c, objective = objective_of(name, **{"num_generations": 3, **settings})
     learn = THERE * 1.0
     learn[LEFT_OUT] = 0
     advantages = np.where(THERE, np.take_along_axis(ADVANTAGES, np.maximum(ROLE - 1, 0), 1), 0)
     arrays = {"learn": learn, "old_logps": OLD, "reference_logps": REFERENCE, "advantages": advantages}
-    assert total(objective, arrays, 3) == pytest.approx(reference_loss(c), rel=BAR)
+    assert total(objective, arrays, 3) == pytest.approx(reference_loss(c, cap), rel=BAR)
 
 
 # ---- pairs of one's own answers
@@ -129,6 +138,28 @@ def test_online_dpo(loss, answers):
         margin = summed(LOGPS - REFERENCE, row, best) - summed(LOGPS - REFERENCE, row, worst)
         losses.append(np.log1p(np.exp(-0.3 * margin)) if loss == "sigmoid" else (margin - 1 / 0.6) ** 2)
     assert total(objective, pair_arrays(c), answers) == pytest.approx(np.mean(losses), rel=BAR)
+
+
+def test_answers_that_are_left_out_make_no_pair():
+    """Those that were cut, where config.algorithm.mask_truncated_completions says so: here the second prompt's worse answer."""
+    c, objective = objective_of("xpo", xpo_alpha=0.2, beta=0.3)
+    learn = THERE * 1.0
+    learn[1, ROLE[1] == 2] = 0
+    margin = summed(LOGPS - REFERENCE, 0, 2) - summed(LOGPS - REFERENCE, 0, 1)
+    wanted = np.log1p(np.exp(-0.3 * margin)) + 0.2 * summed(LOGPS, 0, 2)
+    assert total(objective, pair_arrays(c) | {"learn": learn}, 2) == pytest.approx(wanted, rel=BAR)
+
+
+@pytest.mark.parametrize("objective", ["divergence", "iw_opd"])
+def test_a_teacher_is_not_followed_on_answers_that_are_left_out(objective):
+    config, model = tiny.config(), tiny.family("llama").model
+    config.algorithm = common.on_policy_distillation()
+    config.algorithm.update(dict(objective=objective, num_generations=3, iw_opd_gamma=0.0))
+    learn = THERE * 1.0
+    learn[1, ROLE[1] == 2] = 0
+    losses = (LOGPS - REFERENCE) * LOGPS if objective == "iw_opd" else ENTROPY
+    stats = {"divergence": ENTROPY, "agreement": THERE * 1.0, "teacher_logp": REFERENCE}
+    assert total(distil(config, model, model).objective, {"learn": learn}, 3, stats) == pytest.approx(losses[learn > 0].mean(), rel=BAR)
 
 
 def test_xpo():

@@ -7,18 +7,22 @@ import numpy as np
 import pytest
 
 from aligner import algorithms
+from aligner.likelihood import answer_lengths
+from aligner.metrics import merge, values
+from aligner.models import from_hf
 from aligner.prepare import fingerprint
-from aligner.types import UserError
+from aligner.types import Scores, UserError
 from configs import common
 from tests.algorithms import bigram, rows
+from tests.models.vision_configs import CASES, hf_config
 
 
-def make(algorithm, reference=None, **changes):
+def make(algorithm, reference=None, model=None, **changes):
     config = common.base()
     config.algorithm = algorithm()
     config.algorithm.update(changes)
     config.reference.update(reference or {})
-    return algorithms.make(config, bigram.make_model())
+    return algorithms.make(config, model or bigram.make_model())
 
 
 @pytest.mark.parametrize(
@@ -119,6 +123,26 @@ def test_bco_carries_the_mean_of_all_rewards():
         rewards.append(np.asarray(found)[batch["example_id"] >= 0])
     assert carry["count"] == 48
     assert metrics["delta"].value == pytest.approx(np.concatenate(rewards).mean(), rel=1e-5)
+
+
+def test_a_prompt_that_sees_all_of_itself_is_not_learnt():
+    model = from_hf(hf_config("paligemma", CASES["paligemma"][0]))
+    with pytest.raises(UserError, match="prompt of paligemma sees all of itself, what is to be predicted included; set it to"):
+        make(common.orpo, model=model)
+    assert make(common.orpo, model=model, nll_over="completion").needs == "preference"
+
+
+def test_the_kl_of_an_evaluation_is_no_single_batch_s():
+    """It is the mean over batches of more or fewer examples, here with log-ratios of 1, 2, .. each."""
+    examples, algorithm, found = rows.make_examples("unpaired"), make(common.kto), []
+    for members in (examples[:6], examples[6:]):
+        batch = rows.make_batch(members, kind="unpaired", empty_rows=2)
+        there = batch["example_id"] >= 0
+        logps = np.float32(np.cumsum(there) * there[:, 0])[:, None, None] * np.ones(2, np.float32)
+        tokens = {name: np.zeros(batch["score_from"].shape, np.float32) for name in ("entropy", "mean_logit")}
+        scores = Scores(logps, answer_lengths(batch, 2), tokens, {}, reference_logps=0 * logps)
+        found.append(algorithm.objective(scores, batch, {})[1])
+    assert values(merge(*found))["kl"] == pytest.approx((6 * 3.5 + 2 * 1.5) / 8)
 
 
 def test_a_ranking_of_two_is_dpo():

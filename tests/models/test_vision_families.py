@@ -104,3 +104,18 @@ def test_positions_turn_in_rows_and_columns():
     text = lambda n: [n, n, n]
     inside = [[2, 2 + r, 2 + c] for r in range(2) for c in range(3)]
     np.testing.assert_array_equal(found, [text(0), text(1), *inside, text(5), text(6), text(6), text(7)])
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "llava_onevision", "mllama"])
+def test_a_row_without_pictures_is_read_as_it_is_by_itself(family, tmp_path):
+    """Also where other rows have some, and something is said of every token because of them."""
+    model = model_from_folder(vision_folders.describe(tmp_path, family))
+    rows = vision_folders.rows(tmp_path / "rows", 3)
+    dataset = loader.load_dataset(data_tiny.config(rows, image_folder=str(rows.parent)), "train", model, progress=False)
+    row = {name: jnp.asarray(array)[None] for name, array in dataset.row(0).items()}
+    text = {name: row[name] for name in ("tokens", "positions", "segment_ids", "role")}
+    assert set(model.media.per_token) <= set(row) and not row["image_mask"].any()
+    params = tiny.as_arrays(tiny.perturbed(model))
+    among = model.apply(params, row, features=model.encode(params, row)).hidden
+    real = np.asarray(row["segment_ids"] > 0)
+    np.testing.assert_allclose(np.asarray(among)[real], np.asarray(model.apply(params, text).hidden)[real], atol=1e-4)
