@@ -1,6 +1,7 @@
 """The optimizer from the config: AdamW, a schedule, and groups of leaves by regex."""
 
 import difflib
+import math
 import re
 from collections.abc import Mapping
 
@@ -22,7 +23,7 @@ def make_schedule(optim: ConfigDict, steps: int) -> optax.Schedule:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(f"config.optim.schedule {optim.schedule!r} is not a schedule{hint} (known: {', '.join(SCHEDULES)})")
     peak = optim.learning_rate
-    warmup = round(optim.warmup * steps) if optim.warmup < 1 else int(optim.warmup)
+    warmup = math.ceil(steps * optim.warmup) if optim.warmup < 1 else int(optim.warmup)  # up, as transformers rounds
     rest = max(steps - warmup, 1)
     decay = {
         "constant": optax.constant_schedule(peak),
@@ -32,9 +33,9 @@ def make_schedule(optim: ConfigDict, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), decay], [warmup]) if warmup else decay
 
 
-def group_factor(path: str, groups, key: str) -> float:
-    """The factor of the first group whose regex matches the path from its start; 1 without one."""
-    return next((float(options.get(key, 1.0)) for pattern, options in groups if re.match(pattern, path)), 1.0)
+def group_factor(path: str, groups, key: str, default: float = 1.0) -> float:
+    """The factor of the first group whose regex matches the path from its start; the default without one, or where it sets none."""
+    return next((float(options.get(key, default)) for pattern, options in groups if re.match(pattern, path)), default)
 
 
 def check_groups(groups, trainable: Params) -> None:
@@ -55,6 +56,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """AdamW over the trainable tree (Loshchilov & Hutter, arXiv 1711.05101); clipping is the step's.
 
+    Norms' weights and biases get no weight decay, as in transformers' Trainer and so in TRL, unless a group sets theirs.
+
     Args:
         optim: the config's section.
         schedule: learning rate by step.
@@ -70,7 +73,8 @@ def make_optimizer(
         return lambda tree: jax.tree_util.tree_map_with_path(lambda path, leaf: function("/".join(k.key for k in path), leaf), tree)
 
     def decay(path, leaf):
-        factor = optim.weight_decay * group_factor(path, optim.groups, "weight_decay")
+        alone = path.rpartition("/")[2] in ("scale", "bias")
+        factor = optim.weight_decay * group_factor(path, optim.groups, "weight_decay", default=0.0 if alone else 1.0)
         for prefix, count in (trained_layers or {}).items():
             if path.startswith(prefix):
                 reached = jnp.arange(leaf.shape[0]) < count if count else jnp.zeros(leaf.shape[:1], bool)

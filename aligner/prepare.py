@@ -18,11 +18,12 @@ from aligner.processes import anywhere
 from aligner.types import Batch
 
 BATCHES_PER_PART = 32
+VERSION = 2  # raised when columns were found to have been computed wrongly: those on disk are then computed anew
 
 
 def fingerprint(**parts) -> str:
     """A short name for everything that the columns depend on."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(parts | {"version": VERSION}, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def compute_columns(

@@ -262,7 +262,7 @@ def base() -> ConfigDict:
     config.optim.beta1 = 0.9
     config.optim.beta2 = 0.999
     config.optim.eps = 1e-8
-    config.optim.weight_decay = 0.0
+    config.optim.weight_decay = 0.0  # not of norms and biases, unless a group sets theirs
     config.optim.max_grad_norm = 1.0  # 0 turns clipping off
     config.optim.freeze = ()  # regexes on tree paths ("vision_tower/.*"): no gradient, no optimizer memory
     config.optim.groups = ()  # (regex, {"learning_rate": factor, "weight_decay": factor}) pairs; the first match wins

@@ -32,6 +32,12 @@ def test_schedules(name, warmup):
         np.testing.assert_allclose(float(found(step)), 2.0 * expected, atol=1e-6, err_msg=str(step))
 
 
+def test_a_part_of_a_step_of_warmup_is_a_whole_one():
+    """As transformers rounds: a tenth of 25 steps are three."""
+    found = schedule(steps=25, schedule="constant", warmup=0.1)
+    np.testing.assert_allclose([float(found(step)) for step in range(4)], [0, 2 / 3, 4 / 3, 2], rtol=1e-6)
+
+
 def test_without_warmup_the_first_step_is_at_the_peak():
     for name in optim.SCHEDULES:
         assert float(schedule(schedule=name)(0)) == 2.0
@@ -76,13 +82,18 @@ def test_moments_of_bfloat16_parameters_fall_too():
 
 
 def test_weight_decay_is_decoupled():
-    """AdamW: lr * decay * parameter, whatever the gradient."""
-    for leaf in jax.tree.leaves(moved(gradient=0.0, weight_decay=0.5)):
+    """AdamW: lr * decay * parameter, whatever the gradient; of norms and biases only where a group says so."""
+    found = moved(gradient=0.0, weight_decay=0.5)
+    for leaf in (found["tower"]["layers"]["kernel"], found["head"]["kernel"]):
         np.testing.assert_allclose(leaf, -0.1 * 0.5 * 2.0, rtol=1e-5)
+    np.testing.assert_array_equal(found["tower"]["norm"]["scale"], 0)
+    found = moved(gradient=0.0, weight_decay=0.5, groups=((".*/norm", {"weight_decay": 1.0}),))
+    np.testing.assert_allclose(found["tower"]["norm"]["scale"], -0.1 * 0.5 * 2.0, rtol=1e-5)
 
 
 def test_no_weight_decay_where_no_gradient_reaches():
-    found = moved(gradient=0.0, weight_decay=0.5, trained_layers={"tower/layers": 2, "tower/norm": 0})
+    everywhere = (("", {"weight_decay": 1.0}),)
+    found = moved(gradient=0.0, weight_decay=0.5, trained_layers={"tower/layers": 2, "tower/norm": 0}, groups=everywhere)
     np.testing.assert_allclose(found["tower"]["layers"]["kernel"], [[-0.1] * 2, [-0.1] * 2, [0.0] * 2], rtol=1e-5)
     np.testing.assert_array_equal(found["tower"]["norm"]["scale"], 0)
     np.testing.assert_allclose(found["head"]["kernel"], -0.1, rtol=1e-5)

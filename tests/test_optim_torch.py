@@ -27,7 +27,8 @@ def test_adamw(decay):
             params = optax.apply_updates(params, updates)
 
     theirs = [torch.nn.Parameter(torch.tensor(leaf)) for leaf in jax.tree.leaves(start)]
-    adamw = torch.optim.AdamW(theirs, lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=decay)
+    groups = [{"params": [theirs[0]], "weight_decay": decay}, {"params": [theirs[1]], "weight_decay": 0.0}]  # as transformers' Trainer
+    adamw = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.999), eps=1e-8)
     linear = lambda step: step / 2 if step < 2 else (5 - step) / 3  # transformers' linear schedule with two steps of warm-up
     rates = torch.optim.lr_scheduler.LambdaLR(adamw, linear)
     for grads in gradients:
