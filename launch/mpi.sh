@@ -1,6 +1,6 @@
 #!/bin/bash
 # Open MPI 4 or 5, one process for each slot of a host:
-#     HOSTS=node1:8,node2:8 launch/mpi.sh --config configs/dpo_llava.py --workdir /shared/runs/dpo --config.mesh.fsdp=16
+#     HOSTS=node1:8,node2:8 launch/mpi.sh --config configs/dpo_llava.py --workdir /shared/runs/dpo --config.mesh.data=2 --config.mesh.fsdp=8
 
 HOSTS="${HOSTS:?HOSTS is missing: such as HOSTS=node1:8,node2:8}"
 CHIP="${CHIP:-h100}" # see launch/settings.sh

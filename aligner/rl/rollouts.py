@@ -98,12 +98,17 @@ def collect(writer: Writer, prompts: Prompts, position: int, count: int, n: int,
         ids = range(position, position + count - len(kept))
         position = ids.stop
         found = write(writer, [prompts.item(place) for place in ids], ids, n)
-        tells = [tries == 0 or np.ptp(np.nan_to_num(adv.combine(group.rewards, writer.weights))) > 0 for group in found]
+        tells = [tries == 0 or _differ(adv.combine(group.rewards, writer.weights)) for group in found]
         kept += [group for group, good in zip(found, tells) if good]
         spare += [group for group, good in zip(found, tells) if not good]
         if len(kept) == count or not left:
             break
     return kept + spare[: count - len(kept)], position
+
+
+def _differ(worth: np.ndarray) -> bool:
+    """Whether two answers, of those whose worth is known, are worth something else."""
+    return len(np.unique(worth[~np.isnan(worth)])) > 1
 
 
 def lay_out(groups: Sequence[Group], model: Model, shared: bool, multiple: int) -> dict[str, np.ndarray]:
@@ -282,7 +287,7 @@ def report(total: np.ndarray, each: np.ndarray, lengths: np.ndarray, stopped: np
     found = {
         "reward": mean_reward(total),
         "reward_std": adv.std(total, None).item(),
-        "frac_reward_zero_std": float(np.mean(adv.std(total, 1) < 1e-9)),
+        "frac_reward_zero_std": float(np.mean(adv.std(total, None if c.get("scale_rewards") == "batch" else 1) < 1e-9)),
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),

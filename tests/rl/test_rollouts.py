@@ -1,5 +1,7 @@
 """What a rollout's rewards come to: its metrics, and the columns that updates read, where several settings meet."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -40,6 +42,24 @@ def test_deviations_are_those_of_the_whole_batch():
     assert found["rewards/math/std"] == pytest.approx(np.std(first, ddof=1))
     assert found["rewards/format/std"] == pytest.approx(np.std([1.0, 0.0, 4.0, 1.0], ddof=1))
     assert found["reward"] == pytest.approx(np.mean(total)) and found["frac_reward_zero_std"] == 0
+
+
+@pytest.mark.parametrize("scale,share", [("group", 0.5), ("batch", 0.0)])
+def test_rewards_without_spread_are_of_what_they_are_scaled_by(scale, share):
+    """TRL's frac_reward_zero_std: of the groups, or of the batch."""
+    rewards = np.array([[[1.0]] * 3, [[1.0], [2.0], [1.0]]])
+    assert rollout("grpo", rewards, scale_rewards=scale)[1]["frac_reward_zero_std"] == share
+
+
+@pytest.mark.parametrize("worth,kept", [([1.0, 1.0, np.nan], False), ([np.nan] * 3, False), ([0.1] * 3, False), ([1.0, np.nan, 0.0], True)])
+def test_only_answers_of_a_known_worth_tell_whether_a_group_is_kept(worth, kept, monkeypatch):
+    """Dynamic sampling: what no reward function valued is worth nothing that is known, not 0."""
+    ids = iter(range(10))
+    write = lambda writer, items, places, n: [rollouts.Group(next(ids), [], [], np.array(worth)[:, None]) for _ in places]
+    monkeypatch.setattr(rollouts, "write", write)
+    writer, prompts = SimpleNamespace(weights=np.ones(1)), SimpleNamespace(item=lambda place: place)
+    groups, place = rollouts.collect(writer, prompts, 0, 2, 3, tries=1)
+    assert (len(groups), place) == ((2, 2) if kept else (2, 4))
 
 
 def test_a_share_of_the_surest_tokens_is_one_of_those_that_are_learnt():
