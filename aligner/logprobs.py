@@ -273,7 +273,7 @@ def _through_head(static: _Static, d, logits, states, weight, bias, trains, part
     factors = (low, states) if static.transposed else (states, low)
     # not mapped over one part: what a CPU turns in memory for its product cannot be
     d_weight = jax.vmap(weight_gradient)(*map(by_part, factors)) if parts > 1 else weight_gradient(*factors)[None]
-    return d_states, (d_weight, None if bias is None else jnp.sum(by_part(d), axis=(1, 2)))
+    return d_states, (d_weight, None if bias is None else jnp.sum(by_part(d), axis=tuple(range(1, d.ndim))))
 
 
 def _parts(static: _Static, hidden) -> int:
@@ -292,8 +292,11 @@ def _stats_backward(static: _Static, residuals, gradients):
     gradients = {n: g for n, g in gradients.items() if n in DIFFERENTIABLE and not isinstance(g, SymbolicZero)}
     weight, parts = _gathered(static, weight), _parts(static, hidden)
 
+    # tokens one after the other, as the product has them: the gradient by the logits then takes the place of the logits in memory
+    flat = lambda x: x.reshape(-1, *x.shape[2:]) if alone() else x
+
     def body(carry, chunk):
-        states, ids, lse, entropy, g, logits = chunk
+        states, ids, lse, entropy, g, logits = jax.tree.map(flat, chunk)
         logits = _logits(static, states, weight, bias) if logits is None else logits
         p = jnp.exp(logits - lse[..., None])
         # d logp = onehot - p; d lse = p; d entropy = -p (log p + entropy)
@@ -304,7 +307,7 @@ def _stats_backward(static: _Static, residuals, gradients):
         if "entropy" in g:
             d = d - g["entropy"][..., None] * p * (logits - lse[..., None] + entropy[..., None])
         d_states, d_head = _through_head(static, d, logits, states, weight, bias, trains, parts)
-        return jax.tree.map(jnp.add, carry, d_head), d_states
+        return jax.tree.map(jnp.add, carry, d_head), d_states.reshape(chunk[0].shape)
 
     arrays = (hidden, targets, lse, lse if entropy is None else entropy, gradients)
     chunks = (*jax.tree.map(lambda x: _chunks(x, static.chunk), arrays), kept)

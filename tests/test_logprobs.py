@@ -203,6 +203,20 @@ def test_dense_logits_and_unknown_names():
         token_stats(hidden, head, targets, ("perplexity",))
 
 
+@pytest.mark.parametrize("names", [("logp",), ("logp", "entropy")], ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+def test_the_gradient_takes_the_logits_place(transposed, names):
+    """On one CPU a chunk that is kept for the backward pass is there once, not a second time as what its gradient is."""
+    rows, length, width, vocabulary = 4, 64, 8, 4096
+    shapes = [(rows, length, width), (vocabulary, width) if transposed else (width, vocabulary)]
+    hidden, weight = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    targets = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    loss = lambda hidden, weight, targets: sum(map(jnp.sum, token_stats(hidden, Head(weight, transposed), targets, names).values()))
+    program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, weight, targets).compile()
+    logits = 4 * rows * length * vocabulary
+    assert logits <= program.memory_analysis().temp_size_in_bytes < 1.2 * logits
+
+
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_one_cpu_multiplies_for_the_states_before_it_multiplies_for_the_head(dtype, transposed):
