@@ -14,8 +14,8 @@ from aligner.models import from_hf
 from aligner.models.pictures import Picture, turned, turning_positions
 from aligner.types import UserError
 from tests.data import tiny as data_tiny
-from tests.invariance import step
 from tests.everyday import everyday
+from tests.invariance import step
 from tests.models import tiny, vision_folders
 from tests.models.vision_configs import CASES, VIDEOS, Case, batch, hf_config
 
