@@ -147,7 +147,7 @@ def test_a_setting_that_may_be_none_is_set_to_none(monkeypatch, given, clipped):
         ("data.max_length", 20, ["too long: 160", "config.data.max_length is 20", "none is left"]),
         ("mesh.fsdp", 3, ["config.mesh", "'fsdp': 3", "devices"]),
         ("mesh.data", 0, ["config.mesh", "must be positive"]),
-        ("mesh.sequence", 8, ["tensor x sequence = 8 devices", "of keys", "make the product a divisor of"]),
+        ("mesh.sequence", 8, ["tensor x sequence = 8 devices", "heads of keys", "make the product a divisor of"]),
         ("setup", "scripts.nothing:make", ["config.setup 'scripts.nothing:make' cannot be imported"]),
         ("setup", ":", ["config.setup ':' cannot be imported"]),
     ],

@@ -165,8 +165,8 @@ def check_heads(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, heads: int,
     if not mesh.empty and mesh.shape["sequence"] > 1 and _copies(mesh, heads, key_heads) is None:
         parts = mesh.shape["sequence"] * mesh.shape["tensor"]
         raise UserError(
-            f"config.mesh has tensor x sequence = {parts} devices for the heads of a row, and the model {heads}, {key_heads} of keys; "
-            f"make the product a divisor of {heads} that {key_heads} is a divisor or a multiple of"
+            f"config.mesh has tensor x sequence = {parts} devices for the heads of a row, and the model has {heads}, and {key_heads} heads "
+            f"of keys; make the product a divisor of {heads} that {key_heads} is a divisor or a multiple of"
         )
 
 

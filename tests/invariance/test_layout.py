@@ -107,7 +107,7 @@ def test_rows_cut_over_devices_take_less_memory_and_work_of_each(keys):
 
 
 def test_a_mesh_that_cannot_cut_rows_is_refused():
-    with pytest.raises(UserError, match=r"tensor x sequence = 8 .* the model 4, 2 of keys"):
+    with pytest.raises(UserError, match=r"tensor x sequence = 8 .* the model has 4, and 2 heads of keys"):
         compute("llama", mesh=dict(data=1, sequence=8))
 
 
