@@ -102,6 +102,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         say(*dataset.report)
     for asked in filter(None, (prompts, held_out)):
         check_growth(model, asked.lengths, manner.max_new_tokens)
+    referred = c.beta > 0 and c.name != "on_policy_distillation"  # whose beta is the divergence's own
     updates = c.num_mini_batches * c.num_iterations
     size = config.data.batch_size * c.num_mini_batches  # prompts of a rollout
     steps = config.train.steps or max(1, int(config.train.epochs * prompts.size / size * updates))
@@ -137,7 +138,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         fixed = {"base": base}
         if config.reference.kind == "base":
             fixed["initial"] = frozen_copy(config, {path: leaf for path, leaf in lora.flatten(trainable).items() if path in adapters.saved})
-        elif c.beta > 0 and algorithm.rollout:
+        elif referred and algorithm.rollout:
             fixed["reference"] = lora.combine(frozen_copy(config, lora.flatten(trainable)), base)
         if critic:
             trainable = {**trainable, ppo.CRITIC: load_frozen(master(config), *critic, mesh)}
@@ -174,7 +175,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         other = writer._replace(engine=local(manner, jax.random.fold_in(key, 1), rival))
         greedy = writer._replace(engine=local(dataclasses.replace(manner, temperature=0.0)))
         # the policy that wrote is asked again where it will have moved on, or where its own word is part of the reward
-        wants = bool(served) or updates > 1 or c.beta > 0 or c.get("top_entropy_quantile", 1.0) < 1 or c.name in (*PENALISED, "ppo")
+        wants = bool(served) or updates > 1 or referred or c.get("top_entropy_quantile", 1.0) < 1 or c.name in (*PENALISED, "ppo")
         asks = algorithm.rollout is not None and wants
 
         def policy() -> Any:

@@ -10,7 +10,7 @@ from aligner.algorithms.checks import check_choice, check_not_negative
 from aligner.algorithms.grpo import check_online
 from aligner.likelihood import answer_lengths, answer_members, spread, sum_answers, tempered
 from aligner.logprobs import TopK, divergence, token_stats
-from aligner.losses.partial_distillation import SUPPORTS, iw_opd
+from aligner.losses.partial_distillation import SUPPORTS, iw_opd, iw_opd_weight
 from aligner.types import Algorithm, Array, Batch, Float, Mean, Model, Scores, Term, UserError
 
 OBJECTIVES = ("divergence", "iw_opd")
@@ -63,23 +63,29 @@ def distil(config: ConfigDict, model: Model, teacher: Model) -> Algorithm:
         mask = (batch["score_segment"] > 0) * batch.get("learn", 1.0)  # of one's own answers some may be left out
         count, total = jnp.sum(mask), lambda x: jnp.sum(x * mask)
         if c.objective == "iw_opd":
-            losses, advantages = sampled(scores, batch, answers, c.iw_opd_gamma)
-            found = {"iw_opd/mean_advantage": Mean(total(advantages), count)}
+            losses, measures = sampled(scores, batch, answers, c.iw_opd_gamma)
+            found = {f"iw_opd/mean_{name}": Mean(total(value), count) for name, value in measures.items()}
         else:
             losses, found = scores.tokens["divergence"], {"agreement": Mean(total(scores.tokens["agreement"]), count)}
         return {c.objective: Term(1.0, total(losses), count)}, found, carry
 
-    return Algorithm(score, objective, needs="prompt" if c.name == "on_policy_distillation" else "supervised")
+    if c.name != "on_policy_distillation":
+        return Algorithm(score, objective, needs="supervised")
+    wrote = lambda params, fixed, batch: {"old_logps": score(params, fixed, batch, None).tokens["logp"]}
+    return Algorithm(score, objective, needs="prompt", rollout=wrote if c.objective == "iw_opd" else None)
 
 
-def sampled(scores: Scores, batch: Batch, answers: int, gamma: float) -> tuple[Float[Array, "B S"], Float[Array, "B S"]]:
-    """IW-OPD's loss of every token, and its advantage; who wrote the answers is `old_logps` of the batch, else the student as it is."""
+def sampled(scores: Scores, batch: Batch, answers: int, gamma: float) -> tuple[Float[Array, "B S"], dict[str, Float[Array, "B S"]]]:
+    """IW-OPD's loss of every token, and TRL's measures of it; who wrote is `old_logps` of the batch, else the student as it is."""
     logps = scores.tokens["logp"]
     old = batch.get("old_logps", jax.lax.stop_gradient(logps))
     advantages = jnp.where(batch["score_segment"] > 0, jax.lax.stop_gradient(scores.tokens["teacher_logp"]) - old, 0)
     member, size = answer_members(batch, answers, logps.dtype), jnp.abs(advantages)
     before = jnp.sum(jnp.cumsum(member * size[..., None], axis=1) * member, axis=-1) - size
-    return iw_opd(logps, advantages, before, spread(sum_answers(size, batch, answers), batch), gamma), advantages
+    total = spread(sum_answers(size, batch, answers), batch)
+    weight = iw_opd_weight(before, total, gamma)
+    measures = {"advantage": weight * advantages, "abs_advantage": size, "weight": weight}
+    return iw_opd(logps, advantages, before, total, gamma), measures
 
 
 def check(config: ConfigDict) -> None:

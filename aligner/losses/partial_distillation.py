@@ -55,8 +55,8 @@ def sampled_reverse_kl(logps: Values, teacher_logps: Values) -> Values:
     return jax.lax.stop_gradient(logps - teacher_logps) * logps
 
 
-def iw_opd(logps: Values, advantages: Values, before: Values, total: Values, gamma: float, epsilon: float = 1e-8) -> Values:
-    """On-policy distillation with early tokens weighted more (IW-OPD, arXiv 2606.22600): -w a log p, w = 1 + gamma (1 - before / total).
+def iw_opd(logps: Values, advantages: Values, before: Values, total: Values, gamma: float) -> Values:
+    """On-policy distillation with early tokens weighted more (IW-OPD, arXiv 2606.22600): -w a log p, w by `iw_opd_weight`.
 
     At gamma = 0 it is `sampled_reverse_kl` of the student that wrote.
 
@@ -64,8 +64,12 @@ def iw_opd(logps: Values, advantages: Values, before: Values, total: Values, gam
         advantages: a = log q - log p_old, p_old being the student that wrote; a constant.
         before, total: |a| summed over the tokens of the answer that stand before this one, and over all of them.
     """
-    weight = 1 + gamma * (1 - before / jnp.maximum(total, epsilon))
-    return -jax.lax.stop_gradient(weight * advantages) * logps
+    return -jax.lax.stop_gradient(iw_opd_weight(before, total, gamma) * advantages) * logps
+
+
+def iw_opd_weight(before: Values, total: Values, gamma: float, epsilon: float = 1e-8) -> Values:
+    """1 + gamma (1 - before / total), of what `iw_opd` has: from 1 + gamma at an answer's first token down to 1."""
+    return 1 + gamma * (1 - before / jnp.maximum(total, epsilon))
 
 
 def importance(logps: Values, old_logps: Values, cap: float) -> Values:

@@ -228,6 +228,21 @@ def test_every_other_algorithm_takes_two_steps(demo, tmp_path, name):
 
 
 @pytest.mark.slow
+def test_who_wrote_what_is_distilled(demo, tmp_path):
+    """IW-OPD's advantage is over the student that wrote: the same in all passes over a rollout, while that student learns."""
+    make_llama(tmp_path / "teacher", seed=1, tokenizer=make_words(), hidden_size=32, layers=1, heads=2, kv_heads=1)
+    config = settings(demo, "grpo", train__steps=2, optim__learning_rate=1e-2).copy_and_resolve_references().unlock()
+    config.algorithm = common.on_policy_distillation()
+    config.algorithm.update(objective="iw_opd", teacher=str(tmp_path / "teacher"), num_iterations=2)
+    online.run(config.lock(), tmp_path / "run")
+    first, second = records(tmp_path / "run")
+    assert first["loss"] != pytest.approx(second["loss"], rel=1e-3)
+    for name in ("advantage", "abs_advantage", "weight"):
+        assert second[f"iw_opd/mean_{name}"] == pytest.approx(first[f"iw_opd/mean_{name}"], rel=1e-5)
+    assert 1 < first["iw_opd/mean_weight"] < 1 + config.algorithm.iw_opd_gamma
+
+
+@pytest.mark.slow
 def test_an_episode_of_several_turns(demo, tmp_path):
     """The demo's environment: what it says is in the text, not in what is learnt; its rewards are the run's."""
     from pyarrow import parquet
