@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
-import os
 import re
 import runpy
-import select
 import signal
 import sys
 from collections.abc import Callable
@@ -18,6 +16,7 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import ConfigDict, FieldReference
 
+from aligner.stopping import unread
 from aligner.types import UserError
 from aligner.workdir import flat
 
@@ -178,7 +177,7 @@ def ended(program: Callable[[], int | None], explain: Callable[[str], str] = str
         print(f"error: {explain(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and _unread():
+        if isinstance(error, BrokenPipeError) and unread():
             return 128 + signal.SIGPIPE
         if not (message := unwritable(error)):
             raise
@@ -187,17 +186,6 @@ def ended(program: Callable[[], int | None], explain: Callable[[str], str] = str
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
         return 130
-
-
-def _unread() -> bool:
-    """Whether stdout or stderr is a pipe that its reader has left; what is still printed there goes nowhere."""
-    pipes = select.poll()
-    for descriptor in (1, 2):
-        pipes.register(descriptor, 0)
-    left = [descriptor for descriptor, event in pipes.poll(0) if event & (select.POLLERR | select.POLLHUP)]
-    for descriptor in left:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-    return bool(left)
 
 
 def unwritable(error: OSError) -> str | None:

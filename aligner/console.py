@@ -12,12 +12,18 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
+from aligner.stopping import unread
+
 
 def say(*lines: str) -> None:
-    """A line for the user, from process 0 only, above the progress bar."""
+    """A line for the user, from process 0 only, above the progress bar. Where nobody reads on, the work goes on nevertheless."""
     if jax.process_index() == 0:
         for line in lines:
-            tqdm.write(line, file=sys.stderr)
+            try:
+                tqdm.write(line, file=sys.stderr)
+            except BrokenPipeError:
+                if not unread():
+                    raise
 
 
 def bar(total: int, title: str, unit: str, start: int = 0, **options) -> tqdm:

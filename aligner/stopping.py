@@ -5,16 +5,40 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import select
 import signal
 import threading
 from collections.abc import Callable, Iterator
 
-ASKED = (signal.SIGTERM, signal.SIGUSR1)  # by a launcher: a preemption notice, SLURM's --signal=USR1@SECONDS
+# by a launcher: a preemption notice, SLURM's --signal=USR1@SECONDS; by a terminal that is closed, unless nohup says otherwise
+ASKED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 HUNG = 124  # exit status, as of timeout(1)
 
 
 class Stopped(Exception):
     """The run was asked to stop (SIGTERM, SIGUSR1, Ctrl-C) and has saved what it must."""
+
+
+def heeded() -> tuple[signal.Signals, ...]:
+    """Those of ASKED that this process was not started to ignore."""
+    return tuple(number for number in ASKED if signal.getsignal(number) != signal.SIG_IGN)
+
+
+def unread() -> bool:
+    """Whether stdout or stderr is a pipe that its reader has left, or a closed terminal; what is printed there goes nowhere then."""
+    outputs = select.poll()
+    for descriptor in (1, 2):
+        outputs.register(descriptor, 0)
+    left = [descriptor for descriptor, event in outputs.poll(0) if event & (select.POLLERR | select.POLLHUP)]
+    for descriptor in left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return bool(left)
+
+
+def tell(sentence: str) -> None:
+    """A line on stderr from wherever the process stands: print() may be what a signal interrupted."""
+    unread()
+    os.write(2, f"\n{sentence}\n".encode())
 
 
 def end_quietly(number: int = signal.SIGINT, code: int = 128 + signal.SIGINT) -> None:
@@ -24,7 +48,7 @@ def end_quietly(number: int = signal.SIGINT, code: int = 128 + signal.SIGINT) ->
     """
 
     def end(number, frame):
-        os.write(2, b"\nstopped at once; the same command goes on from the newest checkpoint\n")
+        tell("stopped at once; the same command goes on from the newest checkpoint")
         os._exit(code)
 
     signal.signal(number, end)
@@ -33,8 +57,8 @@ def end_quietly(number: int = signal.SIGINT, code: int = 128 + signal.SIGINT) ->
 @contextlib.contextmanager
 def nothing_to_save(code: int) -> Iterator[None]:
     """While a run starts and reads its data, SIGTERM and SIGUSR1 end it with `code`, and Ctrl-C with 130."""
-    before = {number: signal.getsignal(number) for number in (*ASKED, signal.SIGINT)}
-    for number in ASKED:
+    before = {number: signal.getsignal(number) for number in (*heeded(), signal.SIGINT)}
+    for number in heeded():
         end_quietly(number, code)
     end_quietly()
     try:
@@ -46,7 +70,7 @@ def nothing_to_save(code: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[Callable[[], None]]:
-    """`check_stop()`, which raises Stopped once SIGTERM, SIGUSR1 or Ctrl-C has come (to any process); a second Ctrl-C ends at once.
+    """`check_stop()`, which raises Stopped once one of ASKED or Ctrl-C has come (to any process); a second Ctrl-C ends at once.
 
     Several processes must stop after the same step. JAX's preemption service, which has taken SIGTERM for itself, agrees on one
     without holding up the devices; the others are handed on to it.
@@ -65,7 +89,7 @@ def catch_signals() -> Iterator[Callable[[], None]]:
         again = " (Ctrl-C again to stop at once)" if number == signal.SIGINT else ""
         if several:
             os.kill(os.getpid(), signal.SIGTERM)
-        os.write(2, f"\nstopping: the state is being saved{again}\n".encode())  # print() may be what the signal interrupted
+        tell(f"stopping: the state is being saved{again}")
 
     def check_stop() -> None:
         nonlocal checks
@@ -73,7 +97,7 @@ def catch_signals() -> Iterator[Callable[[], None]]:
         if multihost_utils.reached_preemption_sync_point(checks) if several else asked:
             raise Stopped(asked[0] if asked else signal.SIGTERM)
 
-    numbers = [number for number in (*ASKED, signal.SIGINT) if not (several and number == signal.SIGTERM)]
+    numbers = [number for number in (*heeded(), signal.SIGINT) if not (several and number == signal.SIGTERM)]
     before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield check_stop
@@ -100,8 +124,8 @@ def watchdog(seconds: float) -> Iterator[Callable[[bool], None]]:
         while not left.wait(tick):
             waited += tick  # and not by the clock: a process that was suspended meanwhile does not hang
             if watching and waited >= seconds:
-                os.write(2, f"\nno step for {seconds:g} s: the stacks of all threads, then this process ends with status {HUNG}; "
-                            "the same command goes on from the newest checkpoint\n".encode())  # fmt: skip
+                tell(f"no step for {seconds:g} s: the stacks of all threads, then this process ends with status {HUNG}; "
+                     "the same command goes on from the newest checkpoint")  # fmt: skip
                 faulthandler.dump_traceback(2, all_threads=True)
                 os._exit(HUNG)
 

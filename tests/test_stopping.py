@@ -1,8 +1,10 @@
-"""Ends before the time: what a signal does to a program that has nothing to save, and to a step that hangs. No JAX, so it is quick."""
+"""Ends before the time: what a signal does to a program, and to a step that hangs. Hardly any JAX, so it is quick."""
 
+import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -13,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 
 def begin(code):
     """A program of its own, once it has said that it is there."""
-    said = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    process = subprocess.Popen([sys.executable, "-c", f"import sys, time\nfrom aligner import stopping\n{code}"], **said)
+    said = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen([sys.executable, "-c", f"import os, sys, time\nfrom aligner import stopping\n{code}"], **said)
     assert process.stdout.readline() == "here\n", process.communicate()[1]
     return process
 
@@ -28,7 +30,7 @@ except BaseException:  # as some import might
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGHUP", 75), ("SIGINT", 130)])
 def test_nothing_to_save(number, code):
     """It ends with the code that the launcher knows, with one sentence, whatever catches exceptions just then."""
     process = begin(f"with stopping.nothing_to_save(75):{WORK.replace(chr(10), chr(10) + '    ')}")
@@ -42,6 +44,59 @@ def test_handlers_come_back():
     process = begin(done)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == -signal.SIGTERM
+
+
+def test_nohup():
+    """A process that was started to outlive its terminal does."""
+    process = begin("""
+import signal
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+with stopping.nothing_to_save(75):
+    print("here", flush=True)
+    time.sleep(1)
+with stopping.catch_signals() as check_stop:
+    os.kill(os.getpid(), signal.SIGHUP)
+    check_stop()
+""")
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 0, process.communicate()[1]
+
+
+def test_a_terminal_that_is_closed(tmp_path):
+    """The run saves and ends; that its last words reach nobody is no error."""
+    terminal, end = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    code = f"""
+import fcntl, os, sys, termios, time
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from aligner import stopping
+from aligner.console import progress, say
+with stopping.catch_signals() as check_stop, progress(0, 10**6) as bar:
+    try:
+        for step in range(10**6):
+            bar(step, dict(loss=0.0, num_tokens=1))
+            time.sleep(0.01)
+            check_stop()
+    except stopping.Stopped:
+        say("saved")
+        open({str(tmp_path / "saved")!r}, "w").close()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=end, stdout=end, stderr=end, cwd=ROOT)
+    os.close(end)
+    seen = b""
+    while b"%" not in seen:
+        seen += os.read(terminal, 1000)
+    os.close(terminal)
+    assert process.wait(60) == 0
+    assert (tmp_path / "saved").exists()
+
+
+def test_nobody_reads_on():
+    """Of a run into `| head`, whose last line has been read: it goes on."""
+    process = begin("from aligner.console import say\nprint('here', flush=True)\nsys.stdin.read()\nsay('one', 'two')\nprint('done')")
+    process.stderr.close()
+    assert process.communicate()[0] == "done\n" and process.returncode == 0
 
 
 def test_a_step_that_hangs():
