@@ -85,6 +85,14 @@ def test_the_penalty_for_length_is_one_more_reward_where_each_is_normalised_apar
         np.testing.assert_allclose(batch["advantages"][row, firsts], wanted[row], rtol=1e-5)
 
 
+@pytest.mark.parametrize("environment,turns,lost", [("", 4, 5 / 6), ("games:Game", 1, 5 / 6), ("games:Game", 2, 0.0)])
+def test_an_answer_is_too_long_by_the_longest_that_can_be(environment, turns, lost):
+    """Of all its turns, where it has several: an episode lost reward for two turns of which none was long."""
+    names = () if environment else ("math",)
+    settings = dict(reward_funcs=names, environment=environment, max_turns=turns, overlong_buffer=2, overlong_penalty=2.0)
+    assert rollout("grpo", np.ones((2, 3, 1)), **settings)[1]["reward"] == pytest.approx(1 - lost)
+
+
 def test_an_answer_whose_worth_is_not_known_does_not_move_what_rewards_are_standardised_by():
     zeros = [[np.zeros(m) for m in row] for row in LENGTHS]
     columns = {"old_values": zeros, "old_logps": zeros}
