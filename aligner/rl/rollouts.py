@@ -294,10 +294,12 @@ def report(total: np.ndarray, each: np.ndarray, lengths: np.ndarray, stopped: np
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": float(1 - stopped.mean()),
     }
-    for k, name in enumerate((*c.reward_funcs, *c.get("cost_funcs", ()), *(("environment",) if c.environment else ()))):
-        short = str(name).rpartition(":")[2].rstrip("/").rpartition("/")[2]
+    names = [str(name) for name in (*c.reward_funcs, *c.get("cost_funcs", ()), *(("environment",) if c.environment else ()))]
+    short = [name.rpartition(":")[2].rstrip("/").rpartition("/")[2] for name in names]
+    for k, name in enumerate(names):
+        label = short[k] if short.count(short[k]) == 1 else name  # two exports of runs: of each its whole path
         if not np.isnan(each[..., k]).all():
-            found |= {f"rewards/{short}/mean": float(np.nanmean(each[..., k])), f"rewards/{short}/std": adv.std(each[..., k], None).item()}
+            found |= {f"rewards/{label}/mean": float(np.nanmean(each[..., k])), f"rewards/{label}/std": adv.std(each[..., k], None).item()}
     return found
 
 

@@ -44,6 +44,13 @@ def test_deviations_are_those_of_the_whole_batch():
     assert found["reward"] == pytest.approx(np.mean(total)) and found["frac_reward_zero_std"] == 0
 
 
+def test_two_rewards_of_one_short_name_have_their_own_metrics():
+    """A reward model's and a cost model's folder are both called export: the costs stood there as the rewards."""
+    names = ("runs/helpful/export", "runs/short/export")
+    _, found, _ = rollout("grpo", reward_funcs=names)
+    assert [found[f"rewards/{name}/mean"] for name in names] == pytest.approx([np.nanmean(REWARDS[..., k]) for k in (0, 1)])
+
+
 @pytest.mark.parametrize("scale,share", [("group", 0.5), ("batch", 0.0)])
 def test_rewards_without_spread_are_of_what_they_are_scaled_by(scale, share):
     """TRL's frac_reward_zero_std: of the groups, or of the batch."""
