@@ -337,8 +337,9 @@ def _saved_tensors(model: Model, adapters: Adapters, leaves: Mapping[str, np.nda
 
 
 def _targets(model: Model, abstract: Params, entries: Mapping[str, Entry], adapted: set[str]) -> list[str]:
-    """Short names (`q_proj`) when they mean exactly the adapted modules, otherwise full ones."""
+    """Short names (`q_proj`) when they mean exactly the adapted modules, otherwise full ones; a number alone would mean blocks, too."""
     linear = (entries[f"{m}/kernel"] for m in lora.linears(model.conversion, abstract))
     every = {module_name(model, name) for entry in linear for _, name in entry.tensors()}
     last = {name.rpartition(".")[2] for name in adapted}
-    return sorted(last) if {name for name in every if name.rpartition(".")[2] in last} == adapted else sorted(adapted)
+    exact = {name for name in every if name.rpartition(".")[2] in last} == adapted and not any(map(str.isdigit, last))
+    return sorted(last if exact else adapted)

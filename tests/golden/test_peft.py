@@ -190,6 +190,20 @@ def test_maps_that_are_one_there_and_several_here(tmp_path, family):
     assert_close(our_logits(model, again, inputs), expected)
 
 
+def test_a_map_that_is_called_by_a_number_is_named_in_full(tmp_path):
+    """Qwen2-VL's merger ends in mlp.0 and mlp.2: PEFT took "0" for the first block of the tower too, and refused the adapter."""
+    from aligner.models import from_hf
+    from tests.models import vision_configs
+
+    model = from_hf(vision_configs.hf_config("qwen2_vl", vision_configs.CASES["qwen2_vl"][0]))
+    abstract = convert.abstract_params(model)
+    adapters = lora.plan(lora_config(targets=("visual/.*",)), model, abstract)
+    kernels = {module: lora.flatten(abstract)[f"{module}/kernel"] for module in adapters.rank}
+    ours.write(tmp_path / "adapter", model, adapters, lora.unflatten(lora.new_leaves(adapters, kernels, jax.random.key(0), "float32")))
+    named = json.loads((tmp_path / "adapter" / ours.CONFIG).read_text())["target_modules"]
+    assert "model.visual.merger.mlp.0" in named and not any(name.isdigit() for name in named)
+
+
 @pytest.mark.slow
 def test_gradients_of_dora_and_lora(bases, tmp_path):
     """The gradient by each adapter leaf, DoRA's lengths held constant."""
