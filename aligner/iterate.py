@@ -106,6 +106,11 @@ def check(config: ConfigDict, rounds: int) -> None:
 
     if rounds < 1:
         raise UserError(f"--rounds is {rounds}; it must be at least 1")
+    if config.lora.adapter:
+        raise UserError(
+            f"config.lora.adapter is {config.lora.adapter}, but a round starts from a whole model, with new adapters: the answers would be "
+            "written without it, and every round would add it again; merge it into config.model.path first (merge_and_unload of PEFT)"
+        )
     if config.algorithm.name in ONLINE:
         raise UserError(f"{config.algorithm.name} writes its own answers; a round learns from pairs, as configs/dpo_llama3.py does")
 
@@ -148,6 +153,9 @@ def write_pairs(path: Path, model: Any, prompts: str, reward_model: str, n: int,
     if not out.exists():
         generate.run(args)
     if reward_model:
+        if not out.stat().st_size:
+            out.unlink()  # so that the same command writes them anew
+            raise UserError(f"{reward_model} finds no answer to any of {prompts} better than another, so there is no pair to learn from")
         return
     rows = sources.open_rows(by_row.source(args), "data")
     _, to_sample = formatters.find_formatter("auto", rows.columns(), "data", (Supervised,))

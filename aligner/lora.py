@@ -32,6 +32,7 @@ INITS = ("kaiming", "gaussian")
 ALL = "all-linear"
 DECODER = r"(.*language_model/)?(model/)?layers/"  # where the text decoder's layers stand in the tree
 HEADS = r"(.*/)?(lm_head|score)$"
+NO_ROUTER = r"(?!.*/mlp/gate$)"  # `transformers` has no linear map there: PEFT passes it over, or cannot adapt it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ def plan(config: ConfigDict, model: Model, params: Params) -> Adapters:
     """
     c = config.lora
     known = linears(model.conversion, params)
-    targets = [DECODER] if not c.targets else [".*"] if tuple(c.targets) == (ALL,) else list(c.targets)
+    targets = [NO_ROUTER + DECODER] if not c.targets else [NO_ROUTER + ".*"] if tuple(c.targets) == (ALL,) else list(c.targets)
     for pattern in targets:
         if not any(re.match(pattern, module) for module in known):
             near = [m for m in known if m.rpartition("/")[2] in pattern] or difflib.get_close_matches(pattern, known, n=1, cutoff=0.0)

@@ -219,7 +219,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             greedy.engine.update(policy(), step)
             groups = rollouts.write(greedy, items, range(len(items)), 1)
             worth = advantages.combine(np.stack([group.rewards for group in groups]), weights)
-            length = np.mean([len(group.answers[0].tokens) for group in groups])
+            length = np.mean([group.answers[0].written.sum() for group in groups])
             return {"reward": rollouts.mean_reward(worth), "completions/mean_length": float(length)}
 
         step = int(train_state.step)

@@ -286,7 +286,8 @@ def base() -> ConfigDict:
     config.lora.dropout = 0.0  # of the adapters' inputs; draws differ with `train.accumulate`
     config.lora.variant = "lora"  # lora, rslora, dora
     config.lora.init = "kaiming"  # of lora_a: kaiming (as PEFT), gaussian; lora_b is zero
-    config.lora.targets = ()  # regexes on tree paths, such as (".*(q|v)_proj",); ("all-linear",); () is all of the decoder's layers
+    # regexes on tree paths, such as (".*(q|v)_proj",); ("all-linear",); () is all of the decoder's layers; routers only where named
+    config.lora.targets = ()
     config.lora.layers_to_transform = ()  # indices of the layers that get adapters; () is all
     config.lora.modules_to_save = ()  # regexes on tree paths: modules that train whole beside the adapters
     config.lora.adapter = ""  # folder of a PEFT adapter to go on from: its rank, alpha and variant must be those above, its targets count

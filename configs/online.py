@@ -37,7 +37,8 @@ def _online(name: str) -> dict:
         beta=0.0,  # weight of the KL divergence from the reference; 0 needs no reference
         entropy_coef=0.0,  # weight of the entropy of the next-token distributions, which is pushed up
         mask_truncated_completions=False,  # learn nothing from answers that were cut at generation.max_new_tokens
-        overlong_buffer=0,  # tokens before that limit over which an answer loses up to overlong_penalty of its reward
+        # tokens before the longest answer that can be, of all turns, over which one loses up to overlong_penalty of its reward
+        overlong_buffer=0,
         overlong_penalty=1.0,
     )
 

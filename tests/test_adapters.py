@@ -16,7 +16,7 @@ from aligner.models import from_hf
 from aligner.train_step import jit, make_train_step
 from aligner.types import UserError
 from tests.invariance.step import keep_gradient, one_device, put
-from tests.models import tiny, vision_configs
+from tests.models import text_configs, tiny, vision_configs
 
 BAR = 1e-5
 
@@ -203,6 +203,16 @@ def test_a_frozen_part_gets_no_adapters(llava):
     found = lora.plan(config, llava.model, llava.params)
     assert not any(module.startswith("vision_tower") for module in found.rank)
     assert any(module.startswith("multi_modal_projector") for module in found.rank)
+
+
+def test_a_router_gets_an_adapter_only_where_it_is_named():
+    """PEFT could not load the adapter of a Qwen2-MoE: the router is no linear map there."""
+    model = from_hf(text_configs.hf_config("qwen2_moe", **text_configs.CASES["qwen2_moe"][0]))
+    params = convert.abstract_params(model)
+    planned = lambda *targets: lora.plan(configure(lora__targets=targets), model, params).rank
+    router = "model/layers/mlp/gate"
+    assert router not in planned() and router not in planned("all-linear") and router in planned(".*/gate")
+    assert "model/layers/mlp/shared_expert/gate_proj" in planned() and planned().keys() == planned("all-linear").keys()
 
 
 BAD = [

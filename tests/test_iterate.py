@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import aligner.run
-from aligner import iterate
+from aligner import generate, iterate
 from aligner.data.by_columns import messages, prompt_completion
 from aligner.types import UserError
 from configs import common, grpo_llama3
@@ -56,9 +57,20 @@ def test_self_play_from_the_command_line(tmp_path):
 
 
 def test_rounds_that_cannot_be_are_refused(tmp_path):
-    for config, rounds, words in ((common.base(), 0, "--rounds is 0"), (grpo_llama3.get_config(), 1, "grpo writes its own answers")):
+    adapted = common.base()
+    adapted.lora.rank, adapted.lora.adapter = 4, "adapter"  # the first answers were written without it, and the second round had it twice
+    cases = ((common.base(), 0, "--rounds is 0"), (grpo_llama3.get_config(), 1, "grpo writes its own answers"))
+    for config, rounds, words in (*cases, (adapted, 1, r"config\.lora\.adapter is adapter, but .* merge it into config\.model\.path first")):
         with pytest.raises(UserError, match=words):
             iterate.run(config, tmp_path, rounds, "x", "RM", False, 2)
+
+
+def test_a_judge_that_prefers_nothing_is_told_of(tmp_path, monkeypatch):
+    """The next command, with another model or more answers, does not find the empty file."""
+    monkeypatch.setattr(generate, "run", lambda args: Path(args.out).write_text(""))
+    with pytest.raises(UserError, match="RM finds no answer to any of x better than another"):
+        iterate.write_pairs(tmp_path / "pairs.jsonl", "model", "x", "RM", 2, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_pictures_are_looked_for_beside_the_prompts(tmp_path, monkeypatch):

@@ -88,7 +88,7 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
         total, per_answer = jnp.sum(losses * mask), summed(losses)
         term = {
             "grpo": (jnp.sum(per_answer / jnp.maximum(lengths, 1)), answers),
-            "dr_grpo": (total / config.generation.max_new_tokens, answers),
+            "dr_grpo": (total / longest(config), answers),
             "luspo": (jnp.sum(per_answer), answers),
         }
         terms = {c.loss_type: Term(1.0, *term.get("grpo" if c.loss_type == "sapo" else c.loss_type, (total, tokens)))}
@@ -100,6 +100,11 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
         return terms, found | sampling_differences(old, batch, mask), carry
 
     return Algorithm(lambda params, fixed, batch, key: policy(params, batch, key), objective, rollout=rollout, needs="prompt")
+
+
+def longest(config: ConfigDict) -> int:
+    """The most tokens that the policy may write in an answer: of all its turns, where an environment hears several."""
+    return config.generation.max_new_tokens * (config.algorithm.max_turns if config.algorithm.environment else 1)
 
 
 def reference_params(config: ConfigDict, fixed):

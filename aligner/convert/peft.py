@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from aligner import lora
 from aligner.convert import disk, hf
 from aligner.convert.tables import Entry, by_tensor, table, write_tensor
-from aligner.lora import Adapters
+from aligner.lora import TRAINED, Adapters
 from aligner.types import Model, Params, UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -157,16 +157,19 @@ def read(path: str | Path, model: Model, params: Params) -> tuple[Adapters, dict
             raise misfit(name, "belongs to no linear map there" if part else "belongs to nothing there")
         for entry, index in places[stored]:
             tensor = tensors[name]
-            if part in ("lora_b", "magnitude") or not part:
-                full = entry.full if not part else entry.full[:1]
-                if tensor.shape[: len(full)] != full:
-                    raise misfit(name, f"is {list(tensor.shape)}, where {list(full)} {'begin its shape' if part else 'is needed'}")
-                tensor = tensor[_part(entry)]
-            elif tensor.shape[1:] != entry.full[1:]:
-                raise misfit(name, f"is {list(tensor.shape)}, where {['r', *entry.full[1:]]} is needed")
             if not part:
-                saved.setdefault(entry.path, {})[index] = tensor.transpose(entry.perm)
+                if tensor.shape != entry.full:
+                    raise misfit(name, f"is {list(tensor.shape)}, where {list(entry.full)} is needed")
+                whole = (slice(None),) * len(entry.full)
+                saved.setdefault(entry.path, {})[index] = entry.core(tensor[entry.source(whole)], whole)
                 continue
+            inputs, outputs = (entry.full[axis] for axis in entry.perm)  # GPT-2's maps lie the other way round than all others
+            if part == "lora_a" and tensor.shape[1:] != (inputs,):
+                raise misfit(name, f"is {list(tensor.shape)}, where {['r', inputs]} is needed")
+            if part != "lora_a":
+                if tensor.shape[:1] != (outputs,):
+                    raise misfit(name, f"is {list(tensor.shape)}, where {[outputs]} begin its shape")
+                tensor = _outputs(entry, tensor).reshape(-1, *tensor.shape[1:])
             own = entry.path.removesuffix("/kernel")
             found.setdefault(own, {}).setdefault(index, {})[part] = tensor
             if part == "lora_a":
@@ -217,7 +220,7 @@ def write(out: str | Path, model: Model, adapters: Adapters, trainable: Params, 
         dtype: of the tensors.
 
     Raises:
-        UserError: `out` holds something else, or PEFT has no name for what trained.
+        UserError: `out` holds something else, or PEFT cannot say what trained.
     """
     out = Path(out).expanduser().absolute()
     if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {CONFIG, WEIGHTS, "README.md"}):
@@ -228,19 +231,17 @@ def write(out: str | Path, model: Model, adapters: Adapters, trainable: Params, 
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for module, r in adapters.rank.items():
-        entry = entries[f"{module}/kernel"]
-        if entry.part:
-            raise UserError(f"{module} is a part of {entry.names.flat[0]}, for which a PEFT adapter has no name; export it merged instead")
-        for index, name in entry.tensors():
-            scale = np.asarray(adapters.scale[module])[index]
-            if not scale:
-                continue
-            short = module_name(model, name)
-            ranks[short], alphas[short] = r, float(scale * (math.sqrt(r) if adapters.variant == "rslora" else r))
-            for part, ours in PARTS.items():
-                if f"{module}/{ours}" in leaves:
-                    tensors[f"{PREFIX}{short}.{part}"] = leaves[f"{module}/{ours}"][index].T
+    for name, parts in by_tensor([entries[f"{module}/kernel"] for module in adapters.rank]).items():
+        own = [(entry.path.removesuffix("/kernel"), entry, index) for entry, index in parts]
+        scales = [float(np.asarray(adapters.scale[module])[index]) for module, _, index in own]
+        if not any(scales):
+            continue
+        short, scale = module_name(model, name), max(scales)
+        trained = [ours for ours in TRAINED if f"{own[0][0]}/{ours}" in leaves]
+        factors = {ours: [leaves[f"{module}/{ours}"][index] for module, _, index in own] for ours in trained}
+        ranks[short] = r = sum(a.shape[1] for a in factors["lora_a"])
+        alphas[short] = float(f"{scale * (math.sqrt(r) if adapters.variant == 'rslora' else r):.12g}")
+        tensors |= {f"{PREFIX}{short}.{part}": tensor for part, tensor in _joined(own, factors, [s / scale for s in scales]).items()}
     whole = _saved_tensors(model, adapters, leaves, list(entries.values()))
     tensors |= {PREFIX + name: tensor for name, tensor in whole.items()}
     (rank, _), (alpha, _) = Counter(ranks.values()).most_common(1)[0], Counter(alphas.values()).most_common(1)[0]
@@ -294,12 +295,31 @@ def _parse(name: str) -> tuple[str, str]:
     return name, ""
 
 
-def _part(entry: Entry) -> tuple[slice, ...]:
-    """Where in a tensor that several leaves share this one lies."""
-    if not entry.part:
-        return ()
-    axis, start, stop = entry.part
-    return (slice(None),) * axis + (slice(start, stop),)
+def _joined(own: list[tuple[str, Entry, tuple]], factors: Mapping[str, list[np.ndarray]], weights: list[float]) -> dict[str, np.ndarray]:
+    """PEFT's tensors of one linear map. Where leaves are parts of it, as queries, keys and values may be, each keeps its own rank: what
+    they do with the input stands one below the other, and each reaches its own outputs alone."""
+    a = np.concatenate([factor.T for factor in factors["lora_a"]])
+    outputs = own[0][1].full[own[0][1].perm[1]]
+    b, start = np.zeros((outputs, len(a)), a.dtype), 0
+    for (_, entry, _), factor, weight in zip(own, factors["lora_b"], weights):
+        _outputs(entry, b)[..., start : start + len(factor)] = (weight * factor.T).reshape(entry.blocks, -1, len(factor))
+        start += len(factor)
+    joined = {"lora_A.weight": a, "lora_B.weight": b}
+    if "magnitude" in factors:
+        if sum(len(factor) for factor in factors["magnitude"]) < outputs:
+            whole = own[0][1].names.flat[0]
+            raise UserError(f"{own[0][0]} is a part of {whole}, of which PEFT's DoRA adapts all or nothing; export it merged instead")
+        magnitude = np.zeros(outputs, a.dtype)
+        for (_, entry, _), factor in zip(own, factors["magnitude"]):
+            _outputs(entry, magnitude)[...] = factor.reshape(entry.blocks, -1)
+        joined["lora_magnitude_vector"] = magnitude
+    return joined
+
+
+def _outputs(entry: Entry, tensor: np.ndarray) -> np.ndarray:
+    """What belongs to this leaf, a view [blocks, n, ..], of a tensor whose first axis is the outputs of all leaves that are one on disk."""
+    start, stop = entry.part[1:] if entry.part else (0, len(tensor))
+    return tensor.reshape(entry.blocks, -1, *tensor.shape[1:])[:, start:stop]
 
 
 def _saved_tensors(model: Model, adapters: Adapters, leaves: Mapping[str, np.ndarray], entries: list[Entry]) -> dict[str, np.ndarray]:
@@ -317,8 +337,9 @@ def _saved_tensors(model: Model, adapters: Adapters, leaves: Mapping[str, np.nda
 
 
 def _targets(model: Model, abstract: Params, entries: Mapping[str, Entry], adapted: set[str]) -> list[str]:
-    """Short names (`q_proj`) when they mean exactly the adapted modules, otherwise full ones."""
+    """Short names (`q_proj`) when they mean exactly the adapted modules, otherwise full ones; a number alone would mean blocks, too."""
     linear = (entries[f"{m}/kernel"] for m in lora.linears(model.conversion, abstract))
     every = {module_name(model, name) for entry in linear for _, name in entry.tensors()}
     last = {name.rpartition(".")[2] for name in adapted}
-    return sorted(last) if {name for name in every if name.rpartition(".")[2] in last} == adapted else sorted(adapted)
+    exact = {name for name in every if name.rpartition(".")[2] in last} == adapted and not any(map(str.isdigit, last))
+    return sorted(last if exact else adapted)

@@ -169,7 +169,15 @@ def generate(
 
 
 def check_growth(model: Model, lengths: np.ndarray, new: int) -> None:
-    """Refuse to write `new` tokens after prompts of these lengths [N] where what is remembered of a text would not hold to its end."""
+    """Refuse to write `new` tokens after prompts of these lengths [N] where the model has no positions for a text's end, or what is
+    remembered of a text would not hold to it."""
+    text = text_config(model)
+    longest, known = lengths.max(), text.learned_positions - text.position_offset
+    if text.learned_positions and longest + new > known:
+        raise UserError(
+            f"this {model.family} has learned {known} positions, and a prompt of {longest} tokens and {new} new ones may grow past them: "
+            f"let both together be at most {known}"
+        )
     if limit := outgrown(model, lengths, lengths + new):
         raise UserError(
             f"beyond {limit} tokens this {model.family} turns all of a text otherwise (its rope_type goes by the length), which would "

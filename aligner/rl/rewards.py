@@ -7,6 +7,7 @@ import importlib
 import inspect
 import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,8 +119,11 @@ def _called(reward: Reward, prompts: Sequence[Any], completions: Sequence[str], 
         return call(slice(None))
     except _Failed as failed:
         error = failed.args[0]
-        hung = error is None
+        hung, until = error is None, time.monotonic() + timeout
+        where = f"{len(completions)} answers, the first to the prompt {_short(prompts[0])}"
         for place in range(len(completions)) if len(completions) > 1 and not isinstance(error, UserError) else ():
+            if time.monotonic() > until:  # it may be no answer's fault: there are many
+                break
             try:  # one by one, to know which it is
                 timeout = min(timeout, 2.0)
                 call(slice(place, place + 1))
@@ -127,8 +131,6 @@ def _called(reward: Reward, prompts: Sequence[Any], completions: Sequence[str], 
                 where = f"the prompt {_short(prompts[place])}"
                 error, hung = single.args[0], single.args[0] is None
                 break
-        else:
-            where = f"{len(completions)} answers, the first to the prompt {_short(prompts[0])}"
     if isinstance(error, UserError):
         raise error
     if hung:

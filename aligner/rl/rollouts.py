@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from aligner import arrays
 from aligner.algorithms import ppo
+from aligner.algorithms.grpo import longest
 from aligner.console import say
 from aligner.data import layout
 from aligner.generation.engine import Completion, bucket
@@ -165,12 +166,12 @@ def learnable(
         host: what is kept from rollout to rollout: `beta`, `running`.
     """
     c = config.algorithm
-    S, longest = batch["score_from"].shape[1], config.generation.max_new_tokens
+    S, most = batch["score_from"].shape[1], longest(config)
     lengths = np.array([[answer.written.sum() for answer in group.answers] for group in groups])
     stopped = np.array([[answer.stopped for answer in group.answers] for group in groups])
     each = np.stack([group.rewards for group in groups])  # [B, n, K]
     raw = adv.combine(each, weights)
-    total = raw + c.overlong_penalty * adv.overlong_penalty(lengths, longest, c.overlong_buffer)
+    total = raw + c.overlong_penalty * adv.overlong_penalty(lengths, most, c.overlong_buffer)
     found = report(total, each, lengths, stopped, c)
     drift = None
     if "reference_logps" in batch:
@@ -186,7 +187,7 @@ def learnable(
     elif c.name == "ppo":
         columns, host = _ppo(c, total, stopped, drift, batch, groups, S, host)
     else:
-        columns = {"advantages": _per_answer(c, total, each, weights, greedy, drift, lengths, longest, S)}
+        columns = {"advantages": _per_answer(c, total, each, weights, greedy, drift, lengths, most, S)}
     batch = {**batch, **columns}
     if c.mask_truncated_completions:
         cut = [[np.full(m, float(end)) for m, end in zip(row, ends)] for row, ends in zip(lengths, stopped)]
@@ -199,7 +200,7 @@ def learnable(
     return batch, found, host
 
 
-def _per_answer(c: ConfigDict, total, each, weights, greedy, drift, lengths, longest: int, S: int) -> np.ndarray:
+def _per_answer(c: ConfigDict, total, each, weights, greedy, drift, lengths, most: int, S: int) -> np.ndarray:
     """Advantages [B,S] of the algorithms without a critic."""
     if drift is not None and c.name in ("rloo", "reinforce", "remax"):
         total = total - c.beta * np.array([[np.sum(one) for one in answers] for answers in drift])
@@ -219,7 +220,7 @@ def _per_answer(c: ConfigDict, total, each, weights, greedy, drift, lengths, lon
         case "remax":
             values = adv.remax(total, greedy)
         case _ if c.multi_objective == "gdpo":  # the penalty for length is one more reward
-            penalty = np.where(np.isnan(total), np.nan, adv.overlong_penalty(lengths, longest, c.overlong_buffer))
+            penalty = np.where(np.isnan(total), np.nan, adv.overlong_penalty(lengths, most, c.overlong_buffer))
             values = adv.gdpo(np.concatenate([each, penalty[..., None]], axis=-1), np.append(weights, c.overlong_penalty))
         case _:
             values = adv.grpo(total, c.scale_rewards)
@@ -293,10 +294,12 @@ def report(total: np.ndarray, each: np.ndarray, lengths: np.ndarray, stopped: np
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": float(1 - stopped.mean()),
     }
-    for k, name in enumerate((*c.reward_funcs, *c.get("cost_funcs", ()), *(("environment",) if c.environment else ()))):
-        short = str(name).rpartition(":")[2].rstrip("/").rpartition("/")[2]
+    names = [str(name) for name in (*c.reward_funcs, *c.get("cost_funcs", ()), *(("environment",) if c.environment else ()))]
+    short = [name.rpartition(":")[2].rstrip("/").rpartition("/")[2] for name in names]
+    for k, name in enumerate(names):
+        label = short[k] if short.count(short[k]) == 1 else name  # two exports of runs: of each its whole path
         if not np.isnan(each[..., k]).all():
-            found |= {f"rewards/{short}/mean": float(np.nanmean(each[..., k])), f"rewards/{short}/std": adv.std(each[..., k], None).item()}
+            found |= {f"rewards/{label}/mean": float(np.nanmean(each[..., k])), f"rewards/{label}/std": adv.std(each[..., k], None).item()}
     return found
 
 

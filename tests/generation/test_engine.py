@@ -8,7 +8,7 @@ import pytest
 from aligner import sharding
 from aligner.data.layout import pair_row
 from aligner.data.templates import Encoded
-from aligner.generation.engine import Prompt, bucket, generate_all, make_engine
+from aligner.generation.engine import Prompt, bucket, check_growth, generate_all, make_engine
 from aligner.generation.sampling import Sampling
 from aligner.likelihood import make_likelihood
 from aligner.models import from_hf
@@ -69,6 +69,15 @@ def test_texts_that_grow_past_what_changes_their_rotation(kind, lengths, limit):
     for prompt, (answer,) in zip(prompts, found):
         logits = model.logits(params, {"input_ids": np.concatenate([prompt.tokens, answer.tokens])[None]})[0, len(prompt.tokens) - 1 : -1]
         assert np.argmax(logits, -1).tolist() == answer.tokens.tolist()
+
+
+@pytest.mark.parametrize(("family", "positions"), [("gpt2", dict(n_positions=16)), ("opt", dict(max_position_embeddings=16))])
+def test_texts_that_grow_past_the_positions_that_were_learned(family, positions):
+    """Beyond them lies NaN: what was drawn from it was the first token again and again, and nothing was said."""
+    model = from_hf(text_configs.hf_config(family, **positions))
+    check_growth(model, np.array([3, 8]), 8)
+    with pytest.raises(UserError, match=r"learned 16 positions, and a prompt of 9 tokens and 8 new ones .* at most 16"):
+        check_growth(model, np.array([3, 9]), 8)
 
 
 @pytest.mark.slow

@@ -153,6 +153,57 @@ def test_theirs_here(bases, tmp_path, family, settings):
     assert ranks_differ or trained == sum(leaf.size for leaf in jax.tree.leaves(lora.split(params, adapters=adapters)[0]))
 
 
+FUSED = {"gpt2": ("dora", "model/layers/.*"), "gpt_neox": ("rslora", "model/layers/.*"), "bloom": ("dora", "model/layers/.*"),
+         "phi3": ("lora", ".*(q|v|gate)_proj")}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", everyday(FUSED, "gpt2"))
+def test_maps_that_are_one_there_and_several_here(tmp_path, family):
+    """Theirs here: one of many heads could not be read, nor one that lies the other way round. Ours there: each part has a rank of its own."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    from tests.golden.test_text_families import load_torch, save_checkpoint
+    from tests.models.text_configs import CASES as CONFIGS
+
+    base = save_checkpoint(tmp_path / "base", family, **CONFIGS[family][0])
+    plain = lambda: load_torch(base, torch.float32)
+    ids = np.random.default_rng(0).integers(5, 60, (2, 9))
+    inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    variant, targets = FUSED[family]
+    flags = dict(use_dora=variant == "dora", use_rslora=variant == "rslora")
+    theirs = get_peft_model(plain(), LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM", **flags))
+    rng = np.random.default_rng(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter += 0.2 * torch.from_numpy(rng.standard_normal(parameter.shape)).float()
+    theirs.save_pretrained(tmp_path / "theirs")
+    model, _, params = attached(base, lora_config(rank=4, alpha=6.0, variant=variant, adapter=str(tmp_path / "theirs")))
+    assert_close(our_logits(model, params, inputs), their_logits(theirs, inputs))
+
+    model, adapters, params = attached(base, lora_config(variant=variant, targets=(targets,)))
+    ours.write(tmp_path / "ours", model, adapters, lora.split(params, adapters=adapters)[0], str(base))
+    expected = our_logits(model, params, inputs)
+    assert_close(expected, their_logits(PeftModel.from_pretrained(plain(), tmp_path / "ours"), inputs))
+    adapters, weights = ours.read(tmp_path / "ours", model, convert.abstract_params(model))
+    again = lora.attach(aligner.load(base)[1], adapters, weights, key=jax.random.key(0), dtype="float32")
+    assert_close(our_logits(model, again, inputs), expected)
+
+
+def test_a_map_that_is_called_by_a_number_is_named_in_full(tmp_path):
+    """Qwen2-VL's merger ends in mlp.0 and mlp.2: PEFT took "0" for the first block of the tower too, and refused the adapter."""
+    from aligner.models import from_hf
+    from tests.models import vision_configs
+
+    model = from_hf(vision_configs.hf_config("qwen2_vl", vision_configs.CASES["qwen2_vl"][0]))
+    abstract = convert.abstract_params(model)
+    adapters = lora.plan(lora_config(targets=("visual/.*",)), model, abstract)
+    kernels = {module: lora.flatten(abstract)[f"{module}/kernel"] for module in adapters.rank}
+    ours.write(tmp_path / "adapter", model, adapters, lora.unflatten(lora.new_leaves(adapters, kernels, jax.random.key(0), "float32")))
+    named = json.loads((tmp_path / "adapter" / ours.CONFIG).read_text())["target_modules"]
+    assert "model.visual.merger.mlp.0" in named and not any(name.isdigit() for name in named)
+
+
 @pytest.mark.slow
 def test_gradients_of_dora_and_lora(bases, tmp_path):
     """The gradient by each adapter leaf, DoRA's lengths held constant."""

@@ -54,6 +54,20 @@ def test_what_is_wrong_is_told_with_its_prompt(function, words):
         called(function, timeout=0.3)
 
 
+def test_a_reward_that_is_slow_for_many_is_told_soon():
+    """No answer is at fault alone: to ask them all one by one took longer than the rollout itself."""
+    asked = []
+
+    def slow(prompts, completions):
+        asked.append(len(completions))
+        time.sleep(0.02 * len(completions))
+        return [0.0] * len(completions)
+
+    with pytest.raises(UserError, match="did not come back in time for 100 answers, the first to the prompt 'one\\?'"):
+        value([Reward("mine", slow)], ["one?"] * 100, ["1"] * 100, {}, 0.2)
+    assert len(asked) < 50
+
+
 @pytest.mark.parametrize("name", ["no_module:f", "json:no_function", ":f"])
 def test_a_name_that_cannot_be_imported(name):
     with pytest.raises(UserError, match=f"{name} cannot be imported"):

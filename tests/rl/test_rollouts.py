@@ -44,6 +44,13 @@ def test_deviations_are_those_of_the_whole_batch():
     assert found["reward"] == pytest.approx(np.mean(total)) and found["frac_reward_zero_std"] == 0
 
 
+def test_two_rewards_of_one_short_name_have_their_own_metrics():
+    """A reward model's and a cost model's folder are both called export: the costs stood there as the rewards."""
+    names = ("runs/helpful/export", "runs/short/export")
+    _, found, _ = rollout("grpo", reward_funcs=names)
+    assert [found[f"rewards/{name}/mean"] for name in names] == pytest.approx([np.nanmean(REWARDS[..., k]) for k in (0, 1)])
+
+
 @pytest.mark.parametrize("scale,share", [("group", 0.5), ("batch", 0.0)])
 def test_rewards_without_spread_are_of_what_they_are_scaled_by(scale, share):
     """TRL's frac_reward_zero_std: of the groups, or of the batch."""
@@ -83,6 +90,14 @@ def test_the_penalty_for_length_is_one_more_reward_where_each_is_normalised_apar
     for row in range(2):
         firsts = np.cumsum([0, *LENGTHS[row][:-1]])
         np.testing.assert_allclose(batch["advantages"][row, firsts], wanted[row], rtol=1e-5)
+
+
+@pytest.mark.parametrize("environment,turns,lost", [("", 4, 5 / 6), ("games:Game", 1, 5 / 6), ("games:Game", 2, 0.0)])
+def test_an_answer_is_too_long_by_the_longest_that_can_be(environment, turns, lost):
+    """Of all its turns, where it has several: an episode lost reward for two turns of which none was long."""
+    names = () if environment else ("math",)
+    settings = dict(reward_funcs=names, environment=environment, max_turns=turns, overlong_buffer=2, overlong_penalty=2.0)
+    assert rollout("grpo", np.ones((2, 3, 1)), **settings)[1]["reward"] == pytest.approx(1 - lost)
 
 
 def test_an_answer_whose_worth_is_not_known_does_not_move_what_rewards_are_standardised_by():
