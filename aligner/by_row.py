@@ -95,9 +95,10 @@ def resume(partial: Path, described: dict[str, Any]) -> int:
     return whole.count(b"\n")
 
 
-def media_columns(record: dict[str, Any]) -> dict[str, Any]:
-    """The columns of a row that say what its text shows: `image`, `images`, `video`, .."""
-    return {name: record[name] for kind in MEDIA for name in (kind, f"{kind}s") if name in record}
+def prompt_columns(record: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a row that belong to its prompt: what its text shows (`image`, `images`, `video`, ..), what its template is told."""
+    names = [name for kind in MEDIA for name in (kind, f"{kind}s")]
+    return {name: record[name] for name in (*names, "tools", "chat_template_kwargs") if name in record}
 
 
 def json_able(row: dict[str, Any]) -> dict[str, Any]:

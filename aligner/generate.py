@@ -153,11 +153,11 @@ def answer_rows(block: range, rows: Any, to_sample: Any, engine: Any, params: An
     from aligner.data.samples import Bad, as_prompt
     from aligner.generation.engine import Prompt, generate_all
 
-    model, found, prompts = modalities.looking_in(engine.model, rows.folder, args.video_frames), {}, {}
+    model, found, prompts, options = modalities.looking_in(engine.model, rows.folder, args.video_frames), {}, {}, {}
     for i in block:
         try:
             sample = as_prompt(to_sample(rows[i]))
-            prompts[i] = sample.prompt
+            prompts[i], options[i] = sample.prompt, sample.template
             encoded = templates.encode_prompt(sample.prompt, model.assets, model.media, sample.template)
             if len(encoded.prompt) > args.max_prompt_length:
                 raise Bad("too long", f"{len(encoded.prompt)} tokens, --max-prompt-length is {args.max_prompt_length}")
@@ -167,7 +167,7 @@ def answer_rows(block: range, rows: Any, to_sample: Any, engine: Any, params: An
     good = [i for i in block if isinstance(found[i], Prompt)]
     answers = generate_all(engine, params, [found[i] for i in good], jax.random.key(args.seed), args.n, ids=good)
     texts = [[engine.detokenize(answer.tokens) for answer in of_prompt] for of_prompt in answers]
-    flat = [(prompts[i], text) for i, of_prompt in zip(good, texts) for text in of_prompt]
+    flat = [(prompts[i], text, options[i]) for i, of_prompt in zip(good, texts) for text in of_prompt]
     rewards = iter(reward(*zip(*flat))) if reward and flat else None
     answered = dict(zip(good, zip(texts, answers)))
     for i in block:
@@ -195,7 +195,7 @@ def shape(record: dict[str, Any], args: argparse.Namespace) -> dict[str, Any] | 
     best, worst = max(ranked, key=lambda pair: pair[0]), min(ranked, key=lambda pair: pair[0])
     prompt = record["prompt"]
     message = (lambda text: [{"role": "assistant", "content": text}]) if isinstance(prompt, list) else (lambda text: text)
-    kept = by_row.media_columns(record)
+    kept = by_row.prompt_columns(record)
     if args.write == "best":
         rest = ("completions", "completion_lengths", "stopped", "rewards")
         return {key: value for key, value in record.items() if key not in rest} | {"completion": best[1], "reward": best[0]}

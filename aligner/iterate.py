@@ -174,7 +174,7 @@ def spin_pair(to_sample: Any, row: dict[str, Any], record: dict[str, Any]) -> di
     if not isinstance(real, str) or written is None or real.strip() == written.strip():
         return None
     message = (lambda text: [{"role": "assistant", "content": text}]) if isinstance(record["prompt"], list) else (lambda text: text)
-    return {**by_row.media_columns(record), "prompt": record["prompt"], "chosen": message(real), "rejected": message(written)}
+    return {**by_row.prompt_columns(record), "prompt": record["prompt"], "chosen": message(real), "rejected": message(written)}
 
 
 def main(argv: list[str]) -> int:

@@ -137,8 +137,9 @@ def batches(block: range, rows: Any, to_sample: Any, model: Any, max_length: int
 
     def encode(i: int):
         try:
-            prompt, answers = answers_of(to_sample(rows[i]))
-            encoded = templates.encode_answers(prompt, answers, model.assets, model.media)
+            sample = to_sample(rows[i])
+            prompt, answers = answers_of(sample)
+            encoded = templates.encode_answers(prompt, answers, model.assets, model.media, sample.template)
             length = len(encoded.prompt) + max(map(len, encoded.answers))
             if length > max_length:
                 raise Bad("too long", f"{length} tokens, --max-length is {max_length}")

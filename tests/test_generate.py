@@ -5,6 +5,7 @@ import json
 import pytest
 
 from aligner import convert, generate
+from aligner.data import templates
 from aligner.generation import engine
 from scripts.make_tiny_checkpoint import make_llama
 
@@ -96,3 +97,17 @@ def test_sharegpt_prompts_lose_the_answer_that_stands_there(folder, tmp_path):
 def test_one_sentence_for_what_is_wrong(folder, tmp_path, capsys, arguments, words):
     assert call(folder, tmp_path / "x.jsonl", *[folder / "lm" if part == "LM" else part for part in arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_pairs_keep_what_their_prompts_template_is_told(folder, tmp_path, monkeypatch):
+    """The tools that an answer was written with are those that the reward model reads, and that are trained with."""
+    row = {"prompt": [{"role": "user", "content": "3 or 5?"}], "tools": [{"name": "look"}], "chat_template_kwargs": {"mood": "kind"}}
+    (folder / "tools.jsonl").write_text(json.dumps(row) + "\n")
+    read, encode = [], templates.encode_answers
+    monkeypatch.setattr(templates, "encode_answers", lambda *args: read.append(args[-1]) or encode(*args))
+    rewarded = ("--n", 2, "--reward-model", folder / "rm", "--write", "preference")
+    assert call(folder, tmp_path / "p.jsonl", *rewarded, data="tools.jsonl") == 0
+    told = {"tools": row["tools"], "chat_template_kwargs": row["chat_template_kwargs"]}
+    [pair] = lines(tmp_path / "p.jsonl")
+    assert {name: pair[name] for name in told} == told
+    assert read == [{"tools": row["tools"], "mood": "kind"}] * 2

@@ -138,3 +138,21 @@ def test_another_chat_template_does_not_go_on_with_a_file(folder, monkeypatch):
         assert score.main(again) == 130
     template.write_text("{{ messages }}!")
     assert score.main(again) == 2
+
+
+def test_a_row_is_scored_with_what_its_template_is_told(folder):
+    """Tools and other arguments of a row's template stand in the text that a reward model was trained on."""
+    told = folder / "told.jinja"
+    told.write_text("{{ bos_token }}{{ mood }}{{ tools | map(attribute='name') | join }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    message = lambda role, content: [{"role": role, "content": content}]
+    row = {"prompt": message("user", "3 or 5?"), "chosen": message("assistant", "5"), "rejected": message("assistant", "3")}
+    row |= {"tools": [{"name": "Which"}], "chat_template_kwargs": {"mood": "larger"}}
+    (folder / "tools.jsonl").write_text(json.dumps(row) + "\n")
+    arguments = command(folder, "tools_scored.jsonl", "rm", "--chat-template", str(told))
+    arguments[arguments.index("--data") + 1] = str(folder / "tools.jsonl")
+    assert score.main(arguments) == 0
+    model, params = aligner.load(folder / "rm")
+    [found] = read(folder / "tools_scored.jsonl")
+    for value, answer in zip(found["rewards"], "53", strict=True):
+        ids = model.assets.tokenizer(f"<s>largerWhich3 or 5?{answer}", add_special_tokens=False)["input_ids"]
+        assert value == pytest.approx(float(model.logits(params, {"input_ids": [ids]})[0, -1, 0]), rel=1e-4, abs=1e-6)
