@@ -63,9 +63,7 @@ def make_reward_model(
             raise UserError(f"the reward model {path} cannot read a prompt: {bad}") from None
         return encoded if len(encoded.prompt) + len(encoded.answers[0]) <= max_length else None
 
-    def score(
-        prompts: Sequence[Any], completions: Sequence[str], options: Sequence[Mapping[str, Any]] | None = None
-    ) -> list[float | None]:
+    def score(prompts: Sequence[Any], completions: Sequence[str], options: Sequence[Mapping[str, Any]] | None = None) -> list[float | None]:
         encoded = [encode(*one) for one in zip(prompts, completions, options or [{}] * len(prompts), strict=True)]
         found: list[float | None] = [None] * len(encoded)
         order = sorted((i for i, one in enumerate(encoded) if one is not None), key=lambda i: layout.shape_of(encoded[i]))
