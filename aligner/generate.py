@@ -99,10 +99,9 @@ def run(args: argparse.Namespace) -> Path:
 
     mesh = sharding.make_mesh({"data": -1, "fsdp": args.fsdp})
     width = -(-args.batch_size // mesh.size) * mesh.size
-    text = lambda tokens: model.assets.tokenizer.decode(tokens, skip_special_tokens=True)
     with jax.set_mesh(mesh), attention.BACKEND(attention.chosen(mesh)):
         shardings = sharding.param_shardings(convert.abstract_params(model), model.sharding_rules, mesh)
-        engine = engines.make_engine(model, manner, rows=width, dtype=args.dtype, detokenize=text)
+        engine = engines.make_engine(model, manner, rows=width, dtype=args.dtype, detokenize=model.assets.tokenizer.decode)
         params = engine.prepare(convert.load_params(model, disk, args.dtype, shardings))
         seeing = dict(folder=rows.folder, frames=args.video_frames)
         reward = make_reward_model(args.reward_model, dtype=args.dtype, **seeing) if args.reward_model else None
@@ -166,7 +165,8 @@ def answer_rows(block: range, rows: Any, to_sample: Any, engine: Any, params: An
             found[i] = str(bad)
     good = [i for i in block if isinstance(found[i], Prompt)]
     answers = generate_all(engine, params, [found[i] for i in good], jax.random.key(args.seed), args.n, ids=good)
-    texts = [[engine.detokenize(answer.tokens) for answer in of_prompt] for of_prompt in answers]
+    text = lambda tokens: model.assets.tokenizer.decode(tokens, skip_special_tokens=True)
+    texts = [[text(answer.tokens) for answer in of_prompt] for of_prompt in answers]
     flat = [(prompts[i], text, options[i]) for i, of_prompt in zip(good, texts) for text in of_prompt]
     rewards = iter(reward(*zip(*flat))) if reward and flat else None
     answered = dict(zip(good, zip(texts, answers)))

@@ -1,12 +1,18 @@
 """`python -m aligner.generate` on a tiny model: every form of prompt, what is written, going on after a kill, clear errors."""
 
 import json
+import shutil
 
+import jax
+import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
+import aligner
 from aligner import convert, generate
 from aligner.data import templates
 from aligner.generation import engine
+from aligner.generation.sampling import Sampling
 from scripts.make_tiny_checkpoint import make_llama
 
 ROWS = [
@@ -111,3 +117,19 @@ def test_pairs_keep_what_their_prompts_template_is_told(folder, tmp_path, monkey
     [pair] = lines(tmp_path / "p.jsonl")
     assert {name: pair[name] for name in told} == told
     assert read == [{"tools": row["tools"], "mood": "kind"}] * 2
+
+
+def test_a_stop_string_may_be_a_special_token(folder, tmp_path):
+    """As `<|im_end|>` is one: it does not stand in what is written, and ends it all the same."""
+    model, params = aligner.load(folder / "lm")
+    prompt = model.assets.tokenizer(ROWS[3]["prompt"])["input_ids"]
+    made = engine.make_engine(model, Sampling(max_new_tokens=1, temperature=0), rows=1)
+    [[answer]] = engine.generate_all(made, made.prepare(params), [engine.Prompt(np.array(prompt, np.int32))], jax.random.key(0))
+    special = model.assets.tokenizer.convert_ids_to_tokens(int(answer.tokens[0]))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "lm")
+    tokenizer.add_special_tokens({"additional_special_tokens": [special]})
+    shutil.copytree(folder / "lm", tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    assert call(folder, tmp_path / "a.jsonl", "--model", tmp_path / "lm", "--temperature", 0, "--stop", special) == 0
+    row = lines(tmp_path / "a.jsonl")[3]
+    assert row["completion_lengths"] == [1] and row["stopped"] == [True] and row["completions"] == [""]
