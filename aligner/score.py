@@ -131,6 +131,7 @@ def batches(block: range, rows: Any, to_sample: Any, model: Any, max_length: int
 
     from aligner.data import layout, modalities, templates
     from aligner.data.samples import Bad
+    from aligner.models.decoder import outgrown
     from aligner.models.pictures import fill
 
     model = modalities.looking_in(model, rows.folder, frames)
@@ -147,15 +148,19 @@ def batches(block: range, rows: Any, to_sample: Any, model: Any, max_length: int
         except Bad as bad:
             found[i] = {"not_scored": str(bad)}
 
+    def shares(one: templates.Encoded) -> bool:  # a prompt that a long answer would turn otherwise is each answer's own
+        return outgrown(model, *np.array([[len(one.prompt)], [len(one.prompt) + max(map(len, one.answers))]])) is None
+
+    shape = lambda one: layout.shape_of(one, shares(one))
     with ThreadPoolExecutor(8) as pool:
-        encoded = sorted(filter(None, pool.map(encode, block)), key=lambda item: layout.shape_of(item[1]))
+        encoded = sorted(filter(None, pool.map(encode, block)), key=lambda item: shape(item[1]))
     for start in range(0, len(encoded), size):
         part = encoded[start : start + size]
         # powers of two, so that few shapes are compiled
-        T, S, I = (1 << int(most - 1).bit_length() if most else 0 for most in map(max, zip(*(layout.shape_of(e) for _, e, _ in part))))
+        T, S, I = (1 << int(most - 1).bit_length() if most else 0 for most in map(max, zip(*(shape(e) for _, e, _ in part))))
         made = []
         for i, one, seen in part:
-            made.append(layout.pair_row(one, T, S, I, model.media, example_id=i))
+            made.append(layout.pair_row(one, T, S, I, model.media, shares(one), example_id=i))
             fill(made[-1], seen, model.media)
         made += [layout.empty_row(T, S, I, model.media)] * (size - len(made))
         yield [i for i, *_ in part], {name: np.stack([row[name] for row in made]) for name in made[0]}
