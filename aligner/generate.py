@@ -85,7 +85,8 @@ def run(args: argparse.Namespace) -> Path:
     if model.has_score_head:
         raise UserError(f"{args.model} has a score head, so it cannot write; score rows with python -m aligner.score")
     rows = sources.open_rows(by_row.source(args), "data")
-    name, to_sample = formatters.find_formatter(args.formatter, rows.columns(), "data", formatters.PROMPTS)
+    told = by_row.template_of(args)
+    name, to_sample = formatters.find_formatter(args.formatter, rows.columns(), "data", formatters.PROMPTS, told)
     loader.check_assets(model)
     manner = sampling.Sampling(
         max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,

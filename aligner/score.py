@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> Path:
         raise UserError(f"{args.model} has {has}: use --kind {other}, or another --model")
     rows = sources.open_rows(by_row.source(args), "data")
     kinds = (Preference, Ranked, Unpaired, Supervised)
-    name, to_sample = find_formatter(args.formatter, rows.columns(), "data", kinds)
+    name, to_sample = find_formatter(args.formatter, rows.columns(), "data", kinds, by_row.template_of(args))
     loader.check_assets(model)
     partial = out.with_name(out.name + ".partial")
     done = by_row.resume(partial, by_row.inputs(model, disk, rows, name) | settings(args))
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> Path:
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What decides the numbers, so that a file is not continued with others."""
-    return {name: getattr(args, name) for name in ("kind", "image_folder", "max_length", "dtype", "video_frames")}
+    return {name: getattr(args, name) for name in ("kind", "image_folder", "max_length", "dtype", "video_frames", "template")}
 
 
 def answers_of(sample: Any) -> tuple[Any, tuple]:
