@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from aligner.commandline import as_options, ended, split_of
-from aligner.data.samples import MEDIA
+from aligner.data.samples import MEDIA, TOLD
 from aligner.types import Model, UserError
 
 
@@ -114,7 +114,7 @@ def resume(partial: Path, described: dict[str, Any]) -> int:
 def prompt_columns(record: dict[str, Any]) -> dict[str, Any]:
     """The columns of a row that belong to its prompt: what its text shows (`image`, `images`, `video`, ..), what its template is told."""
     names = [name for kind in MEDIA for name in (kind, f"{kind}s")]
-    return {name: record[name] for name in (*names, "tools", "chat_template_kwargs") if name in record}
+    return {name: record[name] for name in (*names, *TOLD) if name in record}
 
 
 def json_able(row: dict[str, Any]) -> dict[str, Any]:
