@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from aligner.commandline import as_options, ended, split_of
-from aligner.data.samples import MEDIA
+from aligner.data.samples import MEDIA, TOLD
 from aligner.types import Model, UserError
 
 
@@ -27,6 +27,7 @@ def add_arguments(top: argparse.ArgumentParser, doing: str, batch: str) -> None:
     add("--split", help="split of a folder or Hub dataset (default: train)")
     add("--revision", help="of the model on the Hub")
     add("--chat-template", default="", help="a .jinja file, Jinja text or a name, as config.data.chat_template (default: the model's own)")
+    add("--template", default="{}", help="JSON object: arguments for the chat template of all rows, as config.data.train.template")
     add("--formatter", default="auto", help="how a row is read, as in configs (default: %(default)s)")
     add("--image-folder", default="", help="images, clips and sounds named in rows are looked up here (default: the folder of the file)")
     add("--video-frames", type=int, default=8, help="frames taken of a video, evenly (default: %(default)s)")
@@ -54,6 +55,21 @@ def open_model(args: argparse.Namespace) -> tuple[Model, Any]:
 
     model, disk = convert.open_model(args.model, args.revision)
     return with_template(model, ConfigDict({"chat_template": args.chat_template})), disk
+
+
+def template_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments for the chat template of all rows.
+
+    Raises:
+        UserError: they are no JSON object.
+    """
+    try:
+        found = json.loads(args.template)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"--template is {args.template!r}; it must be a JSON object, such as '{{\"enable_thinking\": false}}'")
+    return found
 
 
 def source(args: argparse.Namespace) -> Any:
@@ -95,9 +111,10 @@ def resume(partial: Path, described: dict[str, Any]) -> int:
     return whole.count(b"\n")
 
 
-def media_columns(record: dict[str, Any]) -> dict[str, Any]:
-    """The columns of a row that say what its text shows: `image`, `images`, `video`, .."""
-    return {name: record[name] for kind in MEDIA for name in (kind, f"{kind}s") if name in record}
+def prompt_columns(record: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a row that belong to its prompt: what its text shows (`image`, `images`, `video`, ..), what its template is told."""
+    names = [name for kind in MEDIA for name in (kind, f"{kind}s")]
+    return {name: record[name] for name in (*names, *TOLD) if name in record}
 
 
 def json_able(row: dict[str, Any]) -> dict[str, Any]:

@@ -85,7 +85,8 @@ def run(args: argparse.Namespace) -> Path:
     if model.has_score_head:
         raise UserError(f"{args.model} has a score head, so it cannot write; score rows with python -m aligner.score")
     rows = sources.open_rows(by_row.source(args), "data")
-    name, to_sample = formatters.find_formatter(args.formatter, rows.columns(), "data", formatters.PROMPTS)
+    told = by_row.template_of(args)
+    name, to_sample = formatters.find_formatter(args.formatter, rows.columns(), "data", formatters.PROMPTS, told)
     loader.check_assets(model)
     manner = sampling.Sampling(
         max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
@@ -99,10 +100,9 @@ def run(args: argparse.Namespace) -> Path:
 
     mesh = sharding.make_mesh({"data": -1, "fsdp": args.fsdp})
     width = -(-args.batch_size // mesh.size) * mesh.size
-    text = lambda tokens: model.assets.tokenizer.decode(tokens, skip_special_tokens=True)
     with jax.set_mesh(mesh), attention.BACKEND(attention.chosen(mesh)):
         shardings = sharding.param_shardings(convert.abstract_params(model), model.sharding_rules, mesh)
-        engine = engines.make_engine(model, manner, rows=width, dtype=args.dtype, detokenize=text)
+        engine = engines.make_engine(model, manner, rows=width, dtype=args.dtype, detokenize=model.assets.tokenizer.decode)
         params = engine.prepare(convert.load_params(model, disk, args.dtype, shardings))
         seeing = dict(folder=rows.folder, frames=args.video_frames)
         reward = make_reward_model(args.reward_model, dtype=args.dtype, **seeing) if args.reward_model else None
@@ -153,11 +153,11 @@ def answer_rows(block: range, rows: Any, to_sample: Any, engine: Any, params: An
     from aligner.data.samples import Bad, as_prompt
     from aligner.generation.engine import Prompt, generate_all
 
-    model, found, prompts = modalities.looking_in(engine.model, rows.folder, args.video_frames), {}, {}
+    model, found, prompts, options = modalities.looking_in(engine.model, rows.folder, args.video_frames), {}, {}, {}
     for i in block:
         try:
             sample = as_prompt(to_sample(rows[i]))
-            prompts[i] = sample.prompt
+            prompts[i], options[i] = sample.prompt, sample.template
             encoded = templates.encode_prompt(sample.prompt, model.assets, model.media, sample.template)
             if len(encoded.prompt) > args.max_prompt_length:
                 raise Bad("too long", f"{len(encoded.prompt)} tokens, --max-prompt-length is {args.max_prompt_length}")
@@ -166,8 +166,9 @@ def answer_rows(block: range, rows: Any, to_sample: Any, engine: Any, params: An
             found[i] = str(bad)
     good = [i for i in block if isinstance(found[i], Prompt)]
     answers = generate_all(engine, params, [found[i] for i in good], jax.random.key(args.seed), args.n, ids=good)
-    texts = [[engine.detokenize(answer.tokens) for answer in of_prompt] for of_prompt in answers]
-    flat = [(prompts[i], text) for i, of_prompt in zip(good, texts) for text in of_prompt]
+    text = lambda tokens: model.assets.tokenizer.decode(tokens, skip_special_tokens=True)
+    texts = [[text(answer.tokens) for answer in of_prompt] for of_prompt in answers]
+    flat = [(prompts[i], text, options[i]) for i, of_prompt in zip(good, texts) for text in of_prompt]
     rewards = iter(reward(*zip(*flat))) if reward and flat else None
     answered = dict(zip(good, zip(texts, answers)))
     for i in block:
@@ -195,7 +196,7 @@ def shape(record: dict[str, Any], args: argparse.Namespace) -> dict[str, Any] | 
     best, worst = max(ranked, key=lambda pair: pair[0]), min(ranked, key=lambda pair: pair[0])
     prompt = record["prompt"]
     message = (lambda text: [{"role": "assistant", "content": text}]) if isinstance(prompt, list) else (lambda text: text)
-    kept = by_row.media_columns(record)
+    kept = by_row.prompt_columns(record)
     if args.write == "best":
         rest = ("completions", "completion_lengths", "stopped", "rewards")
         return {key: value for key, value in record.items() if key not in rest} | {"completion": best[1], "reward": best[0]}

@@ -129,14 +129,15 @@ def note_place(directory: Path, asked: dict[str, Any]) -> None:
 
 
 def template(model: Any, config: ConfigDict) -> dict[str, str]:
-    """The chat template that the config asks for with this model, as an option of `aligner.generate`."""
+    """The chat template that the config asks for with this model, and what it is told, as options of `aligner.generate`."""
     from aligner import convert
     from aligner.data.catalogue import with_template
 
+    told = {"template": config.data.train.template.to_json()} if config.data.train.template else {}
     if not (config.data.chat_template or config.data.default_template):
-        return {}
+        return told
     found = with_template(convert.open_model(model, config.model.revision)[0], config.data).assets.chat_template
-    return {"chat_template": found} if found else {}
+    return told | ({"chat_template": found} if found else {})
 
 
 def write_pairs(path: Path, model: Any, prompts: str, reward_model: str, n: int, options: dict[str, Any]) -> None:
@@ -182,7 +183,7 @@ def spin_pair(to_sample: Any, row: dict[str, Any], record: dict[str, Any]) -> di
     if not isinstance(real, str) or written is None or real.strip() == written.strip():
         return None
     message = (lambda text: [{"role": "assistant", "content": text}]) if isinstance(record["prompt"], list) else (lambda text: text)
-    return {**by_row.media_columns(record), "prompt": record["prompt"], "chosen": message(real), "rejected": message(written)}
+    return {**by_row.prompt_columns(record), "prompt": record["prompt"], "chosen": message(real), "rejected": message(written)}
 
 
 def main(argv: list[str]) -> int:

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> Path:
         raise UserError(f"{args.model} has {has}: use --kind {other}, or another --model")
     rows = sources.open_rows(by_row.source(args), "data")
     kinds = (Preference, Ranked, Unpaired, Supervised)
-    name, to_sample = find_formatter(args.formatter, rows.columns(), "data", kinds)
+    name, to_sample = find_formatter(args.formatter, rows.columns(), "data", kinds, by_row.template_of(args))
     loader.check_assets(model)
     partial = out.with_name(out.name + ".partial")
     done = by_row.resume(partial, by_row.inputs(model, disk, rows, name) | settings(args))
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> Path:
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What decides the numbers, so that a file is not continued with others."""
-    return {name: getattr(args, name) for name in ("kind", "image_folder", "max_length", "dtype", "video_frames")}
+    return {name: getattr(args, name) for name in ("kind", "image_folder", "max_length", "dtype", "video_frames", "template")}
 
 
 def answers_of(sample: Any) -> tuple[Any, tuple]:
@@ -131,14 +131,16 @@ def batches(block: range, rows: Any, to_sample: Any, model: Any, max_length: int
 
     from aligner.data import layout, modalities, templates
     from aligner.data.samples import Bad
+    from aligner.models.decoder import outgrown
     from aligner.models.pictures import fill
 
     model = modalities.looking_in(model, rows.folder, frames)
 
     def encode(i: int):
         try:
-            prompt, answers = answers_of(to_sample(rows[i]))
-            encoded = templates.encode_answers(prompt, answers, model.assets, model.media)
+            sample = to_sample(rows[i])
+            prompt, answers = answers_of(sample)
+            encoded = templates.encode_answers(prompt, answers, model.assets, model.media, sample.template)
             length = len(encoded.prompt) + max(map(len, encoded.answers))
             if length > max_length:
                 raise Bad("too long", f"{length} tokens, --max-length is {max_length}")
@@ -146,15 +148,19 @@ def batches(block: range, rows: Any, to_sample: Any, model: Any, max_length: int
         except Bad as bad:
             found[i] = {"not_scored": str(bad)}
 
+    def shares(one: templates.Encoded) -> bool:  # a prompt that a long answer would turn otherwise is each answer's own
+        return outgrown(model, *np.array([[len(one.prompt)], [len(one.prompt) + max(map(len, one.answers))]])) is None
+
+    shape = lambda one: layout.shape_of(one, shares(one))
     with ThreadPoolExecutor(8) as pool:
-        encoded = sorted(filter(None, pool.map(encode, block)), key=lambda item: layout.shape_of(item[1]))
+        encoded = sorted(filter(None, pool.map(encode, block)), key=lambda item: shape(item[1]))
     for start in range(0, len(encoded), size):
         part = encoded[start : start + size]
         # powers of two, so that few shapes are compiled
-        T, S, I = (1 << int(most - 1).bit_length() if most else 0 for most in map(max, zip(*(layout.shape_of(e) for _, e, _ in part))))
+        T, S, I = (1 << int(most - 1).bit_length() if most else 0 for most in map(max, zip(*(shape(e) for _, e, _ in part))))
         made = []
         for i, one, seen in part:
-            made.append(layout.pair_row(one, T, S, I, model.media, example_id=i))
+            made.append(layout.pair_row(one, T, S, I, model.media, shares(one), example_id=i))
             fill(made[-1], seen, model.media)
         made += [layout.empty_row(T, S, I, model.media)] * (size - len(made))
         yield [i for i, *_ in part], {name: np.stack([row[name] for row in made]) for name in made[0]}

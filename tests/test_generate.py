@@ -1,11 +1,18 @@
 """`python -m aligner.generate` on a tiny model: every form of prompt, what is written, going on after a kill, clear errors."""
 
 import json
+import shutil
 
+import jax
+import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
+import aligner
 from aligner import convert, generate
+from aligner.data import templates
 from aligner.generation import engine
+from aligner.generation.sampling import Sampling
 from scripts.make_tiny_checkpoint import make_llama
 
 ROWS = [
@@ -89,6 +96,8 @@ def test_sharegpt_prompts_lose_the_answer_that_stands_there(folder, tmp_path):
     (["--n", "0"], "--n is 0"),
     (["--chat-template", "nope"], "--chat-template is 'nope', which is no file"),
     (["--chat-template", "n" * 300], "which cannot be read"),
+    (["--template", "kind"], "--template is 'kind'; it must be a JSON object"),
+    (["--template", '{"add_generation_prompt": true}'], "--template sets add_generation_prompt"),
     (["--top-p", "1.5"], "--top-p is 1.5"),
     (["--n", "2", "--temperature", "0"], "would write the same answer 2 times"),
     (["--reward-model", "LM", "--n", "2"], "has no score head, so it is no reward model"),
@@ -96,3 +105,34 @@ def test_sharegpt_prompts_lose_the_answer_that_stands_there(folder, tmp_path):
 def test_one_sentence_for_what_is_wrong(folder, tmp_path, capsys, arguments, words):
     assert call(folder, tmp_path / "x.jsonl", *[folder / "lm" if part == "LM" else part for part in arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_pairs_keep_what_their_prompts_template_is_told(folder, tmp_path, monkeypatch):
+    """The tools that an answer was written with are those that the reward model reads, and that are trained with."""
+    row = {"prompt": [{"role": "user", "content": "3 or 5?"}], "tools": [{"name": "look"}], "chat_template_kwargs": {"mood": "kind"}}
+    every = {"mood": "bad", "year": 1}  # a row's own come on top
+    (folder / "tools.jsonl").write_text(json.dumps(row) + "\n")
+    read, encode = [], templates.encode_answers
+    monkeypatch.setattr(templates, "encode_answers", lambda *args: read.append(args[-1]) or encode(*args))
+    rewarded = ("--n", 2, "--reward-model", folder / "rm", "--write", "preference", "--template", json.dumps(every))
+    assert call(folder, tmp_path / "p.jsonl", *rewarded, data="tools.jsonl") == 0
+    told = {"tools": row["tools"], "chat_template_kwargs": row["chat_template_kwargs"]}
+    [pair] = lines(tmp_path / "p.jsonl")
+    assert {name: pair[name] for name in told} == told
+    assert read == [{"tools": row["tools"], "mood": "kind", "year": 1}] * 2
+
+
+def test_a_stop_string_may_be_a_special_token(folder, tmp_path):
+    """As `<|im_end|>` is one: it does not stand in what is written, and ends it all the same."""
+    model, params = aligner.load(folder / "lm")
+    prompt = model.assets.tokenizer(ROWS[3]["prompt"])["input_ids"]
+    made = engine.make_engine(model, Sampling(max_new_tokens=1, temperature=0), rows=1)
+    [[answer]] = engine.generate_all(made, made.prepare(params), [engine.Prompt(np.array(prompt, np.int32))], jax.random.key(0))
+    special = model.assets.tokenizer.convert_ids_to_tokens(int(answer.tokens[0]))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "lm")
+    tokenizer.add_special_tokens({"additional_special_tokens": [special]})
+    shutil.copytree(folder / "lm", tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    assert call(folder, tmp_path / "a.jsonl", "--model", tmp_path / "lm", "--temperature", 0, "--stop", special) == 0
+    row = lines(tmp_path / "a.jsonl")[3]
+    assert row["completion_lengths"] == [1] and row["stopped"] == [True] and row["completions"] == [""]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
 import aligner.run
 from aligner import generate, iterate
@@ -88,11 +89,12 @@ def test_the_first_rounds_answers_are_made_as_the_config_says(tmp_path, monkeypa
     make_llama(tmp_path / "model", hidden_size=32, layers=1, heads=2, kv_heads=1)
     config = common.base()
     config.model.path, config.model.revision, config.data.chat_template = str(tmp_path / "model"), "v2", "{{ messages }}"
+    config.data.train.template = ConfigDict({"enable_thinking": False})
     seen = []
     monkeypatch.setattr(iterate, "write_pairs", lambda path, model, prompts, judge, n, options: seen.append(options))
     monkeypatch.setattr(aligner.run, "run", lambda config, workdir: None)
     iterate.run(config, tmp_path / "runs", 1, "x", "RM", False, 2)
-    assert seen == [{"revision": "v2", "chat_template": "{{ messages }}"}]
+    assert seen == [{"revision": "v2", "chat_template": "{{ messages }}", "template": '{"enable_thinking": false}'}]
 
 
 def test_rounds_of_another_command_are_not_taken_for_those_asked_for(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """`python -m aligner.score` end to end on a tiny model: values, order, what cannot be scored, and going on after a kill."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,7 +12,13 @@ import aligner
 from aligner import by_row, convert, score
 from aligner.data.by_columns import scores
 from aligner.data.filters import plain
+from aligner.data.samples import Ranked
+from aligner.data.sources import Rows
+from aligner.models import from_hf
 from scripts.make_tiny_checkpoint import make_llama
+from tests.data import tiny as data_tiny
+from tests.models import tiny
+from tests.models.text_configs import FIRST, hf_config
 
 PAIRS = [
     {"prompt": "Which is larger, 3 or 5?", "chosen": "It is 5.", "rejected": "It is 3, I do not know.", "note": i} for i in range(7)
@@ -138,3 +145,37 @@ def test_another_chat_template_does_not_go_on_with_a_file(folder, monkeypatch):
         assert score.main(again) == 130
     template.write_text("{{ messages }}!")
     assert score.main(again) == 2
+
+
+def test_a_row_is_scored_with_what_its_template_is_told(folder):
+    """Tools and other arguments of a row's template stand in the text that a reward model was trained on."""
+    told = folder / "told.jinja"
+    told.write_text("{{ bos_token }}{{ mood }}{{ tools | map(attribute='name') | join }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    message = lambda role, content: [{"role": role, "content": content}]
+    row = {"prompt": message("user", "3 or 5?"), "chosen": message("assistant", "5"), "rejected": message("assistant", "3")}
+    row |= {"tools": [{"name": "Which"}], "chat_template_kwargs": {"mood": "larger"}}
+    (folder / "tools.jsonl").write_text(json.dumps(row) + "\n")
+    arguments = command(folder, "tools_scored.jsonl", "rm", "--chat-template", str(told))
+    arguments[arguments.index("--data") + 1] = str(folder / "tools.jsonl")
+    assert score.main(arguments) == 0
+    model, params = aligner.load(folder / "rm")
+    [found] = read(folder / "tools_scored.jsonl")
+    for value, answer in zip(found["rewards"], "53", strict=True):
+        ids = model.assets.tokenizer(f"<s>largerWhich3 or 5?{answer}", add_special_tokens=False)["input_ids"]
+        assert value == pytest.approx(float(model.logits(params, {"input_ids": [ids]})[0, -1, 0]), rel=1e-4, abs=1e-6)
+
+
+def test_a_long_answer_does_not_turn_its_neighbours_prompt():
+    """Ropes that go by the length of a text (longrope, dynamic): each answer of a pair is worth what it is alone."""
+    hf = hf_config("phi3", **FIRST["phi3"], vocab_size=340)
+    assert hf.rope_parameters["original_max_position_embeddings"] == 8
+    model = dataclasses.replace(from_hf(hf), assets=data_tiny.text_model().assets)
+    params = tiny.perturbed(model)
+    prompt, answers = "what is", (" it", " the house of a dog and a cat, in one picture")
+
+    def logps(*answers):
+        rows = Rows(lambda i: Ranked(prompt, answers), 1, ".", "", "")
+        [(_, batch)] = score.batches(range(1), rows, lambda row: row, model, 64, 1, 8, {})
+        return score.make_score(model, "logprob")(params, batch)[0]["logps"]
+
+    np.testing.assert_allclose(logps(*answers), [*logps(answers[0]), *logps(answers[1])], rtol=1e-5)

@@ -20,7 +20,7 @@ import numpy as np
 
 from aligner.commandline import as_options, check_out, ended, split_of
 from aligner.data import filters, formatters, sources
-from aligner.data.samples import Bad, Document, Preference, Prompt, Ranked, Stepwise, Supervised, Triple, TwoSided, Unpaired
+from aligner.data.samples import TOLD, Bad, Document, Preference, Prompt, Ranked, Stepwise, Supervised, Triple, TwoSided, Unpaired
 from aligner.types import UserError
 
 TAKES = (Preference, Ranked, Unpaired, Supervised, Prompt, Document, Stepwise, Triple, TwoSided)
@@ -130,7 +130,8 @@ def run(args: argparse.Namespace) -> list[str]:
 def line(row: dict[str, Any], number: int, pair: Preference | None) -> str:
     """A line of the output: the row as it is, or the pair."""
     if pair is not None:
-        row = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, "margin": pair.margin}
+        told = {name: row[name] for name in TOLD if name in row}
+        row = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, "margin": pair.margin, **told}
     try:
         return json.dumps(row, ensure_ascii=False) + "\n"
     except TypeError as error:

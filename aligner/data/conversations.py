@@ -16,8 +16,12 @@ _ROLES = {
     "tool": "tool", "observation": "tool", "function": "tool",
     "function_call": "assistant",
 }  # fmt: skip
-# What a message may hold beside its content; templates read it.
-_EXTRAS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
+# What a message may hold beside its content; templates read it. The first three are one thing by its several names, which `transformers`
+# gives to a template by the name that it reads.
+_EXTRAS = (
+    *("reasoning_content", "reasoning", "thinking"),
+    *("name", "tool_calls", "tool_call_id", "tool_responses", "tool_plan", "recipient", "end_turn"),
+)
 
 
 def user(content: Any) -> dict[str, Any]:

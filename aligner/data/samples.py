@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MEDIA = ("image", "audio", "video")
+TOLD = ("tools", "chat_template_kwargs")  # columns of a row that its chat template is told
 PARTS = ("good", "bad", "pair")  # fields of samples that hold samples
 Text = Any  # a conversation, a string, or a list of parts
 

@@ -66,7 +66,7 @@ class Engine:
     Attributes:
         model, sampling: what writes and how.
         rows: texts that are written at once.
-        detokenize: token ids -> text, for stop strings.
+        detokenize: token ids -> text, for stop strings; special tokens stand in it, for a stop string may be one.
         prepare: parameters -> what `generate` takes: in the dtype of the computation, layers apart. Once per version of them.
         start, fill, decode: see `aligner.generation.decoding`.
     """

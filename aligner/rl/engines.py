@@ -106,7 +106,7 @@ class Server:
         body = {
             "model": str(self.folder), "n": n, "temperature": s.temperature, "top_p": s.top_p, "min_p": s.min_p,
             "repetition_penalty": s.repetition_penalty, "seed": self.seed + int(number), "stop_token_ids": list(s.stop_tokens),
-            "stop": list(s.stop_strings) or None, "return_token_ids": True,
+            "stop": list(s.stop_strings) or None, "skip_special_tokens": False, "return_token_ids": True,
         }  # fmt: skip
         if s.top_k:
             body["top_k"] = s.top_k
@@ -133,6 +133,7 @@ class Server:
         manner = {
             "max_new_tokens": s.max_new_tokens, "temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k or -1, "min_p": s.min_p,
             "repetition_penalty": s.repetition_penalty, "stop_token_ids": list(s.stop_tokens), "stop": list(s.stop_strings) or None,
+            "skip_special_tokens": False,  # a stop string may be one
         }  # fmt: skip
         body = {"input_ids": self._once(prompt), "sampling_params": manner, "return_logprob": True}
         if len(prompt.pictures):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from aligner.generation.engine import bucket
 from aligner.models.pictures import fill
 from aligner.types import UserError
 
-# (prompts, completions) -> a score for each; None where there is none to give
-Score = Callable[[Sequence[Any], Sequence[str]], list[float | None]]
+# (prompts, completions, what each one's chat template is told) -> a score for each; None where there is none to give
+Score = Callable[..., list[float | None]]
 
 
 def make_reward_model(
@@ -32,7 +32,8 @@ def make_reward_model(
         frames: how many are taken of a video.
 
     Returns:
-        A function of prompts (conversations or plain text) and completions, which sees both.
+        A function of prompts (conversations or plain text) and completions, which sees both; and, where they have some, of the arguments
+        for the chat template of each.
 
     Raises:
         UserError: the model has no score head, or no tokenizer.
@@ -52,18 +53,18 @@ def make_reward_model(
     params = convert.load_params(model, disk, dtype)
     score_batch = jit(lambda params, batch: make_scorer(model, 1)(params, batch).values[:, 0, 0])
 
-    def encode(prompt: Any, completion: str) -> templates.Encoded | None:
+    def encode(prompt: Any, completion: str, options: Mapping[str, Any]) -> templates.Encoded | None:
         answer = [{"role": "assistant", "content": completion}] if is_conversation(prompt) else completion
         try:
-            encoded = templates.encode_answers(prompt, (answer,), model.assets, model.media)
+            encoded = templates.encode_answers(prompt, (answer,), model.assets, model.media, options)
         except Bad as bad:
             if bad.reason == "empty answer":
                 return None
             raise UserError(f"the reward model {path} cannot read a prompt: {bad}") from None
         return encoded if len(encoded.prompt) + len(encoded.answers[0]) <= max_length else None
 
-    def score(prompts: Sequence[Any], completions: Sequence[str]) -> list[float | None]:
-        encoded = [encode(*pair) for pair in zip(prompts, completions, strict=True)]
+    def score(prompts: Sequence[Any], completions: Sequence[str], options: Sequence[Mapping[str, Any]] | None = None) -> list[float | None]:
+        encoded = [encode(*one) for one in zip(prompts, completions, options or [{}] * len(prompts), strict=True)]
         found: list[float | None] = [None] * len(encoded)
         order = sorted((i for i, one in enumerate(encoded) if one is not None), key=lambda i: layout.shape_of(encoded[i]))
         for start in range(0, len(order), rows):

@@ -96,11 +96,13 @@ def test_the_command_reads_every_type_of_sample(row, kind, asked, tmp_path, caps
 
 
 def test_the_command_makes_pairs(tmp_path, capsys):
-    rows = [{"prompt": "q", "completions": ["a", "b"], "scores": scores} for scores in ([1, 3], [2, 2])]
+    told = {"tools": [{"name": "look"}], "chat_template_kwargs": {"mood": "kind"}}
+    rows = [{"prompt": "q", "completions": ["a", "b"], "scores": scores, **told} for scores in ([1, 3], [2, 2])]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main([str(tmp_path / "rows.jsonl"), "--pairs", "--out", str(tmp_path / "pairs.jsonl")]) == 0
     (made,) = map(json.loads, (tmp_path / "pairs.jsonl").read_text().splitlines())
     assert made["chosen"] == [{"role": "assistant", "content": "b"}] and made["margin"] == 2.0
+    assert {name: made[name] for name in told} == told, "the pair is trained with what its prompt was answered with"
     assert "taken out by --pairs: 1 (first row 1)" in capsys.readouterr().out
 
 

@@ -23,6 +23,7 @@ from aligner.data.samples import (
     check,
     unpair,
 )
+from aligner.data.turns import encode_supervised
 from aligner.types import UserError
 from tests.data import tiny
 
@@ -310,6 +311,23 @@ def test_options_reach_the_samples_within_a_sample():
     triple = as_triple(Triple(Preference([user("q")], [assistant("a")], [assistant("b")], template={"tools": TOOLS}), [assistant("c")]))
     encoded = ENCODERS["triple"].encode(triple, model, {})
     assert model.assets.tokenizer.decode(encoded.prompt).startswith("1")
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_a_message_keeps_what_it_was_thought_of_with(name):
+    """Servers and datasets have three names for it; all of them reach a template that reads one."""
+    row = {"messages": [user("hi"), assistant("yes") | {name: "so it seems"}]}
+    sample = find_formatter("auto", [*row], "data.train", (Supervised,))[1](row)
+    model = tiny.text_model("{% for m in messages %}<|{{ m.role }}|>{{ m.reasoning_content }}{{ m.content + eos_token }}{% endfor %}")
+    encoded = encode_supervised(sample, model.assets)
+    assert "so it seemsyes</s>" in model.assets.tokenizer.decode(encoded.answers[0])
+
+
+def test_a_message_keeps_what_else_a_template_reads():
+    extras = {"tool_responses": [{"name": "f", "response": 6}], "tool_plan": "ask", "recipient": "browser", "end_turn": False}
+    row = {"messages": [user("hi"), assistant("yes") | extras | {"id": 7, "name": None}]}
+    sample = find_formatter("auto", [*row], "data.train", (Supervised,))[1](row)
+    assert sample.conversation == [user("hi"), assistant("yes") | extras]
 
 
 def test_options_that_are_not_the_templates():

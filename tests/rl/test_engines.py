@@ -87,6 +87,7 @@ def test_a_server_writes_what_the_engine_here_writes(llama, stand_in, tmp_path):
     same(found[0], wanted[0])
     [body] = [body for path, body in seen if body.get("prompt") == prompts[1].tokens.tolist()]
     assert body["stop_token_ids"] == [2] and body["return_token_ids"] is True
+    assert body["skip_special_tokens"] is False  # or no stop string could be one
 
 
 def same(found, wanted):
@@ -110,6 +111,7 @@ def test_sglang_writes_and_takes_its_weights_from_disk(llama, stand_in, tmp_path
     same(server.generate(prompts, 1, [0, 1])[0], here(llama, prompts[:1])[0])
     body = next(body for path, body in seen if body.get("input_ids") == prompts[0].tokens.tolist())
     assert body["return_logprob"] is True and body["sampling_params"]["stop_token_ids"] == [2] and "image_data" not in body
+    assert body["sampling_params"]["skip_special_tokens"] is False
 
 
 def with_pictures(f):
