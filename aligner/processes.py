@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,32 @@ def anywhere(found: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(multihost_utils.process_allgather(np.bool_(found)).any())
+
+
+def check_alike(what: Mapping[str, str]) -> None:
+    """Whether all processes of the run have the same; all must ask, for the same things.
+
+    Args:
+        what: what people call a thing -> its fingerprint here.
+
+    Raises:
+        UserError: one has another than the first; in all of them.
+    """
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return
+    digests = np.stack([np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8) for text in what.values()])
+    everywhere = multihost_utils.process_allgather(digests)  # [processes, things, bytes]
+    other = np.argwhere((everywhere != everywhere[0]).any(axis=-1))
+    if len(other):
+        process, thing = other[0]
+        raise UserError(
+            f"{[*what][thing]} is not the same in process {process} as in the first one: a file is missing or another there; "
+            "give all processes the same files"
+        )
 
 
 def world(environment: Mapping[str, str]) -> dict[str, Any] | None:

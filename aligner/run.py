@@ -24,6 +24,7 @@ from aligner.likelihood import cast
 from aligner.models import attention
 from aligner.models.decoder import outgrown, text_config
 from aligner.prepare import compute_columns, fingerprint
+from aligner.processes import check_alike
 from aligner.stopping import Stopped, catch_signals, watchdog
 from aligner.train_step import jit, jit_train_step, make_eval_step
 from aligner.types import Algorithm, Model, Params, UserError
@@ -72,6 +73,9 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         say(*dataset.report)
         check_answers(config, dataset)
         check_shared_prompts(config, model, dataset)
+    weights = convert.fingerprint(disk)
+    rows = {f"config.{dataset.name}": dataset.fingerprint for dataset in (train, *evaluations.values())}
+    check_alike(rows | {"config.model.path": weights})
     steps = config.train.steps if config.train.steps is not None else max(1, int(config.train.epochs * train.size / config.data.batch_size))
     schedule = optim.make_schedule(config.optim, steps)
     optimizer = optim.make_optimizer(config.optim, schedule, model.trained_layers)
@@ -79,7 +83,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     if newest := checkpoint.newest(directory):  # asked before anything of the run is touched
         workdir.check_place(directory, *newest, train.fingerprint, steps)
         workdir.compare_held_out(newest[1], held_out)
-    workdir.check_source(directory, model, convert.fingerprint(disk), adapters)
+    workdir.check_source(directory, model, weights, adapters)
     if jax.process_index() == 0:
         model.assets.copy_to(Path(directory) / workdir.ASSETS)
     workdir.record(config, directory)  # only now, so that a first try with a bad path leaves no run behind

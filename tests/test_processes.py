@@ -1,4 +1,9 @@
-"""What launchers say in the environment, and what JAX is told."""
+"""What launchers say in the environment, what JAX is told, and that all processes of a run have the same."""
+
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -51,3 +56,30 @@ def test_world(environment, arguments):
 def test_what_is_missing_is_named(environment, message):
     with pytest.raises(UserError, match=message):
         world(environment)
+
+
+TWO = """
+import os, jax
+from aligner.processes import check_alike, world
+from aligner.types import UserError
+jax.distributed.initialize(**world(os.environ))
+check_alike({"config.data.train": "rows", "config.model.path": "weights"})
+try:
+    check_alike({"config.data.train": "rows", "config.model.path": os.environ["JAX_PROCESS_ID"]})
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_have_the_same_files_are_told_so():
+    """A picture that one process alone did not find left it with fewer rows in another order, and both trained on without a word."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        world = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
+    start = lambda rank: subprocess.Popen(
+        [sys.executable, "-c", TWO], env={**os.environ, **world, "JAX_PROCESS_ID": str(rank)}, stdout=subprocess.PIPE, text=True
+    )
+    told = [process.communicate(timeout=120)[0] for process in [start(rank) for rank in range(2)]]
+    for text in told:
+        assert "config.model.path is not the same in process 1 as in the first one" in text

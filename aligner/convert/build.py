@@ -71,7 +71,7 @@ def build(
         (Path(scratch) / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}, indent=2))
         model = dataclasses.replace(model_from_folder(scratch), assets=Assets(Path(scratch)), source_dtype=dtype or language.source_dtype)
         made = jax.jit(model.init)(jax.random.key(0))
-        made["language_model"] = resized(params, known, rows)
+        made["language_model"] = resized(params, known, made["language_model"])
         _place(made, _tower_params(model, folder, tower["model_type"]))
         save(model, made, out_dir)
     return config["model_type"]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from aligner.convert.assets import Assets
-from aligner.convert.hf import load, model_from_folder, save
+from aligner.convert.hf import abstract_params, load, model_from_folder, save
 from aligner.convert.tables import flatten, unflatten
 from aligner.models.decoder import text_config
 from aligner.types import Params, UserError
@@ -32,8 +32,10 @@ def add_tokens(path: str | Path, tokens: Sequence[str], out_dir: str | Path, pad
         pad_to_multiple: the number of rows is rounded up to it.
 
     Raises:
-        UserError: no tokens are new, or what `load` and `save` say.
+        UserError: no tokens are new, `pad_to_multiple` is below 1, or what `load` and `save` say.
     """
+    if pad_to_multiple < 1:
+        raise UserError(f"the number of rows cannot be a multiple of {pad_to_multiple}; give 1 or more.")
     if blank := [token for token in tokens if not token.strip()]:
         raise UserError(f"{blank[0]!r} is no token to add; give a text that is not empty.")
     model, params = load(path, dtype=None)
@@ -43,8 +45,7 @@ def add_tokens(path: str | Path, tokens: Sequence[str], out_dir: str | Path, pad
     if not new:
         raise UserError(f"{path}: its tokenizer has all of {', '.join(tokens)} already; nothing to add.")
     tokenizer.add_tokens(new, special_tokens=True)
-    text = text_config(model)
-    rows = max(text.vocab_size, -(-len(tokenizer) // pad_to_multiple) * pad_to_multiple)
+    rows = -(-max(text_config(model).vocab_size, len(tokenizer)) // pad_to_multiple) * pad_to_multiple
     with tempfile.TemporaryDirectory() as scratch:
         model.assets.copy_to(scratch)
         tokenizer.save_pretrained(scratch)
@@ -53,16 +54,17 @@ def add_tokens(path: str | Path, tokens: Sequence[str], out_dir: str | Path, pad
         larger = model_from_folder(scratch)
         assets = Assets(Path(scratch), dtypes=model.assets.dtypes)
         larger = dataclasses.replace(larger, assets=assets, source_dtype=model.source_dtype)
-        save(larger, resized(params, known, rows), out_dir)
+        save(larger, resized(params, known, abstract_params(larger)), out_dir)
 
 
-def resized(params: Params, known: int, rows: int) -> Params:
-    """The tree with `rows` places for tokens; those from `known` on hold the mean of the ones before."""
-    leaves = flatten(params)
+def resized(params: Params, known: int, larger: Params) -> Params:
+    """The tree with as many places for tokens as `larger` has, of which only shapes are read; those from `known` on hold the mean of the
+    ones before. Some embeddings have more places than the head, such as Mllama's."""
+    leaves, shapes = flatten(params), flatten(larger)
     for path, leaf in leaves.items():
         axis = next((axis for end, axis in _BY_TOKEN.items() if path == end or path.endswith("/" + end)), None)
         if axis is not None:
-            leaves[path] = _grown(np.asarray(leaf), axis, known, rows)
+            leaves[path] = _grown(np.asarray(leaf), axis, known, shapes[path].shape[axis])
     return unflatten(leaves)
 
 

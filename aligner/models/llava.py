@@ -163,11 +163,17 @@ def mixed_media(hf: Any, config: LlavaConfig) -> Media:
 
 
 def resized(size: tuple[int, int], processor: Any) -> tuple[int, int]:
-    """(height, width) to which Pixtral's processor brings an image of `size` (width, height)."""
+    """(height, width) to which Pixtral's processor brings an image of `size` (width, height).
+
+    Raises:
+        ValueError: a strip of which nothing is left once its longer side fits; the processor would refuse it too.
+    """
     width, height = size
     longest, patch = processor.size["longest_edge"], processor.patch_size
     patch = patch["height"] if isinstance(patch, Mapping) else patch
     ratio = max(height / longest, width / longest)
     if ratio > 1:
         height, width = int(np.floor(height / ratio)), int(np.floor(width / ratio))
+    if not (height and width):
+        raise ValueError(f"{size[0]} x {size[1]} pixels shrink to {width} x {height}, as longest_edge is {longest}")
     return tuple(patch * ((side - 1) // patch + 1) for side in (height, width))

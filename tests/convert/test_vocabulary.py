@@ -5,9 +5,11 @@ import pytest
 
 import aligner
 from aligner.convert import __main__ as command
+from aligner.convert.tables import flatten
 from aligner.convert.vocabulary import add_tokens
 from aligner.types import UserError
 from scripts import make_tiny_checkpoint
+from tests.models import vision_folders
 from tests.torch_required import torch
 
 
@@ -47,3 +49,26 @@ def test_added_tokens_are_reloaded_by_transformers(folder, tmp_path, capsys):
 def test_tokens_that_are_there_already(folder, tmp_path):
     with pytest.raises(UserError, match="has all of <image> already; nothing to add"):
         add_tokens(folder, ["<image>"], tmp_path / "out")
+
+
+def test_rows_without_a_token_count_as_rows(folder, tmp_path):
+    """A vocabulary that is padded already stays at least as long, and is rounded up as any."""
+    source = folder
+    for number, (multiple, rows) in enumerate([(100, 400), (32, 416), (1, 416)]):
+        add_tokens(source, [f"<{number}>"], tmp_path / str(number), multiple)
+        source = tmp_path / str(number)
+        assert aligner.load(source)[0].config.text_config.vocab_size == rows
+    with pytest.raises(UserError, match="a multiple of 0; give 1 or more"):
+        add_tokens(folder, ["<tool>"], tmp_path / "none", 0)
+
+
+def test_an_embedding_with_more_rows_than_the_head(tmp_path):
+    """Mllama's has eight more, for the image token and others that are never written."""
+    folder = vision_folders.save(tmp_path, "mllama")
+    add_tokens(folder, ["<tool>", "</tool>"], tmp_path / "out")
+    before, after = (flatten(aligner.load(where)[1]["language_model"]) for where in (folder, tmp_path / "out"))
+    known = len(vision_folders.WORDS)
+    for path, axis, rows in (("model/embed_tokens/embedding", 0, known + 10), ("lm_head/kernel", 1, known + 2)):
+        was, now = np.moveaxis(before[path], axis, 0)[:known], np.moveaxis(after[path], axis, 0)
+        assert len(now) == rows and np.array_equal(now[:known], was)
+        assert np.allclose(now[known:], was.mean(0), atol=1e-6)
