@@ -49,7 +49,8 @@ def encode_supervised(sample: Supervised, assets: Any, media: Media | None = Non
         Bad: nothing would be scored.
     """
     prompt, rest, options = sample.prompt, sample.conversation, sample.template
-    if prompt and (not is_conversation(rest) or all(message["role"] == "assistant" for message in rest)):
+    answers = is_conversation(rest) and all(message["role"] == "assistant" for message in rest)
+    if prompt and (not is_conversation(rest) or (answers and (loss_on != "last" or len(rest) == 1))):
         encoded = yield from encode_answers.steps(prompt, (rest,), assets, media, options)
         if loss_on != "all":
             return encoded
