@@ -178,12 +178,16 @@ def spin_pair(to_sample: Any, row: dict[str, Any], record: dict[str, Any]) -> di
         text = as_supervised(to_sample(row)).conversation
     except Bad:
         return None
-    real = text[-1]["content"] if is_conversation(text) and text[-1]["role"] == "assistant" else text
-    written = record.get("completions", [None])[0]
-    if not isinstance(real, str) or written is None or real.strip() == written.strip():
+    message = lambda text: [{"role": "assistant", "content": text}]
+    real = text if is_conversation(text) else message(text)
+    real = real[1 + max((i for i, one in enumerate(real) if one["role"] != "assistant"), default=-1) :]  # with reasoning, calls, ..
+    written, texts = record.get("completions", [None])[0], [one["content"] for one in real]
+    if written is None or not real or not all(isinstance(text, str) for text in texts):
         return None
-    message = (lambda text: [{"role": "assistant", "content": text}]) if isinstance(record["prompt"], list) else (lambda text: text)
-    return {**by_row.prompt_columns(record), "prompt": record["prompt"], "chosen": message(real), "rejected": message(written)}
+    if [text.strip() for text in texts] == [written.strip()]:
+        return None
+    chosen, rejected = (real, message(written)) if isinstance(record["prompt"], list) else (texts[0], written)
+    return {**by_row.prompt_columns(record), "prompt": record["prompt"], "chosen": chosen, "rejected": rejected}
 
 
 def main(argv: list[str]) -> int:

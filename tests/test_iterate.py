@@ -26,6 +26,10 @@ def test_self_play_prefers_the_datasets_answer():
     assert pair["chosen"] == [{"role": "assistant", "content": "3"}] and pair["rejected"] == [{"role": "assistant", "content": "5"}]
     assert iterate.spin_pair(messages, row, {**record, "completions": ["3"]}) is None, "nothing to prefer"
     assert iterate.spin_pair(messages, row, {"prompt": "x", "not_answered": "too long"}) is None
+    thought = [{"role": "assistant", "content": "Well.", "reasoning_content": "1 and 2"}, {"role": "assistant", "content": "3"}]
+    pair = iterate.spin_pair(messages, {"messages": [*question(1, 2), *thought]}, record)
+    assert pair["chosen"] == thought, "all that answers the prompt, and how it was thought of"
+    assert iterate.spin_pair(messages, {"messages": question(1, 2)}, record) is None, "no answer"
     plain = {"prompt": "1 + 2 =", "completion": " 3"}
     found = iterate.spin_pair(prompt_completion, plain, {**plain, "completions": [" 5"]})
     assert found == {"prompt": "1 + 2 =", "chosen": " 3", "rejected": " 5"}

@@ -247,7 +247,8 @@ def _settings(model: Model) -> list[Any]:
     tokenizer = backend.to_str() if backend is not None else assets.tokenizer.get_vocab()
     processor = modalities.processor(model).to_dict() if model.media is not None else None
     media_sizes = model.media.sizes if model.media is not None else None
-    settings = [templates.chat_template(assets), _sha(tokenizer), assets.tokenizer.special_tokens_map, processor, media_sizes]
+    shown = dict.fromkeys(templates.chat_template(assets, tools) for tools in (None, ()))
+    settings = [*shown, _sha(tokenizer), assets.tokenizer.special_tokens_map, processor, media_sizes]
     return [*settings, assets.video_settings] if model.media is not None and model.media.video is not None else settings
 
 

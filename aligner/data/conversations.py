@@ -54,7 +54,7 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     speaker = message["role"] if "role" in message else message["from"]
     if speaker not in _ROLES:
         raise Bad("unknown role", f"{speaker!r}")
-    content = message["content"] if "content" in message else message["value"]
+    content = message["content"] if "content" in message else message.get("value")
     extras = {key: message[key] for key in _EXTRAS if message.get(key) is not None}  # Parquet writes None for missing keys
     if "tool_calls" in extras:
         extras["tool_calls"] = [_call(call) for call in extras["tool_calls"]]

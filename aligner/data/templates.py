@@ -167,11 +167,12 @@ def encode_prompt(prompt: Any, assets: Any, media: Media | None = None, options:
     return Encoded(tokens[places], (), found, slots=slots_of(shown))
 
 
-def chat_template(assets: Any) -> str:
-    """The template that conversations are rendered by: the processor's, else the tokenizer's, else DEFAULT_TEMPLATE."""
+def chat_template(assets: Any, tools: Sequence[Any] | None = None) -> str:
+    """The template that conversations are rendered by: the processor's, else the tokenizer's, else DEFAULT_TEMPLATE; of several named ones
+    `tool_use` where there are tools, as `transformers` chooses, else `default`."""
     template = (assets.processor is not None and assets.processor.chat_template) or assets.tokenizer.chat_template or DEFAULT_TEMPLATE
     if isinstance(template, dict):  # several named ones
-        template = template.get("default") or next(iter(template.values()))
+        template = (tools is not None and template.get("tool_use")) or template.get("default") or next(iter(template.values()))
     return template
 
 
@@ -236,7 +237,7 @@ def _rendered(conversation: list[dict], assets: Any, marks: bool, options: Mappi
         messages.append({**message, "content": content})
     # The tokenizer's tokens will do for processors as well: all that a template needs is the messages and the special tokens.
     options = {**assets.tokenizer.special_tokens_map, **options, "return_assistant_tokens_mask": marks}
-    show = lambda messages: render_jinja_template([messages], chat_template=chat_template(assets), **options)
+    show = lambda messages: render_jinja_template([messages], chat_template=chat_template(assets, options.get("tools")), **options)
     try:
         # One at a time: what notes where {% generation %} stands belongs to the compiled template, which threads share.
         with _RENDERING:

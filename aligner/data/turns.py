@@ -49,7 +49,8 @@ def encode_supervised(sample: Supervised, assets: Any, media: Media | None = Non
         Bad: nothing would be scored.
     """
     prompt, rest, options = sample.prompt, sample.conversation, sample.template
-    if prompt and (not is_conversation(rest) or all(message["role"] == "assistant" for message in rest)):
+    answers = is_conversation(rest) and all(message["role"] == "assistant" for message in rest)
+    if prompt and (not is_conversation(rest) or (answers and (loss_on != "last" or len(rest) == 1))):
         encoded = yield from encode_answers.steps(prompt, (rest,), assets, media, options)
         if loss_on != "all":
             return encoded
@@ -101,10 +102,10 @@ def _scored(ids: np.ndarray, mask: np.ndarray | None, media: Media | None = None
 
 def _turns(conversation: list[dict], assets: Any, loss_on: str, shown: Sequence[Shown], options: Mapping[str, Any]) -> Steps:
     """(ids, mask) of a whole conversation, placeholders not yet expanded; no mask where all is scored."""
-    show = functools.partial(render, assets=assets, shown=shown, **options)
+    show, template = functools.partial(render, assets=assets, shown=shown, **options), chat_template(assets, options.get("tools"))
     if loss_on != "all" and not any(message["role"] == "assistant" for message in conversation):
         raise Bad("nothing to imitate", "the conversation has no turn of the assistant")
-    marked = loss_on != "all" and _has_generation_marks(chat_template(assets))
+    marked = loss_on != "all" and _has_generation_marks(template)
     text, marks = render_marked(conversation, assets, shown, **options) if marked else (show(conversation), [])
     [tokens] = yield Texts(assets.tokenizer, [text], adds_special_tokens(text, assets), spans=loss_on != "all")
     if loss_on == "all":
@@ -114,7 +115,7 @@ def _turns(conversation: list[dict], assets: Any, loss_on: str, shown: Sequence[
     else:
         mask = _by_rendering(conversation, text, tokens.spans, assets, loss_on, show)
     if not mask.any():
-        raise Bad("nothing to imitate", f"the chat template marks no token as the assistant's: {_head(assets)}")
+        raise Bad("nothing to imitate", f"the chat template marks no token as the assistant's: {_head(template)}")
     return tokens.ids, mask
 
 
@@ -177,6 +178,6 @@ def _common(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def _head(assets: Any) -> str:
-    template = " ".join(chat_template(assets).split())
+def _head(template: str) -> str:
+    template = " ".join(template.split())
     return template if len(template) <= 80 else template[:80] + "..."

@@ -24,7 +24,8 @@ class Item(NamedTuple):
         text: the conversation, or plain text.
         encoded: its tokens, without answers.
         prompt: the same as the sampler takes it, with pictures.
-        columns: what else the row holds, for reward functions, with `ground_truth`.
+        columns: what else the row holds, for reward functions, with `ground_truth`, and in `chat_template_kwargs` all that the prompt's
+            template was told, if anything.
     """
 
     row: int
@@ -95,6 +96,7 @@ def load_prompts(config: Any, split: str, model: Model, cache_dir: str | Path | 
         row, sample, encoded = rows.raw(index), as_prompt(rows.read(index)), encode(index)
         pictures = modalities.load(encoded.media, seeing(index))
         columns = {name: value for name, value in row.items() if name not in ("prompt", "completion", "completions")}
+        columns |= {"chat_template_kwargs": dict(sample.template)} if sample.template else {}
         prompt = Prompt(encoded.prompt, pictures, source(index, sample.prompt, encoded) if config.generation.server else None)
         return Item(index, sample.prompt, encoded, prompt, {"ground_truth": sample.ground_truth, **columns})
 

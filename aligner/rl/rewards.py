@@ -65,7 +65,11 @@ def _make(name: str, timeout: float, **reading: Any) -> Reward:
     from aligner.rl.reward_model import make_reward_model
 
     score = make_reward_model(name, **reading)
-    return Reward(Path(name).name, lambda prompts, completions, **columns: score(prompts, completions))
+
+    def valued(prompts: Sequence[Any], completions: Sequence[str], chat_template_kwargs: Sequence | None = None, **columns: Any) -> list:
+        return score(prompts, completions, chat_template_kwargs and [told or {} for told in chat_template_kwargs])
+
+    return Reward(Path(name).name, valued)
 
 
 def value(

@@ -330,6 +330,17 @@ def test_a_message_keeps_what_else_a_template_reads():
     assert sample.conversation == [user("hi"), assistant("yes") | extras]
 
 
+def test_a_message_that_only_calls_needs_no_content():
+    """OpenAI's and TRL's rows may leave it out, or have null there; a message that says and calls nothing is a broken row."""
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+    for message in (call, call | {"content": None}):
+        row = {"messages": [user("hi"), message, assistant("yes")]}
+        assert find_formatter("auto", [*row], "data.train", (Supervised,))[1](row).conversation[1] == call | {"content": ""}
+    row = {"messages": [user("hi"), {"role": "assistant"}]}
+    with pytest.raises(Bad, match="missing column: a message of 'assistant' without content"):
+        find_formatter("auto", [*row], "data.train", (Supervised,))[1](row)
+
+
 def test_options_that_are_not_the_templates():
     row = {"prompt": [user("q")], "chosen": "a", "rejected": "b", "chat_template_kwargs": {"add_generation_prompt": True}}
     with pytest.raises(Bad, match="unexpected value: chat_template_kwargs sets add_generation_prompt"):

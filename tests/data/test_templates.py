@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 
-from aligner.data.samples import Bad, Preference
+from aligner.data.census import _settings
+from aligner.data.samples import Bad, Preference, Supervised
 from aligner.data.templates import encode_answers, encode_preference, ends_with_eos
+from aligner.data.turns import encode_supervised
 from aligner.types import UserError
 from tests.data import tiny
+from tests.data.test_turns import assistant, user
 
 USER = [{"role": "user", "content": "what is this"}]
 
@@ -106,3 +109,22 @@ def test_a_template_may_refuse():
     model = tiny.text_model("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(Bad, match=r"chat template: .*roles must alternate"):
         encode_preference(pair(), model.assets)
+
+
+def test_of_several_templates_that_for_tools_writes_tools():
+    """As `transformers` chooses: a checkpoint may bring a template of its own for them, whose text the default has not."""
+    marked = "{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% endif %}"
+    several = {"default": tiny.CHATML, "tool_use": "<s>{{ tools[0].name }}{% for m in messages %}" + marked + "{% endfor %}"}
+    model = tiny.text_model(several)
+    tokenizer, talk = model.assets.tokenizer, [user("what"), assistant("yes")]
+    for tools in (None, [{"name": "look"}]):
+        options = {} if tools is None else {"tools": tools}
+        theirs = tokenizer.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=tools is not None, **options)
+        pair = encode_preference(Preference(talk[:1], talk[1:], [assistant("no")], template=options), model.assets)
+        turns = encode_supervised(Supervised(talk, template=options), model.assets)
+        for encoded in (pair, turns):
+            assert [*encoded.prompt, *encoded.answers[0]] == theirs["input_ids"]
+        if tools is not None:
+            assert [*[0] * len(turns.prompt), *turns.scored[0]] == theirs["assistant_masks"]
+    keys = [_settings(tiny.text_model({**several, "tool_use": text})) for text in ("a", "b")]
+    assert keys[0] != keys[1], "a census is taken anew when either is edited"

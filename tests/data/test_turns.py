@@ -82,6 +82,9 @@ def test_prompt_and_completion():
     assert runs(encode(TALK[2:], model, prompt=TALK[:2]), model) == ["a dog 🐈 in the house</s>\n"], "turns of the prompt are context"
     assert runs(encode(" blue.", model, prompt="The sky is"), model) == [" blue.</s>"]
     assert runs(encode("The sky is blue.", model), model) == ["he sky is blue.</s>"]
+    several = [assistant("a dog"), assistant("yes")]
+    assert runs(encode(several, model, prompt=TALK[:3]), model) == ["a dog</s>\n<|assistant|>\nyes</s>\n"]
+    assert runs(encode(several, model, prompt=TALK[:3], loss_on="last"), model) == ["yes</s>\n"], "the last message alone"
     everything = encode([assistant("a dog")], model, prompt=TALK[:3], loss_on="all")
     assert mask(everything).tolist() == [False] + [True] * (len(tokens(everything)) - 1)
 

@@ -1,13 +1,17 @@
 """Reward functions that are right and wrong: values, and one sentence that names the prompt."""
 
+import json
 import time
 
 import numpy as np
 import pytest
 
-from aligner.rl import verifiers
+from aligner.rl import reward_model, verifiers
+from aligner.rl.prompts import load_prompts
 from aligner.rl.rewards import Reward, make_rewards, value
 from aligner.types import UserError
+from tests.data import tiny
+from tests.data.test_turns import user
 
 PROMPTS, ANSWERS = ["one?", "two?", "three?"], ["1", "2", "3"]
 
@@ -20,6 +24,22 @@ def test_values_and_columns():
     found = called(lambda prompts, completions, truth: [None if t is None else float(c == t) for c, t in zip(completions, truth)],
                    truth=["1", None, "x"])  # fmt: skip
     np.testing.assert_array_equal(found, [[1], [np.nan], [0]])
+
+
+def test_a_reward_model_is_told_what_the_prompts_template_was(tmp_path, monkeypatch):
+    """So it reads the text that it was trained on: some templates write tools, or a way to think, before the conversation."""
+    seen = []
+    stand_in = lambda prompts, completions, options: seen.append(options) or [0.0] * len(prompts)
+    monkeypatch.setattr(reward_model, "make_reward_model", lambda *args, **reading: stand_in)
+    rows = [{"prompt": [user("hi")], "tools": [{"name": "look"}], "chat_template_kwargs": {"mood": "kind"}}, {"prompt": "hi"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = tiny.config(tmp_path / "rows.jsonl", shuffle=False, template=dict(mood="bad", year=1))
+    config.generation = dict(max_new_tokens=8, server="")
+    prompts = load_prompts(config, "train", tiny.text_model())
+    items = [prompts.item(place) for place in range(2)]
+    columns = {"chat_template_kwargs": [item.columns.get("chat_template_kwargs") for item in items]}
+    value(make_rewards(["RM"]), [item.text for item in items], ["a", "b"], columns, 5.0)
+    assert seen == [[{"mood": "kind", "year": 1, "tools": rows[0]["tools"]}, {}]]
 
 
 def test_an_async_function():
