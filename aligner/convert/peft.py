@@ -150,6 +150,13 @@ def read(path: str | Path, model: Model, params: Params) -> tuple[Adapters, dict
     def misfit(name, why):
         return UserError(f"the adapter {path} does not fit its base, a {model.family} model: {name} {why}")
 
+    whole = {hf.canonical_name(model.conversion, tensor): name for name in tensors for tensor, part in [_parse(name)] if not part}
+    for head, embedding in model.conversion.tied:
+        apart = [whole[name] for name in (embedding, head) if name in whole]
+        if len(apart) == 2 and np.array_equal(tensors[apart[0]], tensors[apart[1]]):
+            del tensors[apart[1]]
+        elif apart:  # PEFT trains a copy of the one and leaves the other as it is
+            raise misfit(apart[0], f"trained apart from what it is tied to ({embedding}, {head} are one tensor there); merge it with PEFT")
     for name in sorted(tensors):
         module, part = _parse(name)
         stored = hf.canonical_name(model.conversion, f"{module}.weight" if part else module)

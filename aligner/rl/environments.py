@@ -77,9 +77,7 @@ def play(
         (answers of all turns and what was said between, `own` says which tokens are the policy's; [N, n] sums of rewards).
     """
     episodes = [(i, sample) for i in range(len(items)) for sample in range(n)]
-    environments = [make() for _ in episodes]
-    for (i, _), environment in zip(episodes, environments):
-        environment.reset(items[i].text, items[i].columns)
+    environments = [_begin(make, items[i]) for i, _ in episodes]
     parts: list[list[tuple[np.ndarray, np.ndarray, bool]]] = [[] for _ in episodes]
     worth, stopped, going = np.zeros(len(episodes)), np.zeros(len(episodes), bool), list(range(len(episodes)))
     for turn in range(turns):
@@ -105,15 +103,29 @@ def play(
     return [answers[i * n : (i + 1) * n] for i in range(len(items))], worth.reshape(len(items), n)
 
 
+def _begin(make: Callable[[], Environment], item: Any) -> Environment:
+    """An episode's environment; one that fails ends the run, as a reward function does."""
+    try:
+        environment = make()
+        environment.reset(item.text, item.columns)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the environment failed at the start of prompt {item.text!r}: {type(error).__name__}: {error}") from error
+    return environment
+
+
 def _step(environment: Environment, text: str, prompt: Any) -> Step:
-    """What the environment says, which must be of use: one that fails ends the run, as a reward function does."""
+    """What the environment says, which must be of use."""
     try:
         said = environment.step(text)
-        fine = np.isfinite(said.reward)
+        fine, words = np.isfinite(said.reward), isinstance(said.observation, str)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"the environment failed at the turn {text!r} of prompt {prompt!r}: {type(error).__name__}: {error}") from error
+    if not words:
+        raise UserError(f"the environment said {said.observation!r} to the turn {text!r} of prompt {prompt!r}; it must be a text")
     if not fine:
         raise UserError(f"the environment gave the reward {said.reward} to the turn {text!r} of prompt {prompt!r}; it must be finite")
     return said

@@ -190,6 +190,29 @@ def test_maps_that_are_one_there_and_several_here(tmp_path, family):
     assert_close(our_logits(model, again, inputs), expected)
 
 
+def test_an_embedding_that_trained_apart_from_its_tied_head(tmp_path):
+    """In PEFT the head stays as it was; here both moved, and nothing was said. Where PEFT trained both as one, both are."""
+    from peft import LoraConfig, get_peft_model
+
+    base = checkpoints.save_llama(tmp_path / "base", tie_word_embeddings=True)
+    for tied in (False, True):
+        settings = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=tied)
+        theirs = get_peft_model(checkpoints.load_hf(base), settings)
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.2 * torch.randn(parameter.shape)
+        theirs.save_pretrained(tmp_path / "adapter")
+        config = lora_config(rank=4, alpha=6.0, adapter=str(tmp_path / "adapter"))
+        if not tied:
+            with pytest.raises(UserError, match=r"embed_tokens\.weight trained apart from what it is tied to"):
+                attached(base, config)
+            continue
+        model, adapters, params = attached(base, config)
+        assert adapters.saved == ("model/embed_tokens/embedding",)
+        assert_close(our_logits(model, params, inputs_of(model)), their_logits(theirs, inputs_of(model)))
+
+
 def test_a_map_that_is_called_by_a_number_is_named_in_full(tmp_path):
     """Qwen2-VL's merger ends in mlp.0 and mlp.2: PEFT took "0" for the first block of the tower too, and refused the adapter."""
     from aligner.models import from_hf

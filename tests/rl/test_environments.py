@@ -81,6 +81,23 @@ def test_an_environment_that_goes_wrong_is_told_with_its_prompt(monkeypatch, wor
         play(Scripted(), Broken, ITEMS, [0, 1], 1, 2, tokenize, str)
 
 
+class Mute(Twice):
+    """Says nothing, and cannot begin where the goal is not 0."""
+
+    def reset(self, prompt, columns):
+        self.odds = 1 / (columns["goal"] == 0)
+
+    def step(self, text):
+        return Step(None)
+
+
+@pytest.mark.parametrize("items, words", [(ITEMS, "failed at the start of prompt 'x': ZeroDivisionError"), (ITEMS[:1], "said None to the turn")])
+def test_an_environment_that_cannot_begin_or_speak_is_told_with_its_prompt(items, words):
+    """Either was a traceback, after which what had been learnt was not saved."""
+    with pytest.raises(UserError, match=words):
+        play(Scripted(), Mute, items, [0, 1], 1, 2, tokenize, str)
+
+
 def test_tools():
     episode = Tools({"add": lambda a, b: a + b}, before="[", after="]")
     assert episode.step('so <tool_call>{"name": "add", "arguments": {"a": 2, "b": 3}}</tool_call>') == Step("[<tool_response>5</tool_response>]")
