@@ -79,12 +79,14 @@ def test_every_kind_of_sound(tmp_path):
 @pytest.mark.parametrize(
     ("reference", "reason"),
     [("none.wav", "unreadable audio"), ("../a.wav", "audio outside of the folder"), (b"no sound", "unreadable audio"),
-     ("https://x.org/a.wav", "audio is a URL"), ({"array": [], "sampling_rate": 16000}, "unreadable audio"), (None, "unreadable audio")],
+     ("https://x.org/a.wav", "audio is a URL"), ({"array": [], "sampling_rate": 16000}, "unreadable audio"), (None, "unreadable audio"),
+     ({"array": [0.1]}, "unreadable audio"), ({"array": 0.1, "sampling_rate": 16000}, "unreadable audio"),
+     ({"array": [0.1], "sampling_rate": 0}, "unreadable audio"), ({"array": ["a"], "sampling_rate": 16000}, "unreadable audio")],
 )  # fmt: skip
 def test_sounds_that_cannot_be_read(tmp_path, reference, reason):
     with pytest.raises(Bad) as caught:
         audio.load_audio(reference, tmp_path)
-    assert caught.value.reason == reason
+    assert caught.value.reason == reason and "object at 0x" not in caught.value.detail
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):
