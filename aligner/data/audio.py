@@ -32,8 +32,7 @@ def load_audio(reference: Any, folder: str | Path, rate: int = RATE) -> np.ndarr
         UserError: a package is missing.
     """
     if isinstance(reference, dict) and reference.get("array") is not None:
-        samples, found = np.asarray(reference["array"], np.float32), int(reference["sampling_rate"])
-        samples = samples if samples.ndim == 1 else samples.mean(axis=int(samples.shape[0] > samples.shape[1]))
+        samples, found = _given(reference["array"], reference.get("sampling_rate"))
     else:
         samples, found = _decoded(encoded_bytes(reference, folder, "audio"))
     if not len(samples) or not np.isfinite(samples).all():
@@ -41,12 +40,23 @@ def load_audio(reference: Any, folder: str | Path, rate: int = RATE) -> np.ndarr
     return samples if found == rate else _package("soxr").resample(samples, found, rate).astype(np.float32)
 
 
+def _given(array: Any, rate: Any) -> tuple[np.ndarray, int]:
+    try:
+        samples, rate = np.asarray(array, np.float32), int(rate)
+    except (TypeError, ValueError) as error:
+        raise Bad("unreadable audio", f"its array and sampling_rate are no numbers ({error})") from error
+    if samples.ndim not in (1, 2) or rate < 1:
+        raise Bad("unreadable audio", f"an array of shape {samples.shape} at a sampling_rate of {rate}")
+    return samples if samples.ndim == 1 else samples.mean(axis=int(samples.shape[0] > samples.shape[1])), rate
+
+
 def _decoded(data: bytes) -> tuple[np.ndarray, int]:
     soundfile = _package("soundfile")
     try:
         samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError) as error:
-        raise Bad("unreadable audio", str(error)) from error
+        # the library's own message names an object in memory
+        raise Bad("unreadable audio", getattr(error, "error_string", str(error))) from error
     return samples.mean(axis=1), rate
 
 

@@ -15,7 +15,7 @@ from aligner.types import UserError
 
 
 def load_clip(reference: Any, folder: str | Path, count: int | None = None, fps: float | None = None, pixels: bool = True) -> Clip:
-    """Decode a clip and take some of its frames.
+    """Decode a clip and take some of its frames, turned as the file says, as a telephone held upright writes it.
 
     Args:
         reference: a path (relative to `folder`), encoded bytes, or {"bytes", "path"}.
@@ -44,28 +44,36 @@ def load_clip(reference: Any, folder: str | Path, count: int | None = None, fps:
             place = 0
             for number, frame in enumerate(container.decode(video=0)):
                 while place < len(wanted) and wanted[place] == number:
-                    frames.append(frame.to_ndarray(format="rgb24"))
+                    frames.append(np.rot90(frame.to_ndarray(format="rgb24"), _turns(frame)))
                     place += 1
                 if place == len(wanted):
                     break
         return Clip(times[wanted], seconds, size, np.stack(frames))
-    except (av.FFmpegError, ValueError, IndexError) as error:
-        raise Bad("unreadable video", str(error)) from error
+    except (av.FFmpegError, ValueError) as error:
+        # its message also names the file, which it knows only as bytes
+        raise Bad("unreadable video", getattr(error, "strerror", None) or str(error)) from error
 
 
 def _look(av: Any, data: bytes) -> tuple[np.ndarray, tuple[int, int]]:
     """(when each frame is shown, (height, width)); counted, as what files say of their length is often wrong."""
     with av.open(io.BytesIO(data)) as container:
+        if not container.streams.video:
+            raise Bad("unreadable video", "it holds no pictures")
         stream = container.streams.video[0]
         rate, found, size = float(stream.average_rate or 25), [], (0, 0)
         for number, frame in enumerate(container.decode(stream)):
-            size = frame.height, frame.width
+            size = (frame.width, frame.height) if _turns(frame) % 2 else (frame.height, frame.width)
             if frame.width * frame.height > MAX_PIXELS:
                 raise Bad("unreadable video", f"frames of {frame.width} x {frame.height} are more than {MAX_PIXELS} pixels")
             found.append(frame.time if frame.time is not None else number / rate)
     if not found:
         raise Bad("unreadable video", "it holds no frame")
     return np.array(found) - found[0], size
+
+
+def _turns(frame: Any) -> int:
+    """Quarter turns to the left after which a frame stands upright; FFmpeg gives them in degrees, and does not turn it itself."""
+    return round(frame.rotation / 90)
 
 
 def sample(total: int, count: int | None = None) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Sounds and clips decode to what models take; the spectrogram is Whisper's."""
 
+import struct
 import sys
 from pathlib import Path
 
@@ -79,12 +80,14 @@ def test_every_kind_of_sound(tmp_path):
 @pytest.mark.parametrize(
     ("reference", "reason"),
     [("none.wav", "unreadable audio"), ("../a.wav", "audio outside of the folder"), (b"no sound", "unreadable audio"),
-     ("https://x.org/a.wav", "audio is a URL"), ({"array": [], "sampling_rate": 16000}, "unreadable audio"), (None, "unreadable audio")],
+     ("https://x.org/a.wav", "audio is a URL"), ({"array": [], "sampling_rate": 16000}, "unreadable audio"), (None, "unreadable audio"),
+     ({"array": [0.1]}, "unreadable audio"), ({"array": 0.1, "sampling_rate": 16000}, "unreadable audio"),
+     ({"array": [0.1], "sampling_rate": 0}, "unreadable audio"), ({"array": ["a"], "sampling_rate": 16000}, "unreadable audio")],
 )  # fmt: skip
 def test_sounds_that_cannot_be_read(tmp_path, reference, reason):
     with pytest.raises(Bad) as caught:
         audio.load_audio(reference, tmp_path)
-    assert caught.value.reason == reason
+    assert caught.value.reason == reason and "object at 0x" not in caught.value.detail
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):
@@ -113,6 +116,25 @@ def test_frames_are_taken_evenly(tmp_path):
         with pytest.raises(Bad) as caught:
             video.load_clip(reference, tmp_path)
         assert caught.value.reason == reason
+    import soundfile
+
+    soundfile.write(tmp_path / "a.wav", tone(8000), 8000)
+    with pytest.raises(Bad, match="it holds no pictures"):
+        video.load_clip("a.wav", tmp_path)
+
+
+@pytest.mark.parametrize(("matrix", "turns"), [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
+def test_frames_stand_upright(tmp_path, matrix, turns):
+    """A file says by a matrix how its frames are to be turned: a telephone's camera always lies on its side."""
+    frames = np.zeros((2, 32, 48, 3), np.uint8)
+    frames[:, :16, :24] = 255  # so that every corner is told from the others
+    data, one = clip(frames), 1 << 16
+    lying = struct.pack(">9i", one, 0, 0, 0, one, 0, 0, 0, 1 << 30)
+    head, rest = data[: (place := data.index(lying, data.index(b"tkhd")))], data[place + len(lying) :]
+    a, b, c, d = (one * value for value in matrix)
+    found = video.load_clip(head + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + rest, tmp_path)
+    assert found.frames.shape[1:3] == found.size == np.rot90(frames[0], turns).shape[:2]
+    assert np.abs(found.frames[0].astype(int) - np.rot90(frames[0], turns)).mean() < 8
 
 
 @pytest.mark.parametrize("total", [1, 7, 20, 301])
