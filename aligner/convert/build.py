@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -69,12 +70,28 @@ def build(
         copy_companions(language.assets.folder, scratch, ("generation_config.json",))
         tokenizer.save_pretrained(scratch)
         (Path(scratch) / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}, indent=2))
+        if plain:
+            processor = _processor_config(model_from_folder(scratch), image_token)
+            (Path(scratch) / "processor_config.json").write_text(json.dumps(processor, indent=2))
         model = dataclasses.replace(model_from_folder(scratch), assets=Assets(Path(scratch)), source_dtype=dtype or language.source_dtype)
         made = jax.jit(model.init)(jax.random.key(0))
         made["language_model"] = resized(params, known, made["language_model"])
         _place(made, _tower_params(model, folder, tower["model_type"]))
         save(model, made, out_dir)
     return config["model_type"]
+
+
+def _processor_config(model: Model, image_token: str) -> dict[str, Any]:
+    """What `LlavaProcessor` must know to write as many image tokens as the model has features."""
+    tower, strategy = model.config.vision_config, model.config.vision_feature_select_strategy
+    left_out = int(strategy == "default")  # which it takes away again
+    return {
+        "processor_class": "LlavaProcessor",
+        "image_token": image_token,
+        "patch_size": tower.patch_size,
+        "num_additional_image_tokens": model.media.features + left_out - tower.num_patches,
+        "vision_feature_select_strategy": strategy,
+    }
 
 
 def _tower_config(folder: Path) -> dict[str, Any]:
@@ -94,13 +111,13 @@ def _tower_params(model: Model, folder: Path, kind: str) -> dict[str, Any]:
     from aligner.models import towers, vlm
 
     path = "vision_tower/vision_model" if kind in ("clip_vision_model", "siglip_vision_model") else "vision_tower"
-    prefix = "vision_model." if path.endswith("vision_model") else ""
+    prefix = path.rpartition("/")[2] + "."  # which many checkpoints leave out, DINOv2's all
     stacks, exceptions = towers.names(kind, path + "/", prefix)
-    renames = ((r"^(?!vision_model\.|text_model\.|logit|visual_projection|text_projection)", prefix),) if prefix else ()
+    renames = ((rf"^(?!{re.escape(prefix)}|text_model\.|logit|visual_projection|text_projection)", prefix),)
     alone = dataclasses.replace(
         model,
         init=lambda key: _nested(path, vlm.tower_params(model.config.vision_config)(key)),
-        conversion=Conversion(stacks={k: v for k, v in stacks.items() if v}, exceptions=exceptions, renames=renames, ignored=_OTHERS),
+        conversion=Conversion(stacks=stacks, exceptions=exceptions, renames=renames, ignored=_OTHERS),
     )
     return load_params(alone, disk.open_checkpoint(folder), None)
 

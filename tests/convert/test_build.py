@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +94,30 @@ def test_a_linear_projector_is_one_matrix(parts, tmp_path):
     selected = llava.select(mlp, params, batch["pixel_values"][0], "vision_tower/vision_model", {}, "none")
     matrix = params["multi_modal_projector"]["linear"]
     np.testing.assert_allclose(model.encode(params, batch)[0], (selected @ matrix["kernel"] + matrix["bias"])[0], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_tower_whose_names_have_no_prefix(parts, tmp_path):
+    """DINOv2's start with `embeddings` and `encoder`; the processor writes as many image tokens as it has features, registers too."""
+    from PIL import Image
+    from transformers import AutoProcessor, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, LlavaForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = Dinov2WithRegistersConfig(hidden_size=12, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8, num_register_tokens=3)
+    tower = Dinov2WithRegistersModel(config)
+    tower.save_pretrained(tmp_path / "vision")
+    shutil.copy(parts / "vision" / "preprocessor_config.json", tmp_path / "vision")
+    out = build(parts, tmp_path / "out", "--vision", str(tmp_path / "vision"))
+    theirs = LlavaForConditionalGeneration.from_pretrained(out, dtype=torch.float32, attn_implementation="eager")
+    made = theirs.model.vision_tower.state_dict()
+    assert all(torch.equal(made[name], was) for name, was in tower.state_dict().items())
+    model, params = aligner.load(out)
+    inputs = AutoProcessor.from_pretrained(out)(text="<image> What is it?", images=Image.new("RGB", (20, 30)), return_tensors="pt")
+    assert (inputs["input_ids"] == model.media.placeholder).sum() == model.media.features == 4 + 3
+    with torch.no_grad():
+        expected = theirs(**inputs).logits.numpy()
+    found = np.asarray(model.logits(params, {name: value.numpy() for name, value in inputs.items()}))
+    assert np.abs(found - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
 
 
 # ---- MMCA
