@@ -9,12 +9,14 @@ import pytest
 
 from aligner import online, sharding
 from aligner.algorithms import make
+from aligner.algorithms.grpo import check_online
 from aligner.data.templates import Encoded
 from aligner.generation.engine import Completion, Prompt
 from aligner.rl import rollouts
 from aligner.rl.prompts import Item
 from aligner.rl.rollouts import Group
 from aligner.stopping import Stopped
+from aligner.types import UserError
 from configs import common, grpo_llama3, ppo_llama3
 from scripts.make_tiny_checkpoint import make_llama
 from scripts.online_demo import make_sums, make_words
@@ -150,6 +152,14 @@ def config_of(name, **changes):
     config.algorithm.update(dict(reward_funcs=("math",), num_generations=2, beta=0.0) | changes)
     config.generation.max_new_tokens = 4
     return config
+
+
+@pytest.mark.parametrize("setting", ["epsilon_high", "delta", "dynamic_sampling"])
+def test_what_may_be_left_out_may_not_be_negative(setting):
+    """dynamic_sampling=-1 was a traceback in the first rollout, a negative bound one that every ratio was beyond."""
+    with pytest.raises(UserError, match=rf"config\.algorithm\.{setting} is -1(\.0)?, but grpo needs {setting} >= 0"):
+        check_online(config_of("grpo", **{setting: -1}))
+    check_online(config_of("ppo"))
 
 
 def test_a_groups_answers_stand_in_its_row_and_are_compared_with_each_other_alone(llama):
