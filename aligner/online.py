@@ -202,7 +202,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             if c.name == "remax":
                 greedy.engine.update(policy(), iteration)
                 alone = rollouts.write(greedy, [group.item for group in groups], range(len(groups)), 1)
-                baseline = np.array([advantages.combine(group.rewards, weights)[0] for group in alone])
+                baseline = rollouts.worth(config, alone, weights)[:, 0]
             batch, found, after = rollouts.learnable(config, groups, baseline, batch, weights, host)
             if updates == 1 and c.name != "ppo" and not served:
                 batch.pop("old_logps", None)  # the policy itself is the one that wrote

@@ -152,6 +152,13 @@ def asked(rollout: Callable, batch: Mapping[str, np.ndarray], rows: int) -> dict
     return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
 
 
+def worth(config: ConfigDict, groups: Sequence[Group], weights: np.ndarray) -> np.ndarray:
+    """What answers come to [B, n]: the rewards together, less the penalty for their length; NaN where no reward gave a value."""
+    c, lengths = config.algorithm, np.array([[answer.written.sum() for answer in group.answers] for group in groups])
+    penalty = c.overlong_penalty * adv.overlong_penalty(lengths, longest(config), c.overlong_buffer)
+    return adv.combine(np.stack([group.rewards for group in groups]), weights) + penalty
+
+
 def learnable(
     config: ConfigDict, groups: Sequence[Group], greedy: np.ndarray | None, batch: dict[str, np.ndarray], weights: np.ndarray, host: dict
 ) -> tuple[dict[str, np.ndarray], dict[str, float], dict]:
@@ -170,8 +177,7 @@ def learnable(
     lengths = np.array([[answer.written.sum() for answer in group.answers] for group in groups])
     stopped = np.array([[answer.stopped for answer in group.answers] for group in groups])
     each = np.stack([group.rewards for group in groups])  # [B, n, K]
-    raw = adv.combine(each, weights)
-    total = raw + c.overlong_penalty * adv.overlong_penalty(lengths, most, c.overlong_buffer)
+    total = worth(config, groups, weights)
     found = report(total, each, lengths, stopped, c)
     drift = None
     if "reference_logps" in batch:

@@ -238,6 +238,17 @@ def test_every_other_algorithm_takes_two_steps(demo, tmp_path, name):
 
 
 @pytest.mark.slow
+def test_the_greedy_answer_pays_for_its_length_too(demo, tmp_path):
+    """ReMax: where both answers are of one length, nothing is better than expected; the sampled one alone had paid."""
+    config = settings(demo, "grpo", generation__max_new_tokens=1, train__steps=1).copy_and_resolve_references().unlock()
+    config.algorithm = common.remax()
+    config.algorithm.update(dict(reward_funcs=("format",), beta=0.0, overlong_buffer=1))
+    online.run(config.lock(), tmp_path / "run")
+    [found] = records(tmp_path / "run")
+    assert found["reward"] == -1 and found["loss"] == 0 and found["grad_norm"] == 0
+
+
+@pytest.mark.slow
 def test_an_episode_of_several_turns(demo, tmp_path):
     """The demo's environment: what it says is in the text, not in what is learnt; its rewards are the run's."""
     from pyarrow import parquet
