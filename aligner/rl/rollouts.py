@@ -291,6 +291,7 @@ def _ppo(c: ConfigDict, total, stopped, drift, batch, groups, S: int, host: dict
 
 def report(total: np.ndarray, each: np.ndarray, lengths: np.ndarray, stopped: np.ndarray, c: ConfigDict) -> dict[str, float]:
     """TRL's metrics of a rollout."""
+    ended = lengths[stopped] if stopped.any() else np.zeros(1)
     found = {
         "reward": mean_reward(total),
         "reward_std": adv.std(total, None).item(),
@@ -299,6 +300,9 @@ def report(total: np.ndarray, each: np.ndarray, lengths: np.ndarray, stopped: np
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": float(1 - stopped.mean()),
+        "completions/mean_terminated_length": float(ended.mean()),
+        "completions/min_terminated_length": float(ended.min()),
+        "completions/max_terminated_length": float(ended.max()),
     }
     names = [str(name) for name in (*c.reward_funcs, *c.get("cost_funcs", ()), *(("environment",) if c.environment else ()))]
     short = [name.rpartition(":")[2].rstrip("/").rpartition("/")[2] for name in names]
