@@ -45,6 +45,7 @@ from aligner.run import (
     ids_hash,
     load,
     load_frozen,
+    open_reference,
     put,
 )  # fmt: skip
 from aligner.stopping import Stopped, catch_signals, watchdog
@@ -84,6 +85,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     # What is trained, on what, and what it is worth.
     model, disk = convert.open_model(config.model.path, config.model.revision)
     attention.check_heads(mesh, text_config(model).num_attention_heads, text_config(model).num_key_value_heads)
+    reference_disk = open_reference(config, model, disk)
     algorithm = algorithms.make(config, model)
     manner = sampling_of(config, model)
     abstract = convert.abstract_params(model)
@@ -138,7 +140,10 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         if config.reference.kind == "base":
             fixed["initial"] = frozen_copy(config, {path: leaf for path, leaf in lora.flatten(trainable).items() if path in adapters.saved})
         elif c.beta > 0 and algorithm.rollout:
-            fixed["reference"] = lora.combine(frozen_copy(config, lora.flatten(trainable)), base)
+            if reference_disk is disk:
+                fixed["reference"] = lora.combine(frozen_copy(config, lora.flatten(trainable)), base)
+            else:
+                fixed["reference"] = load(config, model, reference_disk, mesh, {})
         if critic:
             trainable = {**trainable, ppo.CRITIC: load_frozen(master(config), *critic, mesh)}
         train_state = state.create(trainable, optimizer, algorithm.carry, config.seed, mesh)

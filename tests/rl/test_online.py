@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from aligner import online, sharding
-from aligner.algorithms import make
+from aligner.algorithms import make, ppo
 from aligner.algorithms.grpo import check_online
 from aligner.data.templates import Encoded
 from aligner.generation.engine import Completion, Prompt
@@ -235,6 +235,27 @@ def test_every_other_algorithm_takes_two_steps(demo, tmp_path, name):
         assert found[0]["sampling/sampling_logp_difference/max"] < 1e-4, "only the policy's own answers are compared"
     if name == "on_policy_distillation":
         assert found[0]["loss"] == pytest.approx(0, abs=1e-6), "the teacher is the student itself"
+
+
+@pytest.mark.slow
+def test_another_reference(demo, tmp_path):
+    """config.reference.model is what the KL is taken from, here too: it was passed over, and the policy at its start stood in."""
+    make_llama(tmp_path / "other", tokenizer=make_words(), hidden_size=32, layers=1, heads=2, kv_heads=1, seed=5)
+    for other in ("", str(tmp_path / "other")):
+        config = settings(demo, "grpo", algorithm__beta=0.1, reference__model=other, train__steps=1)
+        online.run(config, tmp_path / f"run{bool(other)}")
+        assert (abs(records(tmp_path / f"run{bool(other)}")[0]["objective/kl"]) > 1e-3) == bool(other)
+    make_llama(tmp_path / "wide", tokenizer=make_words(), hidden_size=64, layers=1, heads=2, kv_heads=1)
+    with pytest.raises(UserError, match=r"config\.reference\.model .* is not of the same shape"):
+        online.run(settings(demo, "grpo", algorithm__beta=0.1, reference__model=str(tmp_path / "wide")), tmp_path / "run")
+
+
+def test_a_bound_on_costs_needs_costs():
+    """Without them it was PPO, and nothing was said."""
+    with pytest.raises(UserError, match=r"config\.algorithm\.cost_funcs is empty"):
+        ppo.check(config_of("ppo_lagrangian"))
+    ppo.check(config_of("ppo"))
+    ppo.check(config_of("ppo_lagrangian", cost_funcs=("math",)))
 
 
 @pytest.mark.slow
