@@ -45,6 +45,8 @@ from aligner.run import (
     ids_hash,
     load,
     load_frozen,
+    load_reference,
+    open_reference,
     put,
 )  # fmt: skip
 from aligner.stopping import Stopped, catch_signals, watchdog
@@ -84,6 +86,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     # What is trained, on what, and what it is worth.
     model, disk = convert.open_model(config.model.path, config.model.revision)
     attention.check_heads(mesh, text_config(model).num_attention_heads, text_config(model).num_key_value_heads)
+    reference_disk = open_reference(config, model, disk)
     algorithm = algorithms.make(config, model)
     manner = sampling_of(config, model)
     abstract = convert.abstract_params(model)
@@ -139,7 +142,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         if config.reference.kind == "base":
             fixed["initial"] = frozen_copy(config, {path: leaf for path, leaf in lora.flatten(trainable).items() if path in adapters.saved})
         elif referred and algorithm.rollout:
-            fixed["reference"] = lora.combine(frozen_copy(config, lora.flatten(trainable)), base)
+            fixed["reference"] = load_reference(config, model, trainable, base, disk, reference_disk, mesh)
         if critic:
             trainable = {**trainable, ppo.CRITIC: load_frozen(master(config), *critic, mesh)}
         train_state = state.create(trainable, optimizer, algorithm.carry, config.seed, mesh)
@@ -204,7 +207,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             if c.name == "remax":
                 greedy.engine.update(policy(), iteration)
                 alone = rollouts.write(greedy, [group.item for group in groups], range(len(groups)), 1)
-                baseline = np.array([advantages.combine(group.rewards, weights)[0] for group in alone])
+                baseline = rollouts.worth(config, alone, weights)[:, 0]
             batch, found, after = rollouts.learnable(config, groups, baseline, batch, weights, host)
             if updates == 1 and c.name != "ppo" and not served:
                 batch.pop("old_logps", None)  # the policy itself is the one that wrote

@@ -183,6 +183,7 @@ def check_online(config: ConfigDict) -> None:
     """What all online algorithms have in common."""
     c = config.algorithm
     check_not_negative(c, "beta", "epsilon", "overlong_buffer", "overlong_penalty")
+    check_not_negative(c, *(name for name in ("epsilon_high", "delta", "dynamic_sampling") if c.get(name) is not None))
     for name in ("num_generations", "num_iterations", "num_mini_batches", "max_turns"):
         if c[name] < 1:
             raise UserError(f"config.algorithm.{name} is {c[name]}; it must be at least 1")

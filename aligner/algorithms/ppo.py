@@ -162,6 +162,8 @@ def check(config: ConfigDict) -> None:
     for name in ("reward_clip", "kl_target", "cliprange_value"):
         if c[name] is not None:
             check_positive(c, name)
+    if not c.get("cost_funcs", True):
+        raise UserError("config.algorithm.cost_funcs is empty: say what answers cost, as reward_funcs do, or train with ppo")
     if bool(c.ptx_coef) != is_set(config.data.ptx):
         given, missing = ("algorithm.ptx_coef", "data.ptx.path") if c.ptx_coef else ("data.ptx", "algorithm.ptx_coef")
         raise UserError(f"config.{given} is set and config.{missing} is not; supervised rows beside the answers take both")

@@ -251,6 +251,7 @@ def write(out: str | Path, model: Model, adapters: Adapters, trainable: Params, 
         tensors |= {f"{PREFIX}{short}.{part}": tensor for part, tensor in _joined(own, factors, [s / scale for s in scales]).items()}
     whole = _saved_tensors(model, adapters, leaves, list(entries.values()))
     tensors |= {PREFIX + name: tensor for name, tensor in whole.items()}
+    tied = {_memory(model, head) for head, _ in model.conversion.tied} & whole.keys()  # PEFT ties them again to what is saved
     (rank, _), (alpha, _) = Counter(ranks.values()).most_common(1)[0], Counter(alphas.values()).most_common(1)[0]
     config = dict(
         peft_type="LORA",
@@ -262,7 +263,8 @@ def write(out: str | Path, model: Model, adapters: Adapters, trainable: Params, 
         alpha_pattern={name: a for name, a in alphas.items() if a != alpha},
         lora_dropout=adapters.dropout,
         target_modules=_targets(model, abstract, entries, set(ranks)),
-        modules_to_save=sorted({name.rpartition(".")[0] for name in whole}) or None,
+        modules_to_save=sorted({name.rpartition(".")[0] for name in whole} - {name.rpartition(".")[0] for name in tied}) or None,
+        **({"ensure_weight_tying": True} if tied else {}),  # which earlier releases of PEFT do not know
         use_dora=adapters.variant == "dora",
         use_rslora=adapters.variant == "rslora",
         bias="none",
@@ -330,16 +332,17 @@ def _outputs(entry: Entry, tensor: np.ndarray) -> np.ndarray:
 
 
 def _saved_tensors(model: Model, adapters: Adapters, leaves: Mapping[str, np.ndarray], entries: list[Entry]) -> dict[str, np.ndarray]:
-    tied = {other for _, other in model.conversion.tied}
+    heads = {embedding: head for head, embedding in model.conversion.tied}
     result = {}
     for name, parts in by_tensor(entries).items():
         ours = [entry.path in adapters.saved for entry, _ in parts]
         if not any(ours):
             continue
-        if name in tied or not all(ours):
+        if not all(ours):
             path = parts[0][0].path
-            raise UserError(f"{path} trained whole but is tied to or one with another tensor, which no adapter can say; export it merged")
-        result[_memory(model, name)] = write_tensor(parts, lambda path, index: leaves[path][index])
+            raise UserError(f"{path} trained whole but is one with another tensor, which no adapter can say; export it merged")
+        for stored in filter(None, (name, heads.get(name))):  # what is tied stands there twice
+            result[_memory(model, stored)] = write_tensor(parts, lambda path, index: leaves[path][index])
     return result
 
 

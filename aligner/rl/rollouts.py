@@ -152,6 +152,13 @@ def asked(rollout: Callable, batch: Mapping[str, np.ndarray], rows: int) -> dict
     return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
 
 
+def worth(config: ConfigDict, groups: Sequence[Group], weights: np.ndarray) -> np.ndarray:
+    """What answers come to [B, n]: the rewards together, less the penalty for their length; NaN where no reward gave a value."""
+    c, lengths = config.algorithm, np.array([[answer.written.sum() for answer in group.answers] for group in groups])
+    penalty = c.overlong_penalty * adv.overlong_penalty(lengths, longest(config), c.overlong_buffer)
+    return adv.combine(np.stack([group.rewards for group in groups]), weights) + penalty
+
+
 def learnable(
     config: ConfigDict, groups: Sequence[Group], greedy: np.ndarray | None, batch: dict[str, np.ndarray], weights: np.ndarray, host: dict
 ) -> tuple[dict[str, np.ndarray], dict[str, float], dict]:
@@ -170,8 +177,7 @@ def learnable(
     lengths = np.array([[answer.written.sum() for answer in group.answers] for group in groups])
     stopped = np.array([[answer.stopped for answer in group.answers] for group in groups])
     each = np.stack([group.rewards for group in groups])  # [B, n, K]
-    raw = adv.combine(each, weights)
-    total = raw + c.overlong_penalty * adv.overlong_penalty(lengths, most, c.overlong_buffer)
+    total = worth(config, groups, weights)
     found = report(total, each, lengths, stopped, c)
     drift = None
     if "reference_logps" in batch:
@@ -285,6 +291,7 @@ def _ppo(c: ConfigDict, total, stopped, drift, batch, groups, S: int, host: dict
 
 def report(total: np.ndarray, each: np.ndarray, lengths: np.ndarray, stopped: np.ndarray, c: ConfigDict) -> dict[str, float]:
     """TRL's metrics of a rollout."""
+    ended = lengths[stopped] if stopped.any() else np.zeros(1)
     found = {
         "reward": mean_reward(total),
         "reward_std": adv.std(total, None).item(),
@@ -293,6 +300,9 @@ def report(total: np.ndarray, each: np.ndarray, lengths: np.ndarray, stopped: np
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": float(1 - stopped.mean()),
+        "completions/mean_terminated_length": float(ended.mean()),
+        "completions/min_terminated_length": float(ended.min()),
+        "completions/max_terminated_length": float(ended.max()),
     }
     names = [str(name) for name in (*c.reward_funcs, *c.get("cost_funcs", ()), *(("environment",) if c.environment else ()))]
     short = [name.rpartition(":")[2].rstrip("/").rpartition("/")[2] for name in names]

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 
 from aligner import online, sharding
-from aligner.algorithms import make
+from aligner.algorithms import make, ppo
+from aligner.algorithms.grpo import check_online
 from aligner.data.templates import Encoded
 from aligner.generation.engine import Completion, Prompt
 from aligner.rl import rollouts
 from aligner.rl.prompts import Item
 from aligner.rl.rollouts import Group
 from aligner.stopping import Stopped
+from aligner.types import UserError
 from configs import common, grpo_llama3, ppo_llama3
 from scripts.make_tiny_checkpoint import make_llama
 from scripts.online_demo import make_sums, make_words
@@ -152,6 +154,14 @@ def config_of(name, **changes):
     return config
 
 
+@pytest.mark.parametrize("setting", ["epsilon_high", "delta", "dynamic_sampling"])
+def test_what_may_be_left_out_may_not_be_negative(setting):
+    """dynamic_sampling=-1 was a traceback in the first rollout, a negative bound one that every ratio was beyond."""
+    with pytest.raises(UserError, match=rf"config\.algorithm\.{setting} is -1(\.0)?, but grpo needs {setting} >= 0"):
+        check_online(config_of("grpo", **{setting: -1}))
+    check_online(config_of("ppo"))
+
+
 def test_a_groups_answers_stand_in_its_row_and_are_compared_with_each_other_alone(llama):
     batch = rollouts.lay_out(GROUPS, llama.model, True, 8)
     config = config_of("rloo")
@@ -240,6 +250,38 @@ def test_who_wrote_what_is_distilled(demo, tmp_path):
     for name in ("advantage", "abs_advantage", "weight"):
         assert second[f"iw_opd/mean_{name}"] == pytest.approx(first[f"iw_opd/mean_{name}"], rel=1e-5)
     assert 1 < first["iw_opd/mean_weight"] < 1 + config.algorithm.iw_opd_gamma
+
+
+@pytest.mark.slow
+def test_another_reference(demo, tmp_path):
+    """config.reference.model is what the KL is taken from, here too: it was passed over, and the policy at its start stood in."""
+    make_llama(tmp_path / "other", tokenizer=make_words(), hidden_size=32, layers=1, heads=2, kv_heads=1, seed=5)
+    for other in ("", str(tmp_path / "other")):
+        config = settings(demo, "grpo", algorithm__beta=0.1, reference__model=other, train__steps=1)
+        online.run(config, tmp_path / f"run{bool(other)}")
+        assert (abs(records(tmp_path / f"run{bool(other)}")[0]["objective/kl"]) > 1e-3) == bool(other)
+    make_llama(tmp_path / "wide", tokenizer=make_words(), hidden_size=64, layers=1, heads=2, kv_heads=1)
+    with pytest.raises(UserError, match=r"config\.reference\.model .* is not of the same shape"):
+        online.run(settings(demo, "grpo", algorithm__beta=0.1, reference__model=str(tmp_path / "wide")), tmp_path / "run")
+
+
+def test_a_bound_on_costs_needs_costs():
+    """Without them it was PPO, and nothing was said."""
+    with pytest.raises(UserError, match=r"config\.algorithm\.cost_funcs is empty"):
+        ppo.check(config_of("ppo_lagrangian"))
+    ppo.check(config_of("ppo"))
+    ppo.check(config_of("ppo_lagrangian", cost_funcs=("math",)))
+
+
+@pytest.mark.slow
+def test_the_greedy_answer_pays_for_its_length_too(demo, tmp_path):
+    """ReMax: where both answers are of one length, nothing is better than expected; the sampled one alone had paid."""
+    config = settings(demo, "grpo", generation__max_new_tokens=1, train__steps=1).copy_and_resolve_references().unlock()
+    config.algorithm = common.remax()
+    config.algorithm.update(dict(reward_funcs=("format",), beta=0.0, overlong_buffer=1))
+    online.run(config.lock(), tmp_path / "run")
+    [found] = records(tmp_path / "run")
+    assert found["reward"] == -1 and found["loss"] == 0 and found["grad_norm"] == 0
 
 
 @pytest.mark.slow

@@ -44,6 +44,14 @@ def test_deviations_are_those_of_the_whole_batch():
     assert found["reward"] == pytest.approx(np.mean(total)) and found["frac_reward_zero_std"] == 0
 
 
+def test_lengths_of_answers_that_ended_by_themselves():
+    """TRL's completions/*_terminated_length; 0 where none did."""
+    lengths = lambda found: [found[f"completions/{which}_terminated_length"] for which in ("mean", "min", "max")]
+    assert lengths(rollout("grpo")[1]) == [3.5, 2, 5]
+    cut = rollouts.report(np.zeros((1, 2)), np.zeros((1, 2, 0)), np.full((1, 2), 6), np.zeros((1, 2), bool), common.ppo())
+    assert lengths(cut) == [0, 0, 0] and cut["completions/clipped_ratio"] == 1
+
+
 def test_two_rewards_of_one_short_name_have_their_own_metrics():
     """A reward model's and a cost model's folder are both called export: the costs stood there as the rewards."""
     names = ("runs/helpful/export", "runs/short/export")
