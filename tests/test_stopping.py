@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+HEEDING = "import os, signal, sys, time\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)"
 
 
 def begin(code):
-    """A program of its own, once it has said that it is there."""
+    """A program of its own, once it has said that it is there. It heeds a terminal that is closed, whatever started the tests."""
     said = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    process = subprocess.Popen([sys.executable, "-c", f"import os, sys, time\nfrom aligner import stopping\n{code}"], **said)
+    process = subprocess.Popen([sys.executable, "-c", f"{HEEDING}\nfrom aligner import stopping\n{code}"], **said)
     assert process.stdout.readline() == "here\n", process.communicate()[1]
     return process
 
@@ -49,7 +50,6 @@ def test_handlers_come_back():
 def test_nohup():
     """A process that was started to outlive its terminal does."""
     process = begin("""
-import signal
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 with stopping.nothing_to_save(75):
     print("here", flush=True)
@@ -67,7 +67,8 @@ def test_a_terminal_that_is_closed(tmp_path):
     terminal, end = os.openpty()
     termios.tcsetwinsize(terminal, (24, 80))
     code = f"""
-import fcntl, os, sys, termios, time
+{HEEDING}
+import fcntl, termios
 os.setsid()
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from aligner import stopping

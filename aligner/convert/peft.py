@@ -268,7 +268,7 @@ def write(out: str | Path, model: Model, adapters: Adapters, trainable: Params, 
         use_dora=adapters.variant == "dora",
         use_rslora=adapters.variant == "rslora",
         bias="none",
-        fan_in_fan_out=False,
+        fan_in_fan_out=any(entries[f"{module}/kernel"].perm == (0, 1) for module in adapters.rank),  # GPT-2's maps
         init_lora_weights=True,
         inference_mode=True,
     )

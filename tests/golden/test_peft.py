@@ -183,6 +183,8 @@ def test_maps_that_are_one_there_and_several_here(tmp_path, family):
 
     model, adapters, params = attached(base, lora_config(variant=variant, targets=(targets,)))
     ours.write(tmp_path / "ours", model, adapters, lora.split(params, adapters=adapters)[0], str(base))
+    for one in ("theirs", "ours"):  # PEFT puts it right, and warns
+        assert json.loads((tmp_path / one / "adapter_config.json").read_text())["fan_in_fan_out"] == (family == "gpt2")
     expected = our_logits(model, params, inputs)
     assert_close(expected, their_logits(PeftModel.from_pretrained(plain(), tmp_path / "ours"), inputs))
     adapters, weights = ours.read(tmp_path / "ours", model, convert.abstract_params(model))
