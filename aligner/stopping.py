@@ -16,7 +16,7 @@ HUNG = 124  # exit status, as of timeout(1)
 
 
 class Stopped(Exception):
-    """The run was asked to stop (SIGTERM, SIGUSR1, Ctrl-C) and has saved what it must."""
+    """The run was asked to stop (one of ASKED, Ctrl-C) and has saved what it must."""
 
 
 def heeded() -> tuple[signal.Signals, ...]:
@@ -56,7 +56,7 @@ def end_quietly(number: int = signal.SIGINT, code: int = 128 + signal.SIGINT) ->
 
 @contextlib.contextmanager
 def nothing_to_save(code: int) -> Iterator[None]:
-    """While a run starts and reads its data, SIGTERM and SIGUSR1 end it with `code`, and Ctrl-C with 130."""
+    """While a run starts and reads its data, each of ASKED ends it with `code`, and Ctrl-C with 130."""
     before = {number: signal.getsignal(number) for number in (*heeded(), signal.SIGINT)}
     for number in heeded():
         end_quietly(number, code)

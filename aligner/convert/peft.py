@@ -167,8 +167,8 @@ def read(path: str | Path, model: Model, params: Params) -> tuple[Adapters, dict
             if not part:
                 if tensor.shape != entry.full:
                     raise misfit(name, f"is {list(tensor.shape)}, where {list(entry.full)} is needed")
-                whole = (slice(None),) * len(entry.full)
-                saved.setdefault(entry.path, {})[index] = entry.core(tensor[entry.source(whole)], whole)
+                everything = (slice(None),) * len(entry.full)
+                saved.setdefault(entry.path, {})[index] = entry.core(tensor[entry.source(everything)], everything)
                 continue
             inputs, outputs = (entry.full[axis] for axis in entry.perm)  # GPT-2's maps lie the other way round than all others
             if part == "lora_a" and tensor.shape[1:] != (inputs,):
