@@ -12,11 +12,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
+import re
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from aligner.commandline import ended
+from aligner.data.samples import Bad, Unpaired, check
 from aligner.rl.rewards import Reward, make_rewards, value
 from aligner.types import UserError
 
@@ -34,6 +37,39 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def asked(data: bytes) -> tuple[list, list[str], list]:
+    """(prompts, responses, golden) of a request.
+
+    Raises:
+        ValueError: it is no JSON, or holds something else than these lists.
+        UserError: the lists are not of one length.
+    """
+    body = json.loads(data)
+    if not isinstance(body, dict):
+        raise ValueError(f"it is a {type(body).__name__}, not a JSON object of prompts and responses")
+    lists = prompts, responses, golden = [body.get("prompts"), body.get("responses"), body.get("golden") or []]
+    for name, found in zip(("prompts", "responses", "golden"), lists):
+        if not isinstance(found, list):
+            raise ValueError(f"its {name} are a {type(found).__name__}, not a list" if name in body else f"it has no {name}")
+    golden = golden or [None] * len(responses)
+    if not len(prompts) == len(responses) == len(golden):
+        raise UserError(f"{len(prompts)} prompts, {len(responses)} responses and {len(golden)} golden answers")
+    for number, (prompt, response) in enumerate(zip(prompts, responses)):
+        if not isinstance(response, str):
+            raise ValueError(f"response {number} is a {type(response).__name__}, not a text")
+        try:
+            check(Unpaired(prompt, response, True))
+        except Bad as bad:
+            raise ValueError(f"of pair {number}, {bad.detail}") from None
+    return prompts, responses, golden
+
+
+def told(message: str) -> str:
+    """A message about a config's settings in the words of this program."""
+    own = {"config.algorithm.reward_timeout": "--timeout of the server", "config.algorithm.reward_funcs": "--reward"}
+    return re.sub("|".join(map(re.escape, own)), lambda match: own[match[0]], message)
+
+
 def make_server(reward: Reward, host: str, port: int, timeout: float) -> ThreadingHTTPServer:
     """A server that is ready to `serve_forever`; its reward is asked by one request at a time."""
     lock = threading.Lock()
@@ -48,18 +84,14 @@ def make_server(reward: Reward, host: str, port: int, timeout: float) -> Threadi
 
         def do_POST(self) -> None:
             try:
-                body = json.loads(self.rfile.read(max(0, int(self.headers.get("Content-Length", 0)))))
-                prompts, responses = body["prompts"], body["responses"]
-                golden = body.get("golden") or [None] * len(responses)
-                if not len(prompts) == len(responses) == len(golden):
-                    raise UserError(f"{len(prompts)} prompts, {len(responses)} responses and {len(golden)} golden answers")
+                prompts, responses, golden = asked(self.rfile.read(max(0, int(self.headers.get("Content-Length", 0)))))
                 with lock:
                     found = value([reward], prompts, responses, {"ground_truth": golden}, timeout)[:, 0] if responses else []
                 self.answer(200, {"rewards": [None if one != one else float(one) for one in found]})
-            except (KeyError, TypeError, ValueError) as error:
-                self.answer(400, {"error": f"the request cannot be read: {type(error).__name__}: {error}"})
+            except (ValueError, RecursionError) as error:
+                self.answer(400, {"error": f"the request cannot be read: {error}"})
             except UserError as error:
-                self.answer(422, {"error": str(error)})
+                self.answer(422, {"error": told(str(error))})
 
         def answer(self, code: int, body: dict) -> None:
             data = json.dumps(body).encode()
@@ -97,8 +129,10 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             server.server_close()
 
-    return ended(serve)
+    return ended(serve, told)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # a reward model that is still asked runs in threads, which the interpreter's own end would turn into an abort

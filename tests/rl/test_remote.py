@@ -1,7 +1,10 @@
 """The reward server and its client over real sockets: values, a server that comes late, one that dies, one that talks nonsense."""
 
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -49,7 +52,16 @@ def test_served_and_asked(serve):
 
 def test_the_server_says_what_is_wrong_with_a_request(serve):
     url = serve(make_server(Reward("math", verifiers.math), "127.0.0.1", 0, 5.0))
-    for body, status, words in ((b"{}", 400, "prompts"), (b'{"prompts": ["a"], "responses": []}', 422, "1 prompts, 0 responses")):
+    for body, status, words in (
+        (b"{}", 400, "it has no prompts"),
+        (b"[]", 400, "it is a list, not a JSON object"),
+        (b"[" * 100_000, 400, "recursion"),
+        (b'{"prompts": ["a"], "responses": []}', 422, "1 prompts, 0 responses"),
+        (b'{"prompts": "abc", "responses": "xyz"}', 400, "its prompts are a str, not a list"),  # and not three pairs of letters
+        (b'{"prompts": ["a", "b"], "responses": ["c", null]}', 400, "response 1 is a NoneType, not a text"),
+        (b'{"prompts": [[{"content": "a"}]], "responses": ["b"]}', 400, "of pair 0, prompt holds a part that is neither text nor"),
+        (b'{"prompts": [[{"role": "user"}]], "responses": ["b"]}', 400, "of pair 0, prompt holds a message without role or content"),
+    ):
         with pytest.raises(urllib.error.HTTPError) as error:
             urllib.request.urlopen(urllib.request.Request(url, body), timeout=5)
         assert error.value.code == status and words in error.value.read().decode()
@@ -70,6 +82,33 @@ def test_whoever_asks_may_leave(serve, capsys):
     server.shutdown()
     server.server_close()
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_slow_reward_names_the_servers_own_option(serve):
+    url = serve(make_server(Reward("slow", lambda prompts, completions, **_: [time.sleep(0.5)]), "127.0.0.1", 0, 0.1))
+    with pytest.raises(UserError, match="make it quicker, or raise --timeout of the server"):
+        make_remote_reward(url, timeout=5)(["a"], ["b"])
+
+
+def endless(prompts, completions, **columns):
+    """A model that is being asked."""
+    import jax
+
+    double = jax.jit(lambda x: x @ x)
+    while True:
+        double(np.eye(300)).block_until_ready()
+
+
+def test_ctrl_c_while_a_model_is_asked():
+    """What runs in its threads must not turn the end into an abort."""
+    command = [sys.executable, "-m", "aligner.serve_reward", "--reward", "tests.rl.test_remote:endless", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        port = int(process.stdout.readline().rpartition(":")[2].removesuffix("/reward\n"))
+        with socket.create_connection(("127.0.0.1", port)) as asking:
+            asking.sendall(b'POST /reward HTTP/1.1\r\nContent-Length: 38\r\n\r\n{"prompts": ["a"], "responses": ["b"]}')
+            time.sleep(3)
+            process.send_signal(signal.SIGINT)
+            assert (process.wait(20), process.stderr.read()) == (0, "")
 
 
 def test_asked_again_until_the_server_is_there(serve):
