@@ -108,13 +108,16 @@ def restore(checkpoints: Checkpoints, abstract: TrainState) -> tuple[TrainState,
 
     A torn checkpoint is reported, set aside, and the one before is used. Of several processes the first compares the checksums and
     moves the folder, and a checkpoint that one of them cannot read is torn for all.
+
+    Raises:
+        UserError: none can be read, or one cannot although its checksums are right: it is what lies around it that must be mended.
     """
     found, first = sorted((c.step for c in checkpoints.orbax.checkpoints), reverse=True), jax.process_index() == 0
     for step in found:
-        folder, harm, read = checkpoints.folder(step), None, None
+        folder, harm, read, sealed = checkpoints.folder(step), None, None, False
         try:
             if first:
-                seal.check(folder)
+                sealed = seal.check(folder)
                 older = any(seal.exists(checkpoints.folder(other)) for other in found if other < step)
                 if jax.process_count() > 1 and not seal.exists(folder) and older:
                     raise ValueError("its checksums are missing")  # torn or not: where one process fails, the others wait for minutes
@@ -127,8 +130,10 @@ def restore(checkpoints: Checkpoints, abstract: TrainState) -> tuple[TrainState,
                 harm = error
             if not anywhere(harm is not None):
                 return read
+        what = first_line(harm) if harm else "by another process"
+        if anywhere(sealed):  # by too little memory, a file system that is away, another aligner: older ones would fare no better
+            raise UserError(f"the checkpoint {folder} is whole, but cannot be read ({what}); mend that and give the same command again")
         if first:
-            what = first_line(harm) if harm else "by another process"
             log.warning("checkpoint %s cannot be read (%s); it is set aside as %s", folder, what, seal.set_aside(folder))
         anywhere(False)  # wait for that
         checkpoints.orbax.reload()
@@ -159,6 +164,9 @@ def newest(workdir: str | Path) -> tuple[int, dict[str, Any]] | None:
 
 
 def first_line(error: BaseException) -> str:
+    """What went wrong at first: Orbax wraps it in pages of its own."""
+    while error.__cause__:
+        error = error.__cause__
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -179,12 +187,13 @@ def restore_trainable(workdir: str | Path, step: int | None = None) -> tuple[Par
     folder = (Path(workdir) / FOLDER / str(step)).absolute()
     try:
         seal.check(folder)
-    except ValueError as error:
-        raise UserError(f"the checkpoint {folder} is damaged: {error}; other steps: {', '.join(map(str, found[:-1])) or 'none'}") from error
-    leaves = ocp.checkpointables_metadata(folder).metadata["trainable"]
-    only = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=only), leaves)
-    return ocp.load_checkpointables(folder, {"trainable": abstract})["trainable"], step
+        leaves = ocp.checkpointables_metadata(folder).metadata["trainable"]
+        only = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=only), leaves)
+        return ocp.load_checkpointables(folder, {"trainable": abstract})["trainable"], step
+    except Exception as error:  # without checksums, Orbax raises what the file system, tensorstore or JSON raise
+        others = ", ".join(str(other) for other in found if other != step) or "none"
+        raise UserError(f"the checkpoint {folder} is damaged: {first_line(error)}; other steps: {others}") from error
 
 
 def save_params(path: str | Path, params: Params) -> None:

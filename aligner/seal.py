@@ -47,18 +47,18 @@ def exists(checkpoint: Path) -> bool:
     return _path(checkpoint).exists()
 
 
-def check(checkpoint: Path) -> None:
-    """Compare the files with what was noted.
+def check(checkpoint: Path) -> bool:
+    """Compare the files with what was noted. Returns whether anything was.
 
     Raises:
         ValueError: a file is missing or holds something else.
     """
     if not exists(checkpoint):
-        return
+        return False
     try:
         noted = json.loads(_path(checkpoint).read_text())
     except ValueError:  # the note is torn, which says nothing of the checkpoint
-        return
+        return False
     for name, (size, crc) in noted.items():
         path = checkpoint / name
         if not path.is_file():
@@ -67,6 +67,7 @@ def check(checkpoint: Path) -> None:
             raise ValueError(f"{name} has {path.stat().st_size} bytes instead of {size}")
         if _crc32(path) != crc:
             raise ValueError(f"{name} has changed since it was written")
+    return True
 
 
 def remove(checkpoint: Path) -> None:

@@ -79,6 +79,14 @@ def test_none_left(saved):
         restored(saved)
 
 
+def test_a_whole_one_that_cannot_be_read_stays(saved, caplog):
+    """Where memory is too small, say, or as here the state is of another shape: to set all checkpoints aside would lose the run."""
+    other = state(0).replace(trainable={"kernel": jnp.zeros((2, 3))}, opt_state={"mu": jnp.zeros((2, 3))})
+    with checkpoint.open_checkpoints(saved, keep=2) as checkpoints, pytest.raises(UserError, match=r"/2 is whole, but cannot be read \(Requested shape"):
+        checkpoint.restore(checkpoints, abstract(other))
+    assert not caplog.text and restored(saved) == (2, 2.0, 2)
+
+
 def test_written_again_after_it_was_torn(saved):
     largest(saved / "checkpoints" / "2").unlink()
     restored(saved)
@@ -126,6 +134,21 @@ def test_without_checksums(saved):
     (saved / seal.FOLDER / "2.json").unlink()
     assert restored(saved) == (2, 2.0, 2)
     np.testing.assert_equal(checkpoint.steps(saved), [1, 2])
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+@pytest.mark.parametrize(("step", "other"), [(1, 2), (2, 1)])
+def test_a_damaged_one_is_not_exported(saved, step, other, sealed):
+    """With checksums or, killed before they were noted, without."""
+    whole, _ = checkpoint.restore_trainable(saved, step)
+    assert whole["kernel"][0] == step
+    path = largest(saved / "checkpoints" / str(step) / "trainable")
+    path.write_bytes(path.read_bytes()[:100])
+    if not sealed:
+        (saved / seal.FOLDER / f"{step}.json").unlink()
+    what = "has 100 bytes instead of" if sealed else "OUT_OF_RANGE: Error reading"
+    with pytest.raises(UserError, match=rf"/checkpoints/{step} is damaged: .*{what}.*; other steps: {other}$"):
+        checkpoint.restore_trainable(saved, step)
 
 
 READER = """
