@@ -101,19 +101,28 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{folder} holds no PEFT adapter: it has no {CONFIG}") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no text
         raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} cannot be read: it holds a {type(config).__name__}, no adapter's settings")
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path} describes an adapter of type {config.get('peft_type')!r}; only LORA is supported (with rsLoRA and DoRA)")
-    if config.get("r", 8) < 1:
-        raise UserError(f"{path} says that the adapter has rank {config['r']}; a rank is at least 1")
+    config = {"lora_alpha": 8, "r": 8, **config}
+    r, alpha, patterns = config["r"], config["lora_alpha"], config.get("alpha_pattern") or {}
+    try:
+        fits = all(number > 0 for number in (r, alpha, *patterns.values())) and all(map(re.compile, patterns))
+    except (TypeError, AttributeError, re.error):
+        fits = False
+    if not fits:
+        wanted = "they must be numbers above 0, the last for regular expressions"
+        raise UserError(f"{path} sets r to {r!r}, lora_alpha to {alpha!r}, alpha_pattern to {patterns!r}; {wanted}")
     strange = sorted(key for key, value in config.items() if key not in KNOWN and value)
     strange += ["bias"] if config.get("bias", "none") != "none" else []
     if str(config.get("init_lora_weights", True)).lower().startswith(BASE_CHANGING):
         strange.append("init_lora_weights")
     if strange:
         raise UserError(f"{path} sets {strange[0]} to {config[strange[0]]!r}, which is not supported")
-    return {"lora_alpha": 8, "r": 8, **config}
+    return config
 
 
 def read(path: str | Path, model: Model, params: Params) -> tuple[Adapters, dict[str, np.ndarray]]:
@@ -161,6 +170,8 @@ def read(path: str | Path, model: Model, params: Params) -> tuple[Adapters, dict
         module, part = _parse(name)
         stored = hf.canonical_name(model.conversion, f"{module}.weight" if part else module)
         if stored not in places or (part and not all(entry.path.removesuffix("/kernel") in known for entry, _ in places[stored])):
+            if re.search(r"\.(base_layer\.|lora_embedding_)|(^|\.)(lm_head|embed_out|score)\.lora_", name):
+                raise misfit(name, "is of an adapter on a head or an embedding, which is not supported; merge it with PEFT")
             raise misfit(name, "belongs to no linear map there" if part else "belongs to nothing there")
         for entry, index in places[stored]:
             tensor = tensors[name]

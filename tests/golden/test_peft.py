@@ -291,12 +291,23 @@ def test_adapters_that_do_not_fit(bases, tmp_path):
 
     settings = json.loads((folder / ours.CONFIG).read_text())
     for changed, words in ((dict(peft_type="IA3"), "IA3"), (dict(bias="all"), "bias"), (dict(lora_bias=True), "lora_bias"),
-                           (dict(init_lora_weights="pissa"), "pissa"), (dict(r=0), "rank 0; a rank is at least 1")):  # fmt: skip
+                           (dict(init_lora_weights="pissa"), "pissa"), (dict(r=0), "r to 0, .* numbers above 0"),
+                           (dict(r=None), "r to None"), (dict(lora_alpha="8"), "lora_alpha to '8'"),
+                           (dict(alpha_pattern=["q_proj"]), r"alpha_pattern to \['q_proj'\]"),
+                           (dict(alpha_pattern={"q_proj(": 4}), "for regular expressions")):  # fmt: skip
         (folder / ours.CONFIG).write_text(json.dumps({**settings, **changed}))
         with pytest.raises(UserError, match=words):
             ours.read(folder, model, abstract)
+    for broken in (b"[1]", b"{", b"\xff\xfe{"):
+        (folder / ours.CONFIG).write_bytes(broken)
+        with pytest.raises(UserError, match=r"adapter_config\.json cannot be read"):
+            ours.read(folder, model, abstract)
     (folder / ours.CONFIG).write_text(json.dumps(settings))
     tensors = load_file(folder / ours.WEIGHTS)
+    for name in ("lm_head.base_layer.weight", "lm_head.lora_A.weight", "model.embed_tokens.lora_embedding_A"):  # all that PEFT writes of such
+        save_file(tensors | {ours.PREFIX + name: np.zeros((3, 4), np.float32)}, folder / ours.WEIGHTS)
+        with pytest.raises(UserError, match=f"{name} is of an adapter on a head or an embedding, .*; merge it with PEFT"):
+            ours.read(folder, model, abstract)
     del tensors[next(name for name in tensors if "lora_B" in name)]
     save_file(tensors, folder / ours.WEIGHTS)
     with pytest.raises(UserError, match="not all of lora_a, lora_b"):
