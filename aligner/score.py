@@ -71,7 +71,8 @@ def run(args: argparse.Namespace) -> Path:
         raise UserError(f"{args.model} has {has}: use --kind {other}, or another --model")
     rows = sources.open_rows(by_row.source(args), "data")
     kinds = (Preference, Ranked, Unpaired, Supervised)
-    name, to_sample = find_formatter(args.formatter, rows.columns(), "data", kinds, by_row.template_of(args))
+    example = rows[0] if len(rows) else None
+    name, to_sample = find_formatter(args.formatter, rows.columns(), "data", kinds, by_row.template_of(args), example)
     loader.check_assets(model)
     partial = out.with_name(out.name + ".partial")
     done = by_row.resume(partial, by_row.inputs(model, disk, rows, name) | settings(args))

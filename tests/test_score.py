@@ -165,6 +165,18 @@ def test_a_row_is_scored_with_what_its_template_is_told(folder):
         assert value == pytest.approx(float(model.logits(params, {"input_ids": [ids]})[0, -1, 0]), rel=1e-4, abs=1e-6)
 
 
+def test_conversations_that_end_in_one_answer_or_in_several(folder):
+    """ShareGPT's and LLaVA's rows and ranked ones have the same columns."""
+    for name, answers in (("one", "5"), ("several", ["5", "3"])):
+        row = {"conversations": [{"from": "human", "value": "3 or 5?"}, {"from": "gpt", "value": answers}]}
+        (folder / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+        arguments = command(folder, f"{name}_scored.jsonl")
+        arguments[arguments.index("--data") + 1] = str(folder / f"{name}.jsonl")
+        assert score.main(arguments) == 0
+    [[one], [best, _]] = (read(folder / f"{name}_scored.jsonl")[0]["rewards"] for name in ("one", "several"))
+    assert one == pytest.approx(best, rel=1e-4)
+
+
 def test_a_long_answer_does_not_turn_its_neighbours_prompt():
     """Ropes that go by the length of a text (longrope, dynamic): each answer of a pair is worth what it is alone."""
     hf = hf_config("phi3", **FIRST["phi3"], vocab_size=340)

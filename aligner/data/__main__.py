@@ -90,7 +90,8 @@ def run(args: argparse.Namespace) -> list[str]:
             raise UserError(f"--{option} is {value}; it must be from {least} to {most}")
     split = split_of(args.split, args.data)
     rows = sources.open_rows(section(args.data, split=split, subset=args.subset, size=args.size), "data")
-    name, to_sample = formatters.find_formatter(args.formatter, rows.columns(), "data", (Ranked,) if args.pairs else TAKES)
+    takes, example = (Ranked,) if args.pairs else TAKES, rows[0] if len(rows) else None
+    name, to_sample = formatters.find_formatter(args.formatter, rows.columns(), "data", takes, example=example)
     lines, numbers, samples, dropped = [f"{rows.description}, formatter {name}: {len(rows)} rows"], [], [], {}
     for index in range(len(rows)):
         try:

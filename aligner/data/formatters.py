@@ -74,7 +74,12 @@ def known() -> dict[str, list[Variant]]:
 
 
 def find_formatter(
-    name: str, columns: list[str], where: str, takes: tuple[type, ...] = PAIRS, template: Mapping[str, Any] | None = None
+    name: str,
+    columns: list[str],
+    where: str,
+    takes: tuple[type, ...] = PAIRS,
+    template: Mapping[str, Any] | None = None,
+    example: Mapping[str, Any] | None = None,
 ) -> tuple[str, Formatter]:
     """The formatter for rows with these columns.
 
@@ -84,6 +89,7 @@ def find_formatter(
         where: the config section, for errors.
         takes: the types of samples that will do, the best first.
         template: arguments for the chat template of all rows; a row's own `chat_template_kwargs` and `tools` come on top.
+        example: a row; of several that "auto" finds equally good, the one that reads it. `conversations` may end in one answer or several.
 
     Returns:
         (name, function from row to sample). The function raises Bad for a row that it cannot use.
@@ -105,8 +111,18 @@ def find_formatter(
             f"config.{where}: the rows have {'the columns ' + ', '.join(columns) if columns else 'no columns'}; {needed}; "
             f"rename the columns, or set config.{where}.formatter to your own package.module:function."
         )
-    best, variant = max(fitting, key=lambda found: (len(found[1].needs), -takes.index(found[1].makes)))
+    fitting.sort(key=lambda found: (-len(found[1].needs), takes.index(found[1].makes)))
+    equals = [found for found in fitting if set(found[1].needs) == set(fitting[0][1].needs)]
+    best, variant = next((found for found in equals if example is not None and _reads(guard(found[1].function), example)), fitting[0])
     return best, guard(variant.function)
+
+
+def _reads(function: Formatter, row: Mapping[str, Any]) -> bool:
+    try:
+        function(row)
+    except Bad:
+        return False
+    return True
 
 
 def _every() -> Iterator[tuple[str, Variant]]:

@@ -87,6 +87,8 @@ def test_the_command(tmp_path, capsys):
     [
         ({"prompt": "1 + 1", "completions": ["one", "and one"], "labels": [True, False]}, "Stepwise", 2),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "reference": "the gold one"}, "Triple", 1),
+        ({"conversations": [{"from": "human", "value": "q r"}, {"from": "gpt", "value": "a"}]}, "Supervised", 2),
+        ({"conversations": [{"from": "human", "value": "q r"}, {"from": "gpt", "value": ["a", "b"]}]}, "Ranked", 2),
     ],
 )
 def test_the_command_reads_every_type_of_sample(row, kind, asked, tmp_path, capsys):
