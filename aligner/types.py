@@ -35,6 +35,7 @@ Params = Mapping[str, Any]
 #   rope_positions [B,T,3] int32        positions in time, rows and columns, where a model turns by them (M-RoPE)
 #   <array>       [B,I,...]             what else a family says of every slot (`Media.slot`)
 #   <column>      [B,G,...]             what `prepare` computed per example, such as reference_logps [B,G,R]
+#   read          [B,S] int32           the columns whose states are asked for, where not all are (`aligner.likelihood.read`)
 #   alone         ()                    no array: there where every row is one text, which makes another program (`make_likelihood`)
 Batch = Mapping[str, Array]
 
@@ -52,7 +53,7 @@ class Head(NamedTuple):
 class Output(NamedTuple):
     """What a model's `apply` returns; never logits."""
 
-    hidden: Float[Array, "B T D"]  # after the final norm
+    hidden: Float[Array, "B T D"]  # after the final norm; [B,S,D] of the columns that the batch has as `read`
     aux: dict[str, Array]  # auxiliary losses by name, e.g. a router's
     cache: Any = None
 

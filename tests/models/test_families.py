@@ -264,6 +264,25 @@ def test_layers_are_a_loop_but_on_a_cpu_that_keeps_all(dtype, remat, loops):
         assert all(jax.tree.leaves(alike)), alike
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_last_layer_is_computed_for_what_is_read(layers):
+    """Where layers are no loop; states and gradients are the same."""
+    model = from_hf(tiny.llama_config(num_hidden_layers=layers, intermediate_size=512))
+    params, rng = tiny.perturbed(model), np.random.default_rng(0)
+    batch = model.inputs({"input_ids": rng.integers(3, 60, (2, 32))})
+    columns = jnp.asarray([[30, 3, 3, 8], [0, 31, 17, 18]])
+    asked = lambda params: model.apply(params, {**batch, "read": columns}).hidden
+    taken = lambda params: jnp.take_along_axis(model.apply(params, batch).hidden, columns[..., None], axis=1)
+    with jax.set_mesh(step.one_device()):
+        gradient = lambda states: tiny.quick(jax.value_and_grad(lambda params: jnp.sum(jnp.sin(states(params))))).lower(params)
+        one, other = gradient(asked), gradient(taken)
+        found, expected = (lowered.compile()(params) for lowered in (one, other))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
+    products = (3 * 512 + 4 * 6) * 16 * 2 * 3  # of a token behind the attention, forward and twice backward
+    saved = (other.cost_analysis()["flops"] - one.cost_analysis()["flops"]) / (2 * 28)
+    assert products < saved < 1.1 * products
+
+
 def test_layer_norm():
     rng = np.random.default_rng(0)
     x, scale, bias = rng.standard_normal((5, 8)), rng.standard_normal(8), rng.standard_normal(8)
