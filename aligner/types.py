@@ -194,7 +194,7 @@ class Model:
         init: key -> params, float32, random as the family initialises.
         encode: (params, batch, key=None, remat="none") -> features [B, I*P, D], or None when the batch holds no media. `key` draws what
             adapters drop.
-        apply: (params, batch, *, features=None, cache=None, key=None, remat="none") -> Output.
+        apply: (params, batch, *, features=None, cache=None, key=None, remat="none") -> Output, at the columns that the batch has as `read`.
         head: params -> Head; of a model with a score head, weight [D, 1].
         inputs: what a Hugging Face processor returns (NumPy) -> Batch, for looking and testing.
         conversion: how the tree maps to Hugging Face names.
