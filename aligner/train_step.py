@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from aligner.likelihood import answer_lengths, cast
 from aligner.lora import combine
+from aligner.matmul import wide
 from aligner.metrics import reduce_stacked
 from aligner.sharding import replicated
 from aligner.state import TrainState
@@ -71,10 +72,10 @@ def make_train_step(
 
         if accumulate == 1:
             (loss, (metrics, carry)), grads = _gradient(lambda t: objective(score(t, batch, key), batch), trainable)
-            grads = jax.tree.map(lambda g, p: g.astype(_wide(p)), grads, state.trainable)
+            grads = jax.tree.map(lambda g, p: g.astype(wide(p.dtype)), grads, state.trainable)
         else:
             micro = (split_rows(batch, accumulate), jax.random.split(key, accumulate))
-            zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_wide(p)), state.trainable)
+            zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide(p.dtype)), state.trainable)
             add = lambda total, grads: jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)
             if algorithm.whole_batch:
                 # all scores first; the gradient of the objective by them is then sent back through each micro-batch
@@ -137,11 +138,6 @@ def jit_train_step(
     )
     layout = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jit(step, mesh, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
-
-
-def _wide(parameter):
-    """The dtype that its gradient is added up and measured in."""
-    return jnp.promote_types(parameter.dtype, jnp.float32)
 
 
 def _gradient(function: Callable, at):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from aligner.matmul import Turned
+from aligner.matmul import Turned, at_least_float32
 from aligner.models import cross, moe, rope
 from aligner.models.attention import Spec, alibi_slopes, attention, dense, spec_of
 from aligner.models.cache import Cache, remember, unroll
@@ -23,7 +23,6 @@ from aligner.models.layers import (
     LayerNorm,
     Linear,
     RMSNorm,
-    at_least_float32,
     own_rngs,
     pick,
     recomputed,

@@ -15,13 +15,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from aligner import lora
-from aligner.matmul import after, dot
+from aligner.matmul import after, at_least_float32, dot
 from aligner.quant import matmul
 from aligner.sharding import constrain
-
-
-def at_least_float32(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def rounded_once(activation: Callable[[Array], Array]) -> Callable[[Array], Array]:
