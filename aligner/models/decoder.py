@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from aligner.matmul import Turned, at_least_float32
 from aligner.models import cross, moe, rope
@@ -204,7 +204,7 @@ class Layer(nn.Module):
         x = add(x, y, c.attention_out_norm)
         into, load = normed(c.mlp_norm, x), None
         if c.experts:
-            y, load = SparseMLP(c, name="mlp")(into, specs[0].segment_ids > 0)
+            y, load = SparseMLP(c, name="mlp")(into, at(read, specs[0].segment_ids) > 0)
         else:
             y = MLP(c, name="mlp")(into)
         x = add(x, y, c.mlp_out_norm)
@@ -221,20 +221,21 @@ class Unrolled(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], specs: tuple[Spec, ...], tables: tuple, deep: tuple[Array, ...] | None, here: cross.Seen | None,
-        cache: Cache,
+        cache: Cache, read: Int[Array, "B S"] | None,
     ) -> tuple[Array, Cache]:  # fmt: skip
-        c, kept, looked = self.config, [], []
+        c, kept, looked, column = self.config, [], [], cache.column + x.shape[1]
         numbers = [of or (0,) * c.num_hidden_layers for of in (c.window_of_layer, c.rope_of_layer)]
         for i, (window, kind, crossing) in enumerate(zip(*numbers, crossings(c))):
             if here is not None and crossing >= 0:
-                x, read = cross.look(c, MLP, x, here, crossing)
-                looked.append(read)
+                x, made = cross.look(c, MLP, x, here, crossing)
+                looked.append(made)
             memory = (cache.keys[i], cache.values[i], cache.column) if cache.keys else ()
-            x, memory = Layer(c, name=str(i))(x, specs[window : window + 1], tables[kind : kind + 1], deep, None, 0, 0, i, -1, memory)
+            kinds, asked = (specs[window : window + 1], tables[kind : kind + 1]), read if i == c.num_hidden_layers - 1 else None
+            x, memory = Layer(c, name=str(i))(x, *kinds, deep, None, 0, 0, i, -1, memory, asked)
             kept.append(memory)
         keys, values = zip(*kept)
         seen = None if here is None else cross.last(here, tuple(looked))
-        return x, cache.replace(keys=keys, values=values, column=cache.column + x.shape[1], seen=seen)
+        return x, cache.replace(keys=keys, values=values, column=column, seen=seen)
 
 
 class DecoderModel(nn.Module):
@@ -262,7 +263,7 @@ class DecoderModel(nn.Module):
         if cache is None:
             x = self.scanned(x, specs, tables, deep, here, batch.get("read"))
         else:
-            x, cache = Unrolled(c, name="layers")(x, specs, tables, deep, here, cache)
+            x, cache = Unrolled(c, name="layers")(x, specs, tables, deep, here, cache, batch.get("read"))
         x = make_norm(c, c.final_norm)(x) if c.final_norm else x
         return (Linear(c.embedding_size, init_scale=c.initializer_range, name="project_out")(x) if c.embedding_size else x), cache
 
@@ -326,9 +327,9 @@ class DecoderModel(nn.Module):
         return at(read, x)
 
 
-def at(columns: Int[Array, "B S"] | None, x: Float[Array, "B T D"]) -> Float[Array, "B S D"]:
-    """The states at some columns; None takes all."""
-    return x if columns is None else jnp.take_along_axis(x, columns[..., None], axis=1)
+def at(columns: Int[Array, "B S"] | None, x: Shaped[Array, "B T ..."]) -> Shaped[Array, "B S ..."]:
+    """What stands at some columns; None takes all."""
+    return x if columns is None else jnp.take_along_axis(x, columns.reshape(*columns.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
 def split_last(stacked: Any) -> tuple[Any, Any]:
