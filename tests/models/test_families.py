@@ -227,7 +227,8 @@ def test_of_what_is_recomputed_only_the_arguments_are_kept():
     x = jnp.ones((512, 64)) / 3
 
     def program(gate):
-        return jax.jit(jax.grad(lambda weights: jnp.sum(functools.reduce(lambda x, w: gate(w, x), weights, x)))).lower(weights).compile()
+        total = lambda weights: jnp.sum(functools.reduce(lambda x, w: gate(w, x), weights, x))
+        return jax.jit(jax.grad(total), compiler_options=tiny.FULL).lower(weights).compile()
 
     plain, ours = program(gated), program(functools.partial(recomputed, gated))
     kept = lambda compiled: compiled.memory_analysis().temp_size_in_bytes / x.nbytes
@@ -240,7 +241,8 @@ def test_rotation_is_computed_once_for_all_layers():
     model = from_hf(tiny.llama_config())
     params, batch = tiny.perturbed(model), model.inputs({"input_ids": np.arange(6)[None]})
     with jax.set_mesh(step.one_device()):
-        compiled = jax.jit(jax.grad(lambda params: jnp.sum(model.apply(params, batch).hidden))).lower(params).compile()
+        total = lambda params: jnp.sum(model.apply(params, batch).hidden)
+        compiled = jax.jit(jax.grad(total), compiler_options=tiny.FULL).lower(params).compile()
     assert compiled.as_text().count(" cosine(") == 1
 
 
@@ -257,7 +259,7 @@ def test_layers_are_a_loop_but_on_a_cpu_that_keeps_all(dtype, remat, loops):
     assert ("stablehlo.while" in lowered.as_text()) == loops
     if not loops:
         largest = lambda x: np.abs(np.float32(x)).max()
-        exact = jax.grad(loss)(jax.tree.map(lambda leaf: leaf.astype("float32"), params))
+        exact = jax.jit(jax.grad(loss))(jax.tree.map(lambda leaf: leaf.astype("float32"), params))
         # a few roundings of bfloat16, 0.4 % each; or, of what all but cancels, no further from each other than from float32
         near = lambda x, y, exact: largest(x - y) <= max(0.02 * largest(y), largest(y - exact))
         alike = jax.tree.map(near, lowered.compile()(params), looped.compile()(params), exact)
