@@ -83,6 +83,15 @@ class Ranked:
 
 
 @dataclasses.dataclass(frozen=True)
+class Answers:
+    """Several answers to a prompt, of which nothing is said; two may be the same."""
+
+    prompt: Text
+    completions: tuple[Text, ...]
+    template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class TwoSided:
     """One request under two principles, with a preference under each: answers that suit the good one, answers that suit the bad one."""
 
