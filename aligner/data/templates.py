@@ -243,7 +243,10 @@ def _rendered(conversation: list[dict], assets: Any, marks: bool, options: Mappi
         messages.append({**message, "content": content})
     # The tokenizer's tokens will do for processors as well: all that a template needs is the messages and the special tokens.
     options = {**assets.tokenizer.special_tokens_map, **options, "return_assistant_tokens_mask": marks}
-    show = lambda messages: render_jinja_template([messages], chat_template=chat_template(assets, options.get("tools")), **options)
+    template = chat_template(assets, options.get("tools"))
+    if "tool_calls" not in template and any(message.get("tool_calls") for message in messages):
+        raise Bad("tool calls", "the chat template leaves them out; set config.data.chat_template to one that writes them")
+    show = lambda messages: render_jinja_template([messages], chat_template=template, **options)
     try:
         # One at a time: what notes where {% generation %} stands belongs to the compiled template, which threads share.
         with _RENDERING:
