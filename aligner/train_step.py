@@ -156,7 +156,7 @@ def make_eval_step(algorithm: Algorithm, *, dtype: str) -> Callable[..., dict]:
         if reference is not None:
             fixed = {**fixed, "reference": combine(cast(reference, dtype), fixed["base"])}
         scores = algorithm.score(params, fixed, batch, None)
-        terms, metrics, _ = algorithm.objective(scores, batch, carry)
+        terms, metrics, _ = (algorithm.held_out or algorithm.objective)(scores, batch, carry)
         return {**{f"loss/{name}": Mean(term.weight * term.sum, term.count) for name, term in terms.items()}, **metrics}
 
     return evaluate

@@ -239,6 +239,7 @@ class Algorithm:
         objective: (scores, batch, carry) -> (terms, metrics, carry): the mathematics. Terms are {name: Term}, metrics
             {name: Mean | Max | Min | Last}.
         carry: initial value of what is kept from step to step (running moments, coefficients); checkpointed.
+        held_out: the objective in evaluation, where it is another: there nothing moves on what training keeps.
         prepare: (params, batch) -> {column: [B,G,...]}: computed once per example before training and stored, or None.
         columns: names of the columns that `objective` reads.
         prepared_with: settings that those columns depend on beside the weights; part of the name under which they are kept.
@@ -254,6 +255,7 @@ class Algorithm:
     score: Callable[..., Scores]
     objective: Callable[..., tuple[dict[str, Term], dict[str, Any], Any]]
     carry: Any = dataclasses.field(default_factory=dict)
+    held_out: Callable[..., tuple[dict[str, Term], dict[str, Any], Any]] | None = None
     prepare: Callable[..., dict[str, Array]] | None = None
     columns: tuple[str, ...] = ()
     prepared_with: Any = None
