@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from aligner.logprobs import dense_logits, token_stats
-from aligner.types import Batch, Head, Int, Model, Params, Scores
+from aligner.types import Batch, Head, Int, Model, Output, Params, Scores
 
 
 def cast(params: Params, dtype: str) -> Params:
@@ -42,15 +42,19 @@ def make_likelihood(
     def likelihood(params: Params, batch: Batch, key: Array | None = None) -> Scores:
         if answers == 1 and batch["example_id"].shape[1] == 1:
             batch = {**batch, "alone": ()}  # no array: the program itself is another one where every row is one text
-        features = model.encode(params, batch, key, remat=remat)
-        output = model.apply(params, batch, features=features, key=key, remat=remat)
-        hidden = jnp.take_along_axis(output.hidden, batch["score_from"][..., None], axis=1)
-        tokens = token_stats(hidden, tempered(model.head(params), temperature), batch["score_token"], names)
+        output = read(model, params, batch, batch["score_from"], key, remat)
+        tokens = token_stats(output.hidden, tempered(model.head(params), temperature), batch["score_token"], names)
         scored = batch["score_segment"] > 0
         tokens = {name: jnp.where(scored, value, 0) for name, value in tokens.items()}
         return Scores(sum_answers(tokens["logp"], batch, answers), answer_lengths(batch, answers), tokens, output.aux)
 
     return likelihood
+
+
+def read(model: Model, params: Params, batch: Batch, columns: Int[Array, "B S"], key: Array | None = None, remat: str = "none") -> Output:
+    """What a model makes of a batch, media encoded, at some columns: its `hidden` is [B,S,D]."""
+    features = model.encode(params, batch, key, remat=remat)
+    return model.apply(params, {**batch, "read": columns}, features=features, key=key, remat=remat)
 
 
 def tempered(head: Head, temperature: float) -> Head:
@@ -72,11 +76,9 @@ def make_scorer(model: Model, answers: int, remat: str = "none") -> Callable[...
     """
 
     def scorer(params: Params, batch: Batch, key: Array | None = None) -> Scores:
-        features = model.encode(params, batch, key, remat=remat)
-        output = model.apply(params, batch, features=features, key=key, remat=remat)
         columns = last_columns(batch, answers)
-        hidden = jnp.take_along_axis(output.hidden, columns.reshape(len(columns), -1, 1), axis=1)
-        values = dense_logits(hidden, model.head(params))[..., 0].reshape(columns.shape)
+        output = read(model, params, batch, columns.reshape(len(columns), -1), key, remat)
+        values = dense_logits(output.hidden, model.head(params))[..., 0].reshape(columns.shape)
         lengths = answer_lengths(batch, answers)
         return Scores(jnp.zeros_like(lengths), lengths, {}, output.aux, values=jnp.where(lengths > 0, values, 0))
 

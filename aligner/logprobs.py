@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from aligner.losses.distillation import generalized_jsd, generalized_jsd_gradient
 from aligner.losses.partial_distillation import few_tokens_jsd, likeliest
-from aligner.matmul import after, dot, dot_turned, weight_gradient
+from aligner.matmul import after, dot, dot_turned, weight_gradient, wide
 from aligner.sharding import alone, constrain
 from aligner.types import Head
 
@@ -254,8 +254,7 @@ def _head_zeros(static: _Static, weight, bias, trains, parts: int):
     """What the gradient of the head starts from, in at least float32, for each part of the batch; (None, None) where it does not train."""
     if trains is None:
         return None, None
-    wide = jnp.promote_types(weight.dtype, jnp.float32)
-    zeros = lambda x, *logical: constrain(jnp.zeros((parts, *x.shape), wide), "batch", *logical)
+    zeros = lambda x, *logical: constrain(jnp.zeros((parts, *x.shape), wide(weight.dtype)), "batch", *logical)
     return zeros(weight, *_axes(static)), None if bias is None else zeros(bias, "vocab")
 
 

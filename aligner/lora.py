@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from aligner.matmul import matmul
+from aligner.matmul import at_least_float32, matmul, wide
 from aligner.quant import dequantise
 from aligner.sharding import param_shardings
 from aligner.types import Conversion, Model, Params, UserError
@@ -305,8 +305,7 @@ def sharding_rules(rules: Sequence[tuple[str, tuple]]) -> tuple:
 
 def column_norm(kernel: Float[Array, "... K N"]) -> Float[Array, "... N"]:
     """Length of the weights of each output, in float32 or wider."""
-    wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
-    return jnp.sqrt(jnp.sum(jnp.square(wide), axis=-2))
+    return jnp.sqrt(jnp.sum(jnp.square(at_least_float32(kernel)), axis=-2))
 
 
 def adapt(
@@ -326,7 +325,7 @@ def adapt(
     if make_key is not None and rate is not None:
         x = jnp.where(jax.random.bernoulli(make_key(), 1 - rate, x.shape), x / (1 - rate).astype(x.dtype), 0)
     delta = matmul(matmul(x, a), b)
-    y = y + (delta.astype(jnp.promote_types(x.dtype, jnp.float32)) * scale).astype(y.dtype)
+    y = y + (at_least_float32(delta) * scale).astype(y.dtype)
     magnitude = read("magnitude")
     if magnitude is not None:
         # the length is a constant of the gradient, section 4.3 of the paper
@@ -336,9 +335,9 @@ def adapt(
 
 
 def _sum(kernel, a, b, scale):
-    wide = jnp.promote_types(jnp.result_type(kernel, a), jnp.float32)
-    product = jnp.matmul(a.astype(wide), b.astype(wide), precision=jax.lax.Precision.HIGHEST)
-    return kernel.astype(wide) + scale * product
+    dtype = wide(jnp.result_type(kernel, a))
+    product = jnp.matmul(a.astype(dtype), b.astype(dtype), precision=jax.lax.Precision.HIGHEST)
+    return kernel.astype(dtype) + scale * product
 
 
 def merge(params: Params) -> dict:

@@ -27,7 +27,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from aligner.commandline import defaults, ended, parse
-from aligner.processes import EXAMPLE, world
+from aligner.processes import EXAMPLE, failing_together, world
 from aligner.types import SaveError, UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with :ARGUMENT if it takes one.", lock_config=True)
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
         start_jax()
         from aligner import remote
 
-        with remote.local(WORKDIR.value) as folder:
+        with failing_together(), remote.local(WORKDIR.value) as folder:
             train(CONFIG.value, folder)
     return 0
 
@@ -92,8 +92,11 @@ def cli(program: Callable[[list[str]], int] = main) -> None:
             print(f"stopped; the same command goes on from here: {WORKDIR.value}", file=sys.stderr)
             sys.exit(130 if stopped.args[0] == signal.SIGINT else CONFIG.value.checkpoint.requeue_code)
         except SaveError as error:
+            import jax
+
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.stdout.flush()
+            jax.distributed.shutdown()  # once the other processes have heard of it
             os._exit(2)
 
     # Ctrl-C before there is a state to save, or the second one

@@ -23,11 +23,20 @@ FEW_ROWS = 64  # rows of x up to which a CPU multiplies a turned kernel from the
 TURNED = re.compile(r"(^|/)(layers/\d+/.*|lm_head)/kernel$")
 
 
+def wide(dtype: Any) -> jnp.dtype:
+    """float32, or the dtype itself where it is wider: what sums and norms are computed in."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def at_least_float32(x: Array) -> Array:
+    return x.astype(wide(x.dtype))
+
+
 def accumulated(dtype: jnp.dtype) -> dict[str, Any]:
     """What every product of this dtype is asked for: to be accumulated and returned in at least float32."""
     # float32 operands mean float32 products: TPUs would otherwise round them to bfloat16, GPUs to TF32
     precision = None if dtype == jnp.bfloat16 else lax.Precision.HIGHEST
-    return {"precision": precision, "preferred_element_type": jnp.promote_types(dtype, jnp.float32)}
+    return {"precision": precision, "preferred_element_type": wide(dtype)}
 
 
 def dot(x: Array, y: Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> Array:

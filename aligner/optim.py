@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from aligner.matmul import at_least_float32
 from aligner.sharding import tree_paths
 from aligner.types import Params, UserError
 
@@ -90,11 +91,11 @@ def make_optimizer(
         return jax.tree.map(lambda u, f: u * f, updates, factors), state
 
     # moments are of at least float32: times 0.999, a number in bfloat16 stays what it is, and the second would never fall
-    wide = lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), tree)
+    widened = lambda tree: jax.tree.map(at_least_float32, tree)
     adam = optax.scale_by_adam(b1=optim.beta1, b2=optim.beta2, eps=optim.eps)
     stateless = lambda params: optax.EmptyState()
-    moments = lambda updates, state, params: adam.update(wide(updates), state)
-    chain = [optax.GradientTransformation(lambda params: adam.init(wide(params)), moments)]
+    moments = lambda updates, state, params: adam.update(widened(updates), state)
+    chain = [optax.GradientTransformation(lambda params: adam.init(widened(params)), moments)]
     if optim.weight_decay:
         chain.append(optax.GradientTransformation(stateless, add_decay))
     if optim.groups:

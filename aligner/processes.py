@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+import os
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from aligner.stopping import Stopped, tell
 from aligner.types import UserError
 
 # Launchers say (how many processes there are, which one this is) under these names.
@@ -14,6 +18,8 @@ RANKS = (
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),  # Open MPI's mpirun
     ("PMI_SIZE", "PMI_RANK"),  # MPICH's mpiexec
 )
+GRACE = 3.0  # seconds in which what another process failed for may end this one too, in its own words
+_FAILED = "aligner/failed"
 EXAMPLE = "set JAX_COORDINATOR_ADDRESS (HOST:PORT of the first one), JAX_NUM_PROCESSES and JAX_PROCESS_ID for each"
 
 
@@ -49,6 +55,48 @@ def check_alike(what: Mapping[str, str]) -> None:
             f"{[*what][thing]} is not the same in process {process} as in the first one: a file is missing or another there; "
             "give all processes the same files"
         )
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """While this lasts, a process that fails says so, and the others of the run end within seconds, in a sentence.
+
+    Else they would wait for it in a collective, and it for them at JAX's end, for minutes. One that is killed can say nothing.
+    """
+    import jax
+    from jax._src.distributed import global_state  # where JAX keeps the store of texts that all processes see, as Orbax reads it
+
+    store, left = global_state.client, threading.Event()
+    if store is None:
+        yield
+        return
+
+    def listen() -> None:
+        while not left.wait(1.0):
+            try:
+                said = store.key_value_try_get(_FAILED)
+            except jax.errors.JaxRuntimeError:  # nothing is said; or the store is gone, and JAX itself ends this process
+                continue
+            if not left.wait(GRACE):
+                tell(f"{said}; this one ends with it, and the same command goes on from the newest checkpoint")
+                jax.distributed.shutdown()  # for which that one waits
+                os._exit(1)
+
+    listener = threading.Thread(target=listen, name="other processes", daemon=True)
+    listener.start()
+    try:
+        yield
+    except Stopped:  # all are
+        raise
+    except BaseException as error:
+        said = (str(error).splitlines() or [""])[0]
+        number = global_state.process_id  # jax.process_index() may wait for the others
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # that one is gone which keeps the store
+            store.key_value_set(_FAILED, f"process {number} has failed ({type(error).__name__}: {said})", allow_overwrite=True)
+        raise
+    finally:
+        left.set()
+        listener.join()
 
 
 def world(environment: Mapping[str, str]) -> dict[str, Any] | None:

@@ -3,7 +3,8 @@
     python -m aligner.score --model runs/reward_tiny/export --data rows.jsonl --out scored.jsonl
     python -m aligner.score --model DIR --data rows.jsonl --out scored.jsonl --kind logprob
 
-Every row of the dataset becomes one line of OUT, in its order: the row itself, and
+Rows are those that are trained on, or what `python -m aligner.generate` writes. Every row of the dataset becomes one line of OUT, in its
+order: the row itself, and
 
     rewards             the score of each of its answers (a pair's are chosen, rejected); --kind reward
     logps, lengths      the log-probability of each answer given the prompt, and its number of tokens; --kind logprob
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> Path:
     from aligner.console import bar, say
     from aligner.data import loader, sources
     from aligner.data.formatters import find_formatter
-    from aligner.data.samples import Preference, Ranked, Supervised, Unpaired
+    from aligner.data.samples import Answers, Preference, Ranked, Supervised, Unpaired
     from aligner.models import attention
 
     out = Path(args.out)
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> Path:
         has, other = ("a score head", "reward") if model.has_score_head else ("no score head", "logprob")
         raise UserError(f"{args.model} has {has}: use --kind {other}, or another --model")
     rows = sources.open_rows(by_row.source(args), "data")
-    kinds = (Preference, Ranked, Unpaired, Supervised)
+    kinds = (Answers, Preference, Ranked, Unpaired, Supervised)
     example = rows[0] if len(rows) else None
     name, to_sample = find_formatter(args.formatter, rows.columns(), "data", kinds, by_row.template_of(args), example)
     loader.check_assets(model)
@@ -109,12 +110,12 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def answers_of(sample: Any) -> tuple[Any, tuple]:
     """(prompt, answers) of a sample of any kind."""
-    from aligner.data.samples import Bad, Preference, Ranked, Supervised, Unpaired, is_conversation
+    from aligner.data.samples import Answers, Bad, Preference, Ranked, Supervised, Unpaired, is_conversation
 
     match sample:
         case Preference():
             return sample.prompt, (sample.chosen, sample.rejected)
-        case Ranked():
+        case Ranked() | Answers():
             return sample.prompt, tuple(sample.completions)
         case Unpaired():
             return sample.prompt, (sample.completion,)
@@ -141,7 +142,7 @@ def batches(block: range, rows: Any, to_sample: Any, model: Any, max_length: int
         try:
             sample = to_sample(rows[i])
             prompt, answers = answers_of(sample)
-            encoded = templates.encode_answers(prompt, answers, model.assets, model.media, sample.template)
+            encoded = templates.encode_answers(prompt, answers, model.assets, model.media, sample.template, distinct=False)
             length = len(encoded.prompt) + max(map(len, encoded.answers))
             if length > max_length:
                 raise Bad("too long", f"{length} tokens, --max-length is {max_length}")

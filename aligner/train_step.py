@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from aligner.likelihood import answer_lengths, cast
 from aligner.lora import combine
+from aligner.matmul import wide
 from aligner.metrics import reduce_stacked
 from aligner.sharding import replicated
 from aligner.state import TrainState
@@ -71,10 +72,10 @@ def make_train_step(
 
         if accumulate == 1:
             (loss, (metrics, carry)), grads = _gradient(lambda t: objective(score(t, batch, key), batch), trainable)
-            grads = jax.tree.map(lambda g, p: g.astype(_wide(p)), grads, state.trainable)
+            grads = jax.tree.map(lambda g, p: g.astype(wide(p.dtype)), grads, state.trainable)
         else:
             micro = (split_rows(batch, accumulate), jax.random.split(key, accumulate))
-            zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_wide(p)), state.trainable)
+            zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide(p.dtype)), state.trainable)
             add = lambda total, grads: jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads)
             if algorithm.whole_batch:
                 # all scores first; the gradient of the objective by them is then sent back through each micro-batch
@@ -139,11 +140,6 @@ def jit_train_step(
     return jit(step, mesh, donate_argnums=0, out_shardings=(layout, replicated(mesh)))
 
 
-def _wide(parameter):
-    """The dtype that its gradient is added up and measured in."""
-    return jnp.promote_types(parameter.dtype, jnp.float32)
-
-
 def _gradient(function: Callable, at):
     return jax.value_and_grad(function, has_aux=True)(at)
 
@@ -160,7 +156,7 @@ def make_eval_step(algorithm: Algorithm, *, dtype: str) -> Callable[..., dict]:
         if reference is not None:
             fixed = {**fixed, "reference": combine(cast(reference, dtype), fixed["base"])}
         scores = algorithm.score(params, fixed, batch, None)
-        terms, metrics, _ = algorithm.objective(scores, batch, carry)
+        terms, metrics, _ = (algorithm.held_out or algorithm.objective)(scores, batch, carry)
         return {**{f"loss/{name}": Mean(term.weight * term.sum, term.count) for name, term in terms.items()}, **metrics}
 
     return evaluate

@@ -35,6 +35,7 @@ Params = Mapping[str, Any]
 #   rope_positions [B,T,3] int32        positions in time, rows and columns, where a model turns by them (M-RoPE)
 #   <array>       [B,I,...]             what else a family says of every slot (`Media.slot`)
 #   <column>      [B,G,...]             what `prepare` computed per example, such as reference_logps [B,G,R]
+#   read          [B,S] int32           the columns whose states are asked for, where not all are (`aligner.likelihood.read`)
 #   alone         ()                    no array: there where every row is one text, which makes another program (`make_likelihood`)
 Batch = Mapping[str, Array]
 
@@ -52,7 +53,7 @@ class Head(NamedTuple):
 class Output(NamedTuple):
     """What a model's `apply` returns; never logits."""
 
-    hidden: Float[Array, "B T D"]  # after the final norm
+    hidden: Float[Array, "B T D"]  # after the final norm; [B,S,D] of the columns that the batch has as `read`
     aux: dict[str, Array]  # auxiliary losses by name, e.g. a router's
     cache: Any = None
 
@@ -193,7 +194,7 @@ class Model:
         init: key -> params, float32, random as the family initialises.
         encode: (params, batch, key=None, remat="none") -> features [B, I*P, D], or None when the batch holds no media. `key` draws what
             adapters drop.
-        apply: (params, batch, *, features=None, cache=None, key=None, remat="none") -> Output.
+        apply: (params, batch, *, features=None, cache=None, key=None, remat="none") -> Output, at the columns that the batch has as `read`.
         head: params -> Head; of a model with a score head, weight [D, 1].
         inputs: what a Hugging Face processor returns (NumPy) -> Batch, for looking and testing.
         conversion: how the tree maps to Hugging Face names.
@@ -238,6 +239,7 @@ class Algorithm:
         objective: (scores, batch, carry) -> (terms, metrics, carry): the mathematics. Terms are {name: Term}, metrics
             {name: Mean | Max | Min | Last}.
         carry: initial value of what is kept from step to step (running moments, coefficients); checkpointed.
+        held_out: the objective in evaluation, where it is another: there nothing moves on what training keeps.
         prepare: (params, batch) -> {column: [B,G,...]}: computed once per example before training and stored, or None.
         columns: names of the columns that `objective` reads.
         prepared_with: settings that those columns depend on beside the weights; part of the name under which they are kept.
@@ -253,6 +255,7 @@ class Algorithm:
     score: Callable[..., Scores]
     objective: Callable[..., tuple[dict[str, Term], dict[str, Any], Any]]
     carry: Any = dataclasses.field(default_factory=dict)
+    held_out: Callable[..., tuple[dict[str, Term], dict[str, Any], Any]] | None = None
     prepare: Callable[..., dict[str, Array]] | None = None
     columns: tuple[str, ...] = ()
     prepared_with: Any = None

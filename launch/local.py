@@ -45,13 +45,16 @@ def main() -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, hand_on)
-    while any(process.poll() is None for process in processes):
-        if any(process.poll() for process in processes):
+    codes = lambda: [128 - code if (code := process.poll() or 0) < 0 else code for process in processes]
+    alive = lambda: any(process.poll() is None for process in processes)
+    while alive():
+        if failed := [(rank, code) for rank, code in enumerate(codes()) if code]:
             time.sleep(5)  # what it failed for may stop the others as well, in their own words
+            if alive():
+                print("process {} ended with status {}, so the others are ended too".format(*failed[0]), file=sys.stderr)
             hand_on(signal.SIGKILL, None)
         time.sleep(0.1)
-    codes = [process.returncode for process in processes]
-    return next((128 - code if code < 0 else code for code in codes if code), 0)
+    return next(filter(None, codes()), 0)
 
 
 if __name__ == "__main__":

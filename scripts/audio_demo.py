@@ -21,6 +21,7 @@ from scripts.make_tiny_checkpoint import (
     llama_weights,
     make_tokenizer,
     new_folder,
+    own,
     write_model,
 )
 
@@ -154,9 +155,9 @@ def whisper_weights(rng: np.random.Generator, config, prefix: str) -> dict[str, 
 def setup_qwen2_audio_demo(config) -> None:
     """Make the model and the sounds that a config names, where they are not there yet."""
     model, data = Path(config.model.path), Path(config.data.train.path).parent
-    if not model.exists():
+    if own(model) and not model.exists():
         make_qwen2_audio(model, seed=config.seed)
         print(f"made a small Qwen2-Audio in {model} (from code, seed {config.seed})", flush=True)
-    if not data.exists():
+    if own(data) and not data.exists():
         make_sounds(data, seed=config.seed)
         print(f"made the demo sounds in {data} (from code, seed {config.seed})", flush=True)

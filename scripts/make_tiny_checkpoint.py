@@ -481,19 +481,25 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def own(path: str | Path) -> bool:
+    """Whether a path is one of those at which presets make what is missing, DIR/demo/NAME; any other was given by somebody, who is told
+    that nothing is there."""
+    return Path(path).parent.name == "demo"
+
+
 def setup_llava_demo(config) -> None:
     """Make the checkpoint and the demo set that a config names, where they are not there yet, and say so in one line.
 
     Args:
-        config: reads `model.path`, `data.train.path`, `data.eval.path` (DIR/train.jsonl and DIR/heldout.jsonl; other files are
-            left alone) and `seed`.
+        config: reads `model.path`, `data.train.path`, `data.eval.path` (DIR/demo/model, DIR/demo/data/train.jsonl and heldout.jsonl;
+            other paths are left alone) and `seed`.
     """
     made = []
-    if not Path(config.model.path).exists():
+    if own(config.model.path) and not Path(config.model.path).exists():
         make_llava(config.model.path, seed=config.seed)
         made.append(f"a small LLaVA in {config.model.path}")
     for path in map(Path, filter(None, (config.data.train.path, config.data.eval.path))):
-        if path.name in ("train.jsonl", "heldout.jsonl") and not path.exists():
+        if own(path.parent) and path.name in ("train.jsonl", "heldout.jsonl") and not path.exists():
             make_pictures(path.parent, seed=config.seed)
             made.append(f"the demo pictures in {path.parent}")
     if made:
@@ -505,10 +511,10 @@ def setup_llama_demo(config, model_type: str = "llama") -> None:
     from scripts.text_demo import make_text
 
     made, folder = [], Path(config.data.train.path).parent
-    if not Path(config.model.path).exists():
+    if own(config.model.path) and not Path(config.model.path).exists():
         make_llama(config.model.path, model_type, seed=config.seed)
         made.append(f"a small {model_type} in {config.model.path}")
-    if folder.name == "data" and not folder.exists():
+    if own(folder) and not folder.exists():
         make_text(folder, seed=config.seed)
         made.append(f"the demo texts in {folder}")
     if made:
@@ -523,7 +529,7 @@ def setup_qwen_demo(config) -> None:
 def setup_teacher_demo(config) -> None:
     """The same with a teacher in `algorithm.teacher`, a Llama of other weights and another width."""
     setup_llama_demo(config)
-    if not Path(config.algorithm.teacher).exists():
+    if own(config.algorithm.teacher) and not Path(config.algorithm.teacher).exists():
         make_llama(config.algorithm.teacher, seed=config.seed + 1, hidden_size=64)
         print(f"made another small llama in {config.algorithm.teacher} (from code, seed {config.seed + 1})", flush=True)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from aligner.rl.environments import Step
-from scripts.make_tiny_checkpoint import COLOURS, SHAPES, SPECIAL_TOKENS, VALUES, draw, make_llama, make_llava, new_folder
+from scripts.make_tiny_checkpoint import COLOURS, SHAPES, SPECIAL_TOKENS, VALUES, draw, make_llama, make_llava, new_folder, own
 
 HIGHEST = 9  # summand
 WORDS = (*SPECIAL_TOKENS, *map(str, range(2 * HIGHEST + 1)), "+", "=", "?", "colour", *COLOURS, *SHAPES)
@@ -120,9 +120,9 @@ class AskAgain:
 def setup_sums(config) -> None:
     """Make the model and the sums that a config names, where they are not there yet; and the reward model, where it names one."""
     model, data = Path(config.model.path), Path(config.data.train.path).parent
-    if not model.exists():
+    if own(model) and not model.exists():
         make_llama(model, seed=config.seed, tokenizer=make_words(), hidden_size=64)
-    if not data.exists():
+    if own(data) and not data.exists():
         make_sums(data, seed=config.seed)
     for name in config.algorithm.reward_funcs:
         if name.endswith("reward/export") and not Path(name).exists():
@@ -155,8 +155,8 @@ def train_reward_model(model: Path, rows: Path, workdir: Path, steps: int) -> No
 def setup_colours(config) -> None:
     """Make the model and the pictures that a config names, where they are not there yet."""
     model, data = Path(config.model.path), Path(config.data.train.path).parent
-    if not model.exists():
+    if own(model) and not model.exists():
         sizes = dict(hidden_size=64, vision_hidden_size=32, vision_layers=2)
         make_llava(model, seed=config.seed, tokenizer=make_words(), template=TEMPLATE, **sizes)
-    if not data.exists():
+    if own(data) and not data.exists():
         make_colours(data, seed=config.seed)

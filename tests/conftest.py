@@ -1,5 +1,6 @@
 """Eight simulated devices for the whole suite, a compile cache, no Hub, and the small models that several rooms' tests use."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -14,6 +15,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 
 from tests.models import tiny
+
+
+def pytest_configure(config):
+    """Every day XLA compiles all programs in a hurry, which is most of the time of the suite; `-m slow` as users' programs are compiled.
+
+    What the caller sets in XLA_FLAGS comes later and wins: `--xla_backend_optimization_level=3 --xla_llvm_disable_expensive_passes=false`.
+    """
+    if "not slow" in config.option.markexpr:
+        hurry = " ".join(f"--{name}={str(value).lower()}" for name, value in tiny.QUICK.items())
+        os.environ["XLA_FLAGS"] = f"{hurry} {os.environ['XLA_FLAGS']}"
+
+
+def pytest_collection_finish(session):
+    """What is imported by now stays: the garbage collector need not go through PyTorch and transformers again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", params=["llama", "llava"])

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import aligner
-from aligner import convert, generate
+from aligner import convert, generate, score
 from aligner.data import templates
 from aligner.generation import engine
 from aligner.generation.sampling import Sampling
@@ -120,6 +120,27 @@ def test_pairs_keep_what_their_prompts_template_is_told(folder, tmp_path, monkey
     [pair] = lines(tmp_path / "p.jsonl")
     assert {name: pair[name] for name in told} == told
     assert read == [{"tools": row["tools"], "mood": "kind", "year": 1}] * 2
+
+
+def test_what_is_written_can_be_scored(folder, tmp_path):
+    """Plain prompts and messages are worth what --reward-model says of them; of a conversation it is what was written that counts, and not
+    the answer that stood there."""
+    talk = [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Yes."}]
+    (folder / "talk.jsonl").write_text(json.dumps({"conversations": talk}) + "\n")
+    for data in ("rows.jsonl", "talk.jsonl"):
+        written, scored = tmp_path / f"a-{data}", tmp_path / f"s-{data}"
+        assert call(folder, written, "--n", 2, "--reward-model", folder / "rm", data=data) == 0
+        rows = lines(written)
+        expected = [row.pop("rewards", None) for row in rows]
+        if data == "rows.jsonl":  # two that are the same are worth the same
+            rows[0]["completions"], expected[0] = rows[0]["completions"][:1] * 2, expected[0][:1] * 2
+        written.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert score.main([*map(str, ["--model", folder / "rm", "--data", written, "--out", scored, "--dtype", "float32"])]) == 0
+        for row, rewards in zip(lines(scored), expected, strict=True):
+            if rewards is None:
+                assert row["not_scored"].startswith("not answered: too long")
+            else:
+                np.testing.assert_allclose(row["rewards"], rewards, rtol=1e-5)
 
 
 def test_a_stop_string_may_be_a_special_token(folder, tmp_path):

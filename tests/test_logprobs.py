@@ -12,7 +12,7 @@ from aligner import logprobs
 from aligner.logprobs import DIFFERENTIABLE, NAMES, token_stats
 from aligner.matmul import after
 from aligner.types import Head
-from tests.models.tiny import quick
+from tests.models.tiny import FULL, quick
 
 B, S, D, V = 2, 7, 5, 37  # nothing divides anything
 HEADS = {
@@ -146,7 +146,7 @@ def test_a_frozen_head_has_no_gradient_matmul():
     targets = jnp.zeros((B, S), jnp.int32)
     hidden, weight = jnp.ones((B, S, D)), jnp.ones((D, V))
     loss = lambda hidden, weight: jnp.sum(token_stats(hidden, Head(weight), targets)["logp"])
-    frozen, trains = (jax.jit(jax.grad(loss, argnums=n)).lower(hidden, weight).compile() for n in (0, (0, 1)))
+    frozen, trains = (jax.jit(jax.grad(loss, argnums=n)).lower(hidden, weight).compile(compiler_options=FULL) for n in (0, (0, 1)))
     work = [program.cost_analysis()["flops"] / (2 * B * S * D * V) for program in (frozen, trains)]
     assert 1.9 < work[0] < 2.5 and 0.95 < work[1] - work[0] < 1.1  # logits, gradient of hidden; gradient of the head
     of_head = [re.findall(rf"f32\[(?:{D},{V}|{V},{D})\]\S* (?:dot|fusion|custom-call)\(", p.as_text()) for p in (frozen, trains)]
@@ -172,7 +172,7 @@ def test_memory_at_llama3_vocabulary():
 
     def scratch(stats):
         loss = lambda hidden, weight, targets: jnp.sum(stats(hidden, Head(weight), targets)["logp"])
-        compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(hidden, weight, targets).compile()
+        compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(hidden, weight, targets).compile(compiler_options=FULL)
         return compiled.memory_analysis().temp_size_in_bytes
 
     def lean(hidden, head, targets):  # `dense` itself takes half as much again
@@ -212,7 +212,7 @@ def test_the_gradient_takes_the_logits_place(transposed, names):
     hidden, weight = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
     targets = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     loss = lambda hidden, weight, targets: sum(map(jnp.sum, token_stats(hidden, Head(weight, transposed), targets, names).values()))
-    program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, weight, targets).compile()
+    program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, weight, targets).compile(compiler_options=FULL)
     logits = 4 * rows * length * vocabulary
     assert logits <= program.memory_analysis().temp_size_in_bytes < 1.2 * logits
 
@@ -223,7 +223,7 @@ def test_one_cpu_multiplies_for_the_states_before_it_multiplies_for_the_head(dty
     """Of the two products of the backward pass the second depends on the first in the compiled program, and is not changed by it."""
     hidden, weight, targets = (jnp.ones(shape, dtype) for shape in ((2, 96, 64), (512, 64) if transposed else (64, 512), (2, 96)))
     function = lambda hidden, weight: jnp.sum(token_stats(hidden, Head(weight, transposed=transposed), targets.astype(int))["logp"])
-    compiled = jax.jit(jax.grad(function, argnums=(0, 1))).lower(hidden, weight).compile()
+    compiled = jax.jit(jax.grad(function, argnums=(0, 1))).lower(hidden, weight).compile(compiler_options=FULL)
     lines = re.findall(r"^ *(?:ROOT )?%?([\w.\-]+) = (\S+) \S+?\((.*)$", compiled.as_text().partition("ENTRY")[2], re.MULTILINE)
     products = {shape.partition("{")[0]: name for name, shape, rest in lines if "dot_general" in rest and "transpose(" in rest}
     of_states, of_head = products["f32[192,64]"], products["f32[512,64]" if transposed else "f32[64,512]"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from aligner.matmul import FEW_ROWS, Turned, dot_turned, matmul, turn, turned, weight_gradient
+from tests.models import tiny
 
 BAR = {"float64": 1e-14, "float32": 2e-6, "bfloat16": 2**-8}  # one rounding to bfloat16 is at most 2^-9, relative
 
@@ -62,7 +63,7 @@ def test_inside_a_scan_over_stacked_kernels(dtype):
 def test_what_is_turned_in_memory_is_turned_by_a_pass_of_its_own(dtype):
     """Where it is a slice of a stack, as in a scan over layers, the slice is made first."""
     stack = draw(dtype, 3, 96, 64)
-    compiled = jax.jit(lambda stack, i: turned(stack[i])).lower(stack, 1).compile()
+    compiled = jax.jit(lambda stack, i: turned(stack[i])).lower(stack, 1).compile(compiler_options=tiny.FULL)
     passes = [body for body in re.split(r"\n\n", compiled.as_text()) if " transpose(" in body]
     assert passes and not any("slice" in body for body in passes)
     np.testing.assert_array_equal(compiled(stack, 1), stack[1].T)

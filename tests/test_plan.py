@@ -100,13 +100,15 @@ def test_every_kind_of_algorithm_has_a_step(llama, name):
 
 
 def test_flops(llama):
-    """Three times two operations for each weight and token, the embedding apart, and the head for scored positions alone."""
+    """Three times two operations for each weight and token, the embedding apart; the head, and what is behind the last attention, for scored
+    positions alone."""
     _, batch, step = step_of(llama, devices=1)
     rows, tokens = batch["tokens"].shape
     leaves = lora.flatten(llama.params)
-    size = lambda name: sum(leaf.size for path, leaf in leaves.items() if name in path and path.endswith("kernel"))
-    linear = 6 * rows * (tokens * size("layers") + batch["score_token"].shape[1] * size("lm_head"))
-    config = llama.model.config
+    size = lambda *names: sum(leaf.size for path, leaf in leaves.items() if path.endswith("kernel") and any(name in path for name in names))
+    scored, config = batch["score_token"].shape[1], llama.model.config
+    last = size("o_proj", "mlp") // config.num_hidden_layers
+    linear = 6 * rows * (tokens * (size("layers") - last) + scored * (last + size("lm_head")))
     attention = 3 * 2 * 2 * rows * config.num_hidden_layers * config.num_attention_heads * config.head_dim * tokens**2
     assert linear + attention <= ahead.flops(step) < 1.1 * (linear + attention)
 

@@ -71,15 +71,50 @@ except UserError as error:
 """
 
 
-@pytest.mark.slow
-def test_processes_that_do_not_have_the_same_files_are_told_so():
-    """A picture that one process alone did not find left it with fewer rows in another order, and both trained on without a word."""
+def run_two(program):
+    """[(exit status, stdout, stderr)] of two processes of one run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         world = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
     start = lambda rank: subprocess.Popen(
-        [sys.executable, "-c", TWO], env={**os.environ, **world, "JAX_PROCESS_ID": str(rank)}, stdout=subprocess.PIPE, text=True
-    )
-    told = [process.communicate(timeout=120)[0] for process in [start(rank) for rank in range(2)]]
-    for text in told:
-        assert "config.model.path is not the same in process 1 as in the first one" in text
+        [sys.executable, "-c", program], env={**os.environ, **world, "JAX_PROCESS_ID": str(rank)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    processes = [start(rank) for rank in range(2)]
+    told = [process.communicate(timeout=120) for process in processes]
+    return [(process.returncode, *texts) for process, texts in zip(processes, told)]
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_have_the_same_files_are_told_so():
+    """A picture that one process alone did not find left it with fewer rows in another order, and both trained on without a word."""
+    for _, told, _ in run_two(TWO):
+        assert "config.model.path is not the same in process 1 as in the first one" in told
+
+
+ONE_FAILS = """
+import os, sys, time, jax
+from aligner import processes
+from aligner.commandline import ended
+from aligner.types import UserError
+jax.distributed.initialize(**processes.world(os.environ))
+processes.GRACE = 1.0
+def run():
+    with processes.failing_together():
+        if os.environ["JAX_PROCESS_ID"] == "1":
+            raise UserError("there is no picture")
+        time.sleep(600)  # as in a collective
+sys.exit(ended(run))
+"""
+
+
+def test_where_one_process_fails_the_others_end_and_say_so():
+    """They waited for each other, for five minutes, and then JAX aborted both."""
+    first, failed = run_two(ONE_FAILS)
+    assert first[0] == 1 and "process 1 has failed (UserError: there is no picture); this one ends with it" in first[2]
+    assert failed[0] == 2 and failed[2] == "error: there is no picture\n"
+
+
+@pytest.mark.slow
+def test_processes_that_end_well_end_so():
+    assert run_two(ONE_FAILS.replace("raise UserError", "repr").replace("600", "2")) == [(0, "", "")] * 2

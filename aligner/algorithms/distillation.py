@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from aligner.algorithms.checks import check_choice, check_not_negative
 from aligner.algorithms.grpo import check_online
-from aligner.likelihood import answer_lengths, answer_members, spread, sum_answers, tempered
+from aligner.likelihood import answer_lengths, answer_members, read, spread, sum_answers, tempered
 from aligner.logprobs import TopK, divergence, token_stats
 from aligner.losses.partial_distillation import SUPPORTS, iw_opd, iw_opd_weight
 from aligner.types import Algorithm, Array, Batch, Float, Mean, Model, Scores, Term, UserError
@@ -40,14 +40,10 @@ def distil(config: ConfigDict, model: Model, teacher: Model) -> Algorithm:
     answers = c.get("num_generations", 1)
     top_k = TopK(c.loss_top_k, c.loss_top_k_of, c.loss_add_tail) if c.loss_top_k else None
 
-    def states(of: Model, params, batch: Batch, key=None, remat="none"):
-        output = of.apply(params, batch, features=of.encode(params, batch, key, remat=remat), key=key, remat=remat)
-        return jnp.take_along_axis(output.hidden, batch["score_from"][..., None], axis=1), output.aux
-
     def score(params, fixed, batch: Batch, key) -> Scores:
-        ours, aux = states(model, params, batch, key, config.train.remat)
-        told = jax.lax.stop_gradient(fixed["teacher"])
-        theirs, _ = states(teacher, told, batch)
+        told, columns = jax.lax.stop_gradient(fixed["teacher"]), batch["score_from"]
+        ours, aux, _ = read(model, params, batch, columns, key, config.train.remat)
+        theirs = read(teacher, told, batch, columns).hidden
         heads = model.head(params), teacher.head(told)
         if c.objective == "iw_opd":
             stats = [token_stats(x, tempered(head, c.temperature), batch["score_token"]) for x, head in zip((ours, theirs), heads)]

@@ -1,5 +1,6 @@
 """Direct preference optimisation (arXiv 2305.18290) and the losses that differ from it only in how log-ratios become a loss."""
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -82,14 +83,16 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
         scores = policy(params, batch, key)
         return scores._replace(logps=summed(scores, batch), reference_logps=reference.logps(fixed, batch))
 
-    def objective(scores: Scores, batch: Batch, carry):
+    def objective(scores: Scores, batch: Batch, carry, training=True):
         mask = pairs.present(scores)
         logratios = scores.logps - scores.reference_logps
         rewards = c.beta * logratios
         found = pairs.metrics(scores, batch, mask, rewards)
         if "bco" in names:
-            mean, count = unpaired.running_mean(carry["mean"], carry["count"], rewards, mask[..., None] & (scores.lengths > 0))
-            carry, found["delta"] = {"mean": mean, "count": count}, Last(mean)
+            if training:
+                there = mask[..., None] & (scores.lengths > 0)
+                carry = dict(zip(("mean", "count"), unpaired.running_mean(carry["mean"], carry["count"], rewards, there)))
+            found["delta"] = Last(carry["mean"])
         f_scores = preference.f_score(logratios, c.f_divergence_type, c.f_alpha_divergence_coef)
         p = Pairs(scores.logps, scores.reference_logps, logratios, f_scores, scores.lengths, mask, carry.get("mean", 0.0))
         likely = jnp.prod(wpo_weights(scores, batch), axis=-1) if c.use_weighting else 1.0
@@ -106,6 +109,7 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
     return Algorithm(
         score,
         objective,
+        held_out=functools.partial(objective, training=False),
         carry={"mean": jnp.zeros(()), "count": jnp.zeros(())} if "bco" in names else {},
         whole_batch=bool({*SORTED, "bco"} & {*names}),
         sync=(c.ref_model_mixup_alpha, c.ref_model_sync_steps) if c.sync_ref_model else None,

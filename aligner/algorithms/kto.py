@@ -4,6 +4,8 @@ With KTO's own loss an example has two answers after its prompt: its own (role 1
 reference point only. Which one is fixed for the dataset, so order, packing, accumulation and hosts change nothing.
 """
 
+import functools
+
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -34,7 +36,7 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
     def score(params, fixed, batch: Batch, key) -> Scores:
         return policy(params, batch, key)._replace(reference_logps=reference.logps(fixed, batch))
 
-    def objective(scores: Scores, batch: Batch, carry):
+    def objective(scores: Scores, batch: Batch, carry, training=True):
         mask = scores.lengths[..., OWN] > 0
         good = (batch["label"] > 0.5) & mask
         logratios = scores.logps - scores.reference_logps
@@ -46,9 +48,10 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
             losses = unpaired.kto(own, good, kl, c.beta)
             found["kl"] = pairs.mean_over(mask, kl)  # evaluation has one a batch, of more or fewer examples
         elif c.loss_type == "bco":
-            mean, count = unpaired.running_mean(carry["mean"], carry["count"], rewards, mask)
-            losses = unpaired.bco(own, good, mean, c.beta)
-            carry, found["delta"] = {"mean": mean, "count": count}, Last(mean)
+            if training:
+                carry = dict(zip(("mean", "count"), unpaired.running_mean(carry["mean"], carry["count"], rewards, mask)))
+            losses = unpaired.bco(own, good, carry["mean"], c.beta)
+            found["delta"] = Last(carry["mean"])
         else:
             losses = unpaired.apo_zero_unpaired(own, good, c.beta)
         losses = losses * jnp.where(good, c.desirable_weight, c.undesirable_weight)
@@ -57,6 +60,7 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
     return Algorithm(
         score,
         objective,
+        held_out=functools.partial(objective, training=False),
         carry={"mean": jnp.zeros(()), "count": jnp.zeros(())} if c.loss_type == "bco" else {},
         needs="unpaired" if c.loss_type == "kto" else "unpaired_alone",
         whole_batch=c.loss_type != "apo_zero_unpaired",

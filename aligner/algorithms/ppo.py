@@ -15,7 +15,7 @@ from aligner.algorithms.checks import check_choice, check_not_negative, check_po
 from aligner.algorithms.grpo import check_online, lag, reference_params, sampling_differences
 from aligner.algorithms.pairs import mean_over
 from aligner.data.mixture import is_set
-from aligner.likelihood import answer_lengths, make_likelihood, sum_answers, tempered
+from aligner.likelihood import answer_lengths, make_likelihood, read, sum_answers, tempered
 from aligner.logprobs import dense_logits, token_stats
 from aligner.losses import policy_gradient
 from aligner.models.score_head import with_score_head
@@ -37,17 +37,13 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
     critic = with_score_head(model)
     supervised = make_likelihood(model, 1, remat=config.train.remat)
 
-    def hidden(of: Model, params: Params, batch: Batch, key=None, remat="none") -> tuple[Array, dict]:
-        output = of.apply(params, batch, features=of.encode(params, batch, key, remat=remat), key=key, remat=remat)
-        return jnp.take_along_axis(output.hidden, batch["score_from"][..., None], axis=1), output.aux
-
     def values(params: Params, batch: Batch, remat="none") -> Array:
-        states, _ = hidden(critic, params[CRITIC], batch, remat=remat)
+        states = read(critic, params[CRITIC], batch, batch["score_from"], remat=remat).hidden
         found = dense_logits(states, critic.head(params[CRITIC]))[..., 0]
         return jnp.where(batch["score_segment"] > 0, found, 0)
 
     def stats(params: Params, batch: Batch, key=None, remat="none") -> tuple[dict[str, Array], dict]:
-        states, aux = hidden(model, params, batch, key, remat)
+        states, aux, _ = read(model, params, batch, batch["score_from"], key, remat)
         tokens = token_stats(states, tempered(model.head(params), temperature), batch["score_token"], ("logp", "entropy"))
         return {name: jnp.where(batch["score_segment"] > 0, value, 0) for name, value in tokens.items()}, aux
 

@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_to_hf(args: argparse.Namespace) -> int:
-    from aligner.convert.hf import save
+    from aligner.convert.export import save
     from aligner.workdir import read_config, restore_params, restore_trainable
 
     if args.adapter:

@@ -16,7 +16,8 @@ import jax
 
 from aligner.convert import disk
 from aligner.convert.assets import Assets
-from aligner.convert.hf import find_folder, load, load_params, model_from_folder, save
+from aligner.convert.export import save
+from aligner.convert.hf import find_folder, load, load_params, model_from_folder
 from aligner.convert.vocabulary import copy_companions, resized, with_vocabulary
 from aligner.types import Conversion, Model, UserError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aligner.convert import disk, hf
+from aligner.convert import disk, export, hf
 from aligner.convert.disk import Checkpoint
 from aligner.types import Model
 
@@ -70,7 +70,7 @@ def verify(folder: str | Path, dry_run: bool = False, scratch: str | Path | None
     params = hf.load_params(model, checkpoint, dtype=None, progress=progress)
     with tempfile.TemporaryDirectory(prefix="aligner-verify-", dir=scratch) as temporary:
         copy = Path(temporary) / "copy"
-        hf.save(model, params, copy, progress=progress)
+        export.save(model, params, copy, progress=progress)
         written = disk.open_checkpoint(copy)
         names = hf.bar(sorted(checkpoint.tensors), "comparing", progress)
         different = [name for name in names if _differs(model, checkpoint, written, name)]

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from aligner.convert.assets import Assets
-from aligner.convert.hf import abstract_params, load, model_from_folder, save
+from aligner.convert.export import save
+from aligner.convert.hf import abstract_params, load, model_from_folder
 from aligner.convert.tables import flatten, unflatten
 from aligner.models.decoder import text_config
 from aligner.types import Params, UserError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from aligner.data.media import encoded_bytes
 from aligner.data.samples import Bad
 from aligner.types import UserError
 
+_CUT = re.compile(r"^data : (?P<said>\d+) \(should be (?P<there>\d+)\)", re.MULTILINE)  # what libsndfile notes of a WAV
+_STREAMED = 2e9  # bytes; programs that write to a pipe do not know how many will come, and say as many as can be
 RATE = 16_000  # samples a second that speech encoders take
 
 
@@ -53,10 +56,13 @@ def _given(array: Any, rate: Any) -> tuple[np.ndarray, int]:
 def _decoded(data: bytes) -> tuple[np.ndarray, int]:
     soundfile = _package("soundfile")
     try:
-        samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            samples, rate, cut = file.read(dtype="float32", always_2d=True), file.samplerate, _CUT.search(file.extra_info)
     except (soundfile.SoundFileError, RuntimeError) as error:
         # the library's own message names an object in memory
         raise Bad("unreadable audio", getattr(error, "error_string", str(error))) from error
+    if cut and int(cut["there"]) < 0.99 * int(cut["said"]) < _STREAMED:  # headers are often wrong by some bytes
+        raise Bad("unreadable audio", f"it is cut short: {cut['there']} of the {cut['said']} bytes that its header says are there")
     return samples.mean(axis=1), rate
 
 

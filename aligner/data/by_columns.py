@@ -7,6 +7,7 @@ from typing import Any
 from aligner.data.conversations import assistant, marked, media_in, messages_of, place_media, split_prompt, system_of, user
 from aligner.data.formatters import formatter
 from aligner.data.samples import (
+    Answers,
     Bad,
     Document,
     Preference,
@@ -152,6 +153,15 @@ def scores(row: dict[str, Any]) -> Ranked:
     if len(answers) != len(given):
         raise Bad("no scores", f"there are {len(given)} scores for {len(answers)} answers")
     return Ranked(prompt, tuple(map(messages_of, answers)), tuple(map(float, given)))
+
+
+@formatter("answers", needs=("prompt", "completions", "completion_lengths", "stopped"), makes=Answers)
+def answers(row: dict[str, Any]) -> Answers:
+    """What `python -m aligner.generate` writes: `prompt` as it was answered, plain text or messages, and the answers in `completions`."""
+    if row.get("completions") is None:
+        raise Bad("not answered", row.get("not_answered") or "")
+    prompt = prompt_only(row).prompt
+    return Answers(prompt, tuple([assistant(text)] if is_conversation(prompt) else text for text in row["completions"]))
 
 
 # --- judged answers --------------------------------------------------------------------------------------------------------------

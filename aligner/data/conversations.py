@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,8 +50,8 @@ def messages_of(value: Any, role: str = "assistant") -> list[dict[str, Any]]:
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(message, Mapping):
-        raise Bad("unexpected value", f"{message!r} stands where a message should be")
+    if not isinstance(message, Mapping) or not ("role" in message or "from" in message):
+        raise Bad("unexpected value", f"{reprlib.repr(message)} stands where a message should be, {{'role': .., 'content': ..}}")
     speaker = message["role"] if "role" in message else message["from"]
     if speaker not in _ROLES:
         raise Bad("unknown role", f"{speaker!r}")
@@ -66,6 +67,8 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
         if not extras.get("tool_calls"):
             raise Bad("missing column", f"a message of {speaker!r} without content")
         content = ""
+    if not isinstance(content, (str, list, tuple)):
+        raise Bad("unexpected value", f"{reprlib.repr(content)} stands where the content of a message should be")
     return {"role": _ROLES[speaker], "content": content if isinstance(content, str) else [_part(part) for part in content], **extras}
 
 
@@ -86,6 +89,8 @@ def without_none(value: Any) -> Any:
 
 
 def _part(part: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(part, Mapping) or not isinstance(part.get("text" if part.get("type") == "text" else "type"), str):
+        raise Bad("unexpected value", f"{reprlib.repr(part)} stands where a part of a message should be, {{'type': 'text', 'text': ..}}")
     kind = part["type"].removesuffix("_url")  # OpenAI's image_url
     if kind == "text":
         return {"type": "text", "text": part["text"]}

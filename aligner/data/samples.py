@@ -19,6 +19,7 @@ from typing import Any
 
 MEDIA = ("image", "audio", "video")
 TOLD = ("tools", "chat_template_kwargs")  # columns of a row that its chat template is told
+_LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}  # of answers, in any case
 PARTS = ("good", "bad", "pair")  # fields of samples that hold samples
 Text = Any  # a conversation, a string, or a list of parts
 
@@ -79,6 +80,15 @@ class Ranked:
     prompt: Text
     completions: tuple[Text, ...]
     scores: tuple[float, ...] = ()
+    template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Several answers to a prompt, of which nothing is said; two may be the same."""
+
+    prompt: Text
+    completions: tuple[Text, ...]
     template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -299,18 +309,19 @@ def as_scored(sample: Any) -> Ranked:
 
 
 def as_unpaired(sample: Any) -> Unpaired:
-    """A judged answer.
+    """A judged answer. Its label may be a number or a word, as CSV has them.
 
     Raises:
         Bad: the sample is none, its answer is empty, or its label is neither true nor false.
     """
     if not isinstance(sample, Unpaired):
         raise Bad("no label", f"the formatter returned a {type(sample).__name__}, not an Unpaired")
-    if not isinstance(sample.label, (bool, int)) or sample.label not in (0, 1):
-        raise Bad("label is neither true nor false", repr(sample.label))
+    label = _LABELS.get(str(sample.label).strip().lower())
+    if label is None:
+        raise Bad("label is neither true nor false", f"{sample.label!r}; it must be true or false, or 1 or 0")
     if is_blank(sample.completion):
         raise Bad("empty answer", "the completion is empty")
-    return sample
+    return dataclasses.replace(sample, label=label)
 
 
 def unpair(sample: Any, half: int) -> Unpaired:

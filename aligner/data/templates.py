@@ -86,7 +86,12 @@ def encode_two_sided(sample: TwoSided, assets: Any, media: Media | None = None) 
 
 @encoder
 def encode_answers(
-    prompt: Any, answers: tuple[Any, ...], assets: Any, media: Media | None = None, options: Mapping[str, Any] | None = None
+    prompt: Any,
+    answers: tuple[Any, ...],
+    assets: Any,
+    media: Media | None = None,
+    options: Mapping[str, Any] | None = None,
+    distinct: bool = True,
 ) -> Steps:
     """Render and tokenise a prompt with each of its answers.
 
@@ -100,9 +105,10 @@ def encode_answers(
         assets: has `tokenizer`, and `processor` (None for a text model).
         media: the model's media; None for a text model.
         options: arguments for the chat template.
+        distinct: two answers that have the same tokens are refused: there is nothing to learn from them.
 
     Raises:
-        Bad: the template refuses the conversation, an answer is empty, or placeholders and images do not match.
+        Bad: the template refuses the conversation, an answer is empty, two are the same, or placeholders and images do not match.
     """
     found, options = check_media(prompt, media), options or {}
     shown = modalities.shown(found, assets, media)
@@ -126,7 +132,7 @@ def encode_answers(
         raise Bad("empty prompt", "no token stands before the answers, so their first token cannot be predicted")
     if any(not len(tail) for tail in tails):
         raise Bad("empty answer", "an answer has no tokens")
-    if any(np.array_equal(tail, tails[0]) for tail in tails[1:]):
+    if distinct and any(np.array_equal(tail, tails[0]) for tail in tails[1:]):
         raise Bad("answers are equal", "the answers have the same tokens")
     if media is not None and any(placeholders(tail, media).any() for tail in tails):
         raise Bad(f"{media.kind} placeholders", f"an answer's text holds {article(media.kind)} token")
@@ -237,7 +243,10 @@ def _rendered(conversation: list[dict], assets: Any, marks: bool, options: Mappi
         messages.append({**message, "content": content})
     # The tokenizer's tokens will do for processors as well: all that a template needs is the messages and the special tokens.
     options = {**assets.tokenizer.special_tokens_map, **options, "return_assistant_tokens_mask": marks}
-    show = lambda messages: render_jinja_template([messages], chat_template=chat_template(assets, options.get("tools")), **options)
+    template = chat_template(assets, options.get("tools"))
+    if "tool_calls" not in template and any(message.get("tool_calls") for message in messages):
+        raise Bad("tool calls", "the chat template leaves them out; set config.data.chat_template to one that writes them")
+    show = lambda messages: render_jinja_template([messages], chat_template=template, **options)
     try:
         # One at a time: what notes where {% generation %} stands belongs to the compiled template, which threads share.
         with _RENDERING:

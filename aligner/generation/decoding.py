@@ -98,8 +98,8 @@ def fill(model: Model, params: Params, state: State, batch: Batch, source: Int[A
     """
     rows, length = batch["tokens"].shape
     columns = state.cache.positions.shape[1]
-    features = model.encode(params, batch)
-    output = model.apply(params, batch, features=features, cache=empty_cache(text_config(model), rows, 0, state.hidden.dtype))
+    features, nothing = model.encode(params, batch), empty_cache(text_config(model), rows, 0, state.hidden.dtype)
+    output = model.apply(params, {**batch, "read": jnp.full((rows, 1), length - 1)}, features=features, cache=nothing)
     taken, prompt = source >= 0, jnp.maximum(source, 0)
     shift = (state.cache.column - length) % columns
 
@@ -135,7 +135,7 @@ def fill(model: Model, params: Params, state: State, batch: Batch, source: Int[A
     uniform = jax.vmap(lambda key: jax.random.uniform(key, state.uniform.shape[1:]))(keys)
     return state.replace(
         cache=cache,
-        hidden=choose(state.hidden, output.hidden[:, -1][prompt]),
+        hidden=choose(state.hidden, output.hidden[:, 0][prompt]),
         position=choose(state.position, position[prompt]),
         tokens=choose(state.tokens, 0),
         logps=choose(state.logps, 0.0),

@@ -293,7 +293,6 @@ def _attend(
     softcap: float | None,
 ) -> Float[Array, "B K G t H"]:
     """Softmax of all logits of these queries and keys at once; q is already scaled. With several masks, the sum of a softmax under each."""
-    wide = jnp.promote_types(q.dtype, jnp.float32)
     # the heads that share a key are one matrix, from here to the end: the backward pass keeps the weights in one shape
     flat = q.reshape(*q.shape[:2], -1, q.shape[-1])
     repeat = lambda x: jnp.broadcast_to(x, (*x.shape[:2], *q.shape[2:4], x.shape[-1])).reshape(*x.shape[:2], -1, x.shape[-1])
@@ -301,9 +300,9 @@ def _attend(
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     if bias is not None:
-        logits = logits + repeat(bias.astype(wide))
+        logits = logits + repeat(bias.astype(logits.dtype))
     masks = [repeat(mask[:, :, None]) for mask in masks]
-    under = lambda mask: products.mix(jnp.where(mask, logits, jnp.finfo(wide).min), v)
+    under = lambda mask: products.mix(jnp.where(mask, logits, jnp.finfo(logits.dtype).min), v)
     if len(masks) > 1:
         # a query that sees nothing under a mask takes nothing from it; the softmax of nothing but masked logits would be even over all
         out = sum(jnp.where(jnp.any(mask, axis=-1, keepdims=True), under(mask), 0) for mask in masks)

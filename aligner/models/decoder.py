@@ -11,9 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
-from aligner.matmul import Turned
+from aligner.matmul import Turned, at_least_float32
 from aligner.models import cross, moe, rope
 from aligner.models.attention import Spec, alibi_slopes, attention, dense, spec_of
 from aligner.models.cache import Cache, remember, unroll
@@ -23,15 +23,15 @@ from aligner.models.layers import (
     LayerNorm,
     Linear,
     RMSNorm,
-    at_least_float32,
     own_rngs,
     pick,
     recomputed,
     rngs,
     scaled,
     stack,
+    unrolled,
 )
-from aligner.sharding import constrain
+from aligner.sharding import alone, constrain
 from aligner.types import Batch, Conversion, Head, Model, Output, Params
 
 
@@ -111,8 +111,11 @@ class Attention(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], spec: Spec, cos: Array | None, sin: Array | None, memory: tuple | None = None):
-        """The output, and what is to be remembered of `memory` and this call; None without memory."""
+    def __call__(
+        self, x: Float[Array, "B T D"], spec: Spec, cos: Array | None, sin: Array | None, memory: tuple | None = None,
+        read: Int[Array, "B S"] | None = None,
+    ):  # fmt: skip
+        """The output, of the columns in `read` where it is given, and what is to be remembered of `memory` and this call; None without."""
         c = self.config
 
         def project(name: str, heads: int, norm: str | None = None) -> Float[Array, "B T N H"]:
@@ -131,7 +134,7 @@ class Attention(nn.Module):
         scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
         slopes = alibi_slopes(c.num_attention_heads) if c.alibi else None
         out = attention(q, k, v, spec, scale=scale, softcap=c.attention_softcap, slopes=slopes)
-        out = constrain(out.reshape(*x.shape[:2], -1), "batch", "length", "heads")
+        out = at(read, constrain(out.reshape(*x.shape[:2], -1), "batch", "length", "heads"))
         return Linear(c.hidden_size, c.o_bias, c.initializer_range, name=c.o_name)(out), memory
 
 
@@ -168,7 +171,10 @@ class SparseMLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One layer. Beside the states it gives a sparse MLP's load, None without; where it is given a memory, that with its own written in."""
+    """One layer. Beside the states it gives a sparse MLP's load, None without; where it is given a memory, that with its own written in.
+
+    With `read` [B,S] it gives the states of those columns alone: all are attended to, and that is all the others are for in the last layer.
+    """
 
     config: DecoderConfig
 
@@ -176,6 +182,7 @@ class Layer(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], specs: tuple[Spec, ...], tables: tuple[tuple[Array, Array], ...], deep: tuple[Array, ...] | None,
         here: cross.Seen | None, window: Array, kind: Array, number: Array, crossing: Array, memory: tuple | None = None,
+        read: Int[Array, "B S"] | None = None,
     ):  # fmt: skip
         c = self.config
         if here is not None:
@@ -189,19 +196,20 @@ class Layer(nn.Module):
 
         into = normed(c.attention_norm, x)
         cos, sin = pick(tables, kind) if tables else (None, None)
-        y, memory = Attention(c, name="self_attn")(into, pick(specs, window), cos, sin, memory)
+        y, memory = Attention(c, name="self_attn")(into, pick(specs, window), cos, sin, memory, read)
+        x = at(read, x)
         if c.parallel:
-            x = x + y + MLP(c, name="mlp")(normed(c.mlp_norm, x) if c.mlp_norm else into)
+            x = x + y + MLP(c, name="mlp")(normed(c.mlp_norm, x) if c.mlp_norm else at(read, into))
             return constrain(x, "batch", "length", None), memory
         x = add(x, y, c.attention_out_norm)
         into, load = normed(c.mlp_norm, x), None
         if c.experts:
-            y, load = SparseMLP(c, name="mlp")(into, specs[0].segment_ids > 0)
+            y, load = SparseMLP(c, name="mlp")(into, at(read, specs[0].segment_ids) > 0)
         else:
             y = MLP(c, name="mlp")(into)
         x = add(x, y, c.mlp_out_norm)
         if deep is not None:
-            x = x + pick((*deep, jnp.zeros_like(deep[0])), jnp.minimum(number, len(deep)))
+            x = x + at(read, pick((*deep, jnp.zeros_like(deep[0])), jnp.minimum(number, len(deep))))
         return constrain(x, "batch", "length", None), load if memory is None else memory
 
 
@@ -213,20 +221,21 @@ class Unrolled(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], specs: tuple[Spec, ...], tables: tuple, deep: tuple[Array, ...] | None, here: cross.Seen | None,
-        cache: Cache,
+        cache: Cache, read: Int[Array, "B S"] | None,
     ) -> tuple[Array, Cache]:  # fmt: skip
-        c, kept, looked = self.config, [], []
+        c, kept, looked, column = self.config, [], [], cache.column + x.shape[1]
         numbers = [of or (0,) * c.num_hidden_layers for of in (c.window_of_layer, c.rope_of_layer)]
         for i, (window, kind, crossing) in enumerate(zip(*numbers, crossings(c))):
             if here is not None and crossing >= 0:
-                x, read = cross.look(c, MLP, x, here, crossing)
-                looked.append(read)
+                x, made = cross.look(c, MLP, x, here, crossing)
+                looked.append(made)
             memory = (cache.keys[i], cache.values[i], cache.column) if cache.keys else ()
-            x, memory = Layer(c, name=str(i))(x, specs[window : window + 1], tables[kind : kind + 1], deep, None, 0, 0, i, -1, memory)
+            kinds, asked = (specs[window : window + 1], tables[kind : kind + 1]), read if i == c.num_hidden_layers - 1 else None
+            x, memory = Layer(c, name=str(i))(x, *kinds, deep, None, 0, 0, i, -1, memory, asked)
             kept.append(memory)
         keys, values = zip(*kept)
         seen = None if here is None else cross.last(here, tuple(looked))
-        return x, cache.replace(keys=keys, values=values, column=cache.column + x.shape[1], seen=seen)
+        return x, cache.replace(keys=keys, values=values, column=column, seen=seen)
 
 
 class DecoderModel(nn.Module):
@@ -252,9 +261,9 @@ class DecoderModel(nn.Module):
         cache, spec = stand(c, batch, cache)
         specs = tuple(dense(spec, window) for window in c.windows)
         if cache is None:
-            x = self.scanned(x, specs, tables, deep, here)
+            x = self.scanned(x, specs, tables, deep, here, batch.get("read"))
         else:
-            x, cache = Unrolled(c, name="layers")(x, specs, tables, deep, here, cache)
+            x, cache = Unrolled(c, name="layers")(x, specs, tables, deep, here, cache, batch.get("read"))
         x = make_norm(c, c.final_norm)(x) if c.final_norm else x
         return (Linear(c.embedding_size, init_scale=c.initializer_range, name="project_out")(x) if c.embedding_size else x), cache
 
@@ -297,18 +306,37 @@ class DecoderModel(nn.Module):
         return cache.seen.replace(params=params) if cache is not None and cache.seen is not None else None
 
     def scanned(
-        self, x: Float[Array, "B T D"], specs: tuple[Spec, ...], tables: tuple, deep: tuple[Array, ...] | None, here: cross.Seen | None
-    ) -> Float[Array, "B T D"]:
-        """The layers as one program in a loop; how they differ is data."""
-        c = self.config
+        self, x: Float[Array, "B T D"], specs: tuple[Spec, ...], tables: tuple, deep: tuple[Array, ...] | None, here: cross.Seen | None,
+        read: Int[Array, "B S"] | None,
+    ) -> Float[Array, "B S D"]:  # fmt: skip
+        """The layers as one program in a loop; how they differ is data. The states of the columns in `read`, or of all."""
+        c, alike = self.config, (specs, tables, deep, here)
         numbers = [jnp.asarray(of or (0,) * c.num_hidden_layers, jnp.int32) for of in (c.window_of_layer, c.rope_of_layer)]
         numbers += [jnp.arange(c.num_hidden_layers), jnp.asarray(crossings(c), jnp.int32)]
-        layers = stack(Layer, c.num_hidden_layers, self.remat, in_axes=(nn.broadcast,) * 4 + (0,) * 4)
-        x, load = layers(c, name="layers")(x, specs, tables, deep, here, *numbers)
+        layers = lambda count, **name: stack(Layer, count, self.remat, in_axes=(nn.broadcast,) * 4 + (0,) * 4)(c, **name)
+        # the last layer may be apart where none is in a loop, which would have copies of the stacks; a router's load is that of all tokens
+        if read is not None and read.shape[1] < x.shape[1] and alone() and unrolled(self.remat) and not c.experts:
+            (params, numbers), (last, numbers_of_last) = split_last((self.variables["params"]["layers"], numbers))
+            if c.num_hidden_layers > 1:
+                x, _ = layers(c.num_hidden_layers - 1).apply({"params": params}, x, *alike, *numbers, rngs=own_rngs(self))
+            return Layer(c).apply({"params": last}, x, *alike, *numbers_of_last, read=read, rngs=own_rngs(self))[0]
+        x, load = layers(c.num_hidden_layers, name="layers")(x, *alike, *numbers)
         if load is not None:
             for name, value in zip(("router_count", "router_probability"), load):
                 self.sow("aux", name, jnp.sum(value, axis=0))
-        return x
+        return at(read, x)
+
+
+def at(columns: Int[Array, "B S"] | None, x: Shaped[Array, "B T ..."]) -> Shaped[Array, "B S ..."]:
+    """What stands at some columns; None takes all."""
+    return x if columns is None else jnp.take_along_axis(x, columns.reshape(*columns.shape, *[1] * (x.ndim - 2)), axis=1)
+
+
+def split_last(stacked: Any) -> tuple[Any, Any]:
+    """A stacked tree without the last of the stack, and that one. Gradients are put together again, where slices would have them padded."""
+    leaves, structure = jax.tree.flatten(stacked)
+    before, last = zip(*(jax.lax.split(leaf, (len(leaf) - 1, 1)) for leaf in leaves))
+    return structure.unflatten(before), structure.unflatten(leaf.squeeze(0) for leaf in last)
 
 
 def stand(config: DecoderConfig, batch: Batch, cache: Cache | None) -> tuple[Cache | None, Spec]:

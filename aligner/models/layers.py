@@ -15,13 +15,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from aligner import lora
-from aligner.matmul import after, dot
+from aligner.matmul import after, at_least_float32, dot
 from aligner.quant import matmul
 from aligner.sharding import constrain
-
-
-def at_least_float32(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def rounded_once(activation: Callable[[Array], Array]) -> Callable[[Array], Array]:
@@ -190,6 +186,16 @@ REMAT: dict[str, Callable | None] = {
 }
 
 
+def unrolled(remat: str) -> bool:
+    """Whether a program has its layers one after the other.
+
+    A loop on a CPU copies what it reads of its stacks and what it adds to them, and keeps a float32 copy of what it keeps in bfloat16;
+    without a loop, what a whole layer computes again would be found equal and kept.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and device.platform == "cpu" and remat == "none"
+
+
 def stack(layer: type[nn.Module], length: int, remat: str, in_axes: tuple = ()) -> type[nn.Module]:
     """A module class that runs `length` copies of `layer` in a scan, their parameters stacked on axis 0.
 
@@ -199,10 +205,6 @@ def stack(layer: type[nn.Module], length: int, remat: str, in_axes: tuple = ()) 
         remat: a key of REMAT.
         in_axes: for every further argument `nn.broadcast`, if all layers get it alike, or the axis along which it is dealt out.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    # A loop on a CPU copies what it reads of its stacks and what it adds to them, and keeps a float32 copy of what it keeps in bfloat16;
-    # without a loop, what a whole layer computes again would be found equal and kept.
-    unrolled = device is not None and device.platform == "cpu" and remat == "none"
     if REMAT[remat] is not None:
         layer = nn.remat(layer, policy=REMAT[remat], prevent_cse=False)
     return nn.scan(
@@ -211,6 +213,6 @@ def stack(layer: type[nn.Module], length: int, remat: str, in_axes: tuple = ()) 
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=length,
-        unroll=length if unrolled else 1,
+        unroll=length if unrolled(remat) else 1,
         check_constancy_invariants=False,  # which would trace each layer once more
     )

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from aligner.matmul import accumulated
-from aligner.models.layers import ACTIVATIONS, at_least_float32, leaf
+from aligner.matmul import accumulated, at_least_float32
+from aligner.models.layers import ACTIVATIONS, leaf
 from aligner.sharding import largest, per_device
 from aligner.types import Batch, UserError
 

@@ -44,10 +44,10 @@ def grpo(rewards: np.ndarray, scale: str = "group") -> np.ndarray:
     return np.nan_to_num(scaled[scale]() if scale in scaled else centred)
 
 
-def gdpo(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """GDPO: every reward function [N, n, K] is normalised in its group, then their weighted sum over the batch."""
+def normalised_apart(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """[N, n]: every reward function of [N, n, K] normalised in its group, then their weighted sum, which GDPO normalises over the batch."""
     each = np.stack([grpo(rewards[..., k]) for k in range(rewards.shape[-1])], axis=-1)
-    return whiten_batch(np.where(np.isnan(rewards).all(axis=-1), np.nan, np.sum(each * weights, axis=-1)))
+    return np.where(np.isnan(rewards).all(axis=-1), np.nan, np.sum(each * weights, axis=-1))
 
 
 def rloo(rewards: np.ndarray) -> np.ndarray:

@@ -179,6 +179,8 @@ def learnable(
     each = np.stack([group.rewards for group in groups])  # [B, n, K]
     total = worth(config, groups, weights)
     found = report(total, each, lengths, stopped, c)
+    if c.get("multi_objective") == "gdpo":  # of what is normalised, all or nothing, as TRL's
+        found["frac_reward_zero_std"] = float(adv.std(_apart(c, total, each, weights, lengths, most), None).item() < 1e-9)
     drift = None
     if "reference_logps" in batch:
         estimator = c.get("kl_estimator", "k1")
@@ -225,12 +227,17 @@ def _per_answer(c: ConfigDict, total, each, weights, greedy, drift, lengths, mos
             values = adv.reinforce_baseline(total)
         case "remax":
             values = adv.remax(total, greedy)
-        case _ if c.multi_objective == "gdpo":  # the penalty for length is one more reward
-            penalty = np.where(np.isnan(total), np.nan, adv.overlong_penalty(lengths, most, c.overlong_buffer))
-            values = adv.gdpo(np.concatenate([each, penalty[..., None]], axis=-1), np.append(weights, c.overlong_penalty))
+        case _ if c.multi_objective == "gdpo":
+            values = adv.whiten_batch(_apart(c, total, each, weights, lengths, most))
         case _:
             values = adv.grpo(total, c.scale_rewards)
     return at_tokens([[np.full(m, v) for m, v in zip(*row)] for row in zip(lengths, values)], S)
+
+
+def _apart(c: ConfigDict, total, each, weights, lengths, most: int) -> np.ndarray:
+    """GDPO's rewards [B,n] before they are normalised over the batch; the penalty for length is one more function."""
+    penalty = np.where(np.isnan(total), np.nan, adv.overlong_penalty(lengths, most, c.overlong_buffer))
+    return adv.normalised_apart(np.concatenate([each, penalty[..., None]], axis=-1), np.append(weights, c.overlong_penalty))
 
 
 def pairs(c: ConfigDict, total: np.ndarray) -> dict[str, np.ndarray]:

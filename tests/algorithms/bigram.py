@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aligner.models.decoder import at
 from aligner.types import Conversion, Head, Model, Output
 from tests.algorithms.rows import VOCAB
 
@@ -20,7 +21,7 @@ def make_model(scores: bool = False) -> Model:
         config=None,
         init=lambda key: {"embed": {"embedding": jnp.zeros((VOCAB, WIDTH))}} | head,
         encode=lambda params, batch, *_, **__: None,
-        apply=lambda params, batch, **_: Output(jnp.asarray(params["embed"]["embedding"])[batch["tokens"]], {}),
+        apply=lambda params, batch, **_: Output(at(batch.get("read"), jnp.asarray(params["embed"]["embedding"])[batch["tokens"]]), {}),
         head=lambda params: Head(params["score" if scores else "lm_head"]["kernel"]),
         inputs=lambda inputs: inputs,
         conversion=Conversion(stacks={}),

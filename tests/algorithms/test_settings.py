@@ -11,6 +11,7 @@ from aligner.likelihood import answer_lengths
 from aligner.metrics import merge, values
 from aligner.models import from_hf
 from aligner.prepare import fingerprint
+from aligner.train_step import make_eval_step
 from aligner.types import Scores, UserError
 from configs import common
 from tests.algorithms import bigram, rows
@@ -123,6 +124,23 @@ def test_bco_carries_the_mean_of_all_rewards():
         rewards.append(np.asarray(found)[batch["example_id"] >= 0])
     assert carry["count"] == 48
     assert metrics["delta"].value == pytest.approx(np.concatenate(rewards).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("algorithm, changes", [(common.dpo, dict(loss_type=("bco",))), (common.kto, dict(loss_type="bco"))])
+def test_held_out_answers_do_not_move_the_mean_of_bco(algorithm, changes):
+    """TRL's trainer holds it fixed in evaluation; a batch's own rewards made what it is worth depend on the batch's size."""
+    algorithm = make(algorithm, **changes)
+    examples, params = rows.make_examples(algorithm.needs), bigram.make_params()
+    reference = np.random.default_rng(0).normal(-20, 4, (len(examples), len(examples[0].answers))).astype(np.float32)
+    batch = rows.make_batch(examples, reference, algorithm.needs)
+    scores = algorithm.score(params, {}, batch, None)
+    rewards = 0.1 * np.asarray(scores.logps - scores.reference_logps)
+    signs = np.array([1, -1]) if algorithm.needs == "preference" else np.where(batch["label"][..., None] > 0.5, 1, -1)
+    found = make_eval_step(algorithm, dtype="float32")(params, {"mean": np.float32(0.7), "count": np.float32(5)}, {"base": {}}, batch)
+    losses = np.log1p(np.exp(-signs * (rewards - 0.7)))[batch["example_id"] >= 0]
+    assert found["delta"].value == np.float32(0.7)
+    term = found["loss/bco"]
+    assert term.sum / term.count == pytest.approx(losses.sum(axis=-1).mean() / losses.shape[-1], rel=1e-5)
 
 
 def test_a_prompt_that_sees_all_of_itself_is_not_learnt():

@@ -12,6 +12,7 @@ from aligner.data.templates import Encoded
 from aligner.metrics import values
 from aligner.types import UserError
 from configs import common
+from tests.everyday import everyday
 from tests.invariance.step import Result
 from tests.invariance.test_layout import assert_same
 from tests.models import tiny
@@ -76,8 +77,10 @@ def compute(family: tiny.Family, made, batch: dict[str, np.ndarray], key=None) -
     return Result(numbers, {path: np.asarray(leaf) for path, leaf in sharding.tree_paths(gradients).items()}, batch["example_id"])
 
 
-def test_packing_changes_neither_loss_nor_gradients(family):
+@pytest.mark.parametrize("name", everyday(["llama", "llava"], "llava"))
+def test_packing_changes_neither_loss_nor_gradients(name):
     """Pictures in later turns and rows of different numbers of examples too."""
+    family = tiny.family(name)
     made, examples = config(z_loss=0.01), conversations(family)
     plain, packed = (compute(family, made, batch_of(family, examples, groups)) for groups in GROUPS.values())
     ids = lambda found: np.sort(found.example_ids[found.example_ids >= 0]).tolist()

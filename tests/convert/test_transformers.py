@@ -136,6 +136,8 @@ import sys
 from aligner.convert import load, model_from_folder
 from aligner.convert.assets import leave_pytorch_out
 folder, settings, left_out = sys.argv[1:]
+leave_pytorch_out('{"reward_funcs": ["my_rewards:short"]}')
+assert "transformers" not in sys.modules, "nothing happens where a function may want it"
 leave_pytorch_out(settings)
 model, params = load(folder)
 assert model.assets.tokenizer("a").input_ids
@@ -150,7 +152,7 @@ assert torch.ones(2).sum() == 2
     ("settings", "left_out"),
     [
         ('{"path": "gs://bucket/rows", "groups": [["(?:model|head)/.*", {"learning_rate": 2.0}]]}', "yes"),
-        ('{"reward_funcs": ["my_rewards:short"]}', "no"),
+        pytest.param('{"reward_funcs": ["my_rewards:short"]}', "no", marks=pytest.mark.slow),
     ],
 )
 def test_programs_leave_pytorch_out_unless_a_function_may_want_it(tmp_path, settings, left_out):

@@ -90,6 +90,19 @@ def test_sounds_that_cannot_be_read(tmp_path, reference, reason):
     assert caught.value.reason == reason and "object at 0x" not in caught.value.detail
 
 
+@pytest.mark.parametrize("kind", ["WAV", "WAVEX"])
+def test_a_sound_that_is_cut_short_is_not_used(tmp_path, kind):
+    """A download that broke off left a WAV file which reads well; its question was about all of it."""
+    soundfile = pytest.importorskip("soundfile")
+    soundfile.write(tmp_path / "a.wav", tone(16000), 16000, format=kind)
+    whole = (tmp_path / "a.wav").read_bytes()
+    with pytest.raises(Bad, match=r"unreadable audio: it is cut short: \d+ of the 16000 bytes that its header says are there"):
+        audio.load_audio(whole[: len(whole) // 2], tmp_path)
+    place = whole.index(b"data") + 4
+    for size in (16044, 0x7FFFF000, 0xFFFFFFFF):  # headers that are wrong by their own length; written to a pipe, by sox and ffmpeg
+        assert len(audio.load_audio(whole[:place] + struct.pack("<I", size) + whole[place + 4 :], tmp_path)) == 8000
+
+
 def test_missing_packages_are_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "soxr", None)
     with pytest.raises(UserError, match=r"audio needs the package soxr; pip install aligner\[audio\]"):

@@ -26,6 +26,7 @@ def safe(number, first=True):
     return row | {"is_response_0_safe": first, "is_response_1_safe": False}
 
 
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "multiply", "arguments": {"a": 2, "b": 3}}}]}
 # name -> (kind of sample, good rows, the bad row, reason, what is said of it)
 CASES = {
     "equal answers": ("preference", pairs, {"prompt": "q", "chosen": " a", "rejected": " a"}, "answers are equal", "are the same"),
@@ -39,6 +40,9 @@ CASES = {
     "a list of one": ("ranked", ranked, ranking("only"), "no ranked answers", "at least two"),
     "a list of equals": ("ranked", ranked, ranking("a", "b", "a"), "answers are equal", "two of the ranked answers are the same"),
     "nothing imitated": ("supervised", talks, {"messages": told("hm")}, "nothing to imitate", ""),
+    "a call that its template leaves out": (
+        "supervised", talks, {"messages": told("2 times 3?", "") + [CALL]}, "tool calls", "the chat template leaves them out",
+    ),
     "an empty turn": ("supervised", talks, {"messages": told("", "")}, "empty text", "only white space"),
     "no safety label": (
         "cost_last", lambda n: [safe(i) for i in range(n)], safe(0, first=None), "no safety label", "whether they are safe",

@@ -1,5 +1,7 @@
 """Rows of real datasets' shapes become the samples they mean."""
 
+import re
+
 import pytest
 
 from aligner.data.by_columns import question
@@ -146,11 +148,23 @@ def test_odd_rows_become_counted_reasons(row, reason):
     assert caught.value.reason == reason
 
 
-@pytest.mark.parametrize("value", [None, 3, ["a"]])
-def test_a_value_of_another_type_is_shown(value):
-    """What Python says of it, such as "'NoneType' object is not iterable", helps nobody."""
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "None stands where a text or messages"),
+        (3, "3 stands where a text or messages"),
+        (["a"], "'a' stands where a message should be, {'role': .., 'content': ..}"),
+        ([{"content": "a"}], "{'content': 'a'} stands where a message should be"),
+        ([assistant(3)], "3 stands where the content of a message"),
+        ([assistant(["a"])], "'a' stands where a part of a message should be, {'type': 'text', 'text': ..}"),
+        ([assistant([{"text": "a"}])], "{'text': 'a'} stands where a part of a message"),
+        ([assistant([{"type": "text"}])], "{'type': 'text'} stands where a part of a message"),
+    ],
+)
+def test_a_value_of_another_type_is_shown(value, shown):
+    """What Python says of it, such as "'NoneType' object is not iterable" or "'from'", helps nobody."""
     row = {"image": "a.png", "question": "q", "chosen": value, "rejected": "b"}
-    with pytest.raises(Bad, match=r"unexpected value: (None|3|'a') stands where a"):
+    with pytest.raises(Bad, match=re.escape(f"unexpected value: {shown}")):
         find_formatter("rlaif_v", list(row), "data.train")[1](row)
 
 

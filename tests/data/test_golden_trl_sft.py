@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import trl
 from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
 
 from aligner.data.formatters import find_formatter
 from aligner.data.kinds import ENCODERS
@@ -26,6 +25,8 @@ TALKS = {
 @pytest.mark.parametrize("name", ["qwen2_5", "llama3", "phi3", "gemma"])
 def test_masks_equal_trl(name):
     """Templates with marks, as TRL patches them, and as they are released, without: the same tokens, the same mask."""
+    from trl import SFTConfig, SFTTrainer  # seconds, where it stands above of every process that collects tests
+
     folder = Path(trl.__file__).parent / "chat_templates"
     released, marked = (tiny.text_model((folder / f"{name}{kind}.jinja").read_text()) for kind in ("", "_training"))
     args = SFTConfig(output_dir="unused", use_cpu=True, bf16=False, max_length=None, report_to="none", assistant_only_loss=True)
@@ -55,6 +56,8 @@ PAIRS = {
 
 @pytest.mark.parametrize("completion_only", [True, False])
 def test_labels_of_prompts_and_texts_equal_trl(completion_only):
+    from trl import SFTConfig, SFTTrainer
+
     args = SFTConfig(output_dir="unused", use_cpu=True, bf16=False, max_length=None, report_to="none")
     for title, row in PAIRS.items():
         if completion_only and "messages" in row:

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from aligner.data.loader import batches, eval_batches, load_dataset
+from aligner.data.samples import Unpaired, as_unpaired
 from aligner.types import UserError
 from tests.data import tiny
 from tests.data.test_turns import NEVER
@@ -233,12 +234,21 @@ def test_pairs_as_judged_answers(tmp_path):
     assert answers[1] == answers[3] == tiny.tokenizer()(" no</s>")["input_ids"] and answers[0] != answers[2]
 
 
+def test_labels_as_files_write_them(tmp_path):
+    """CSV knows words alone: every row of such a file was dropped."""
+    written = {"True": 1, "false": 0, "1": 1, "0": 0, "1.0": 1}
+    (tmp_path / "rows.csv").write_text("prompt,completion,label\n" + "".join(f"q,a {i},{label}\n" for i, label in enumerate(written)))
+    seen = all_of(load(tmp_path / "rows.csv", "unpaired_alone"))
+    assert seen["label"][: len(written), 0].tolist() == [*written.values()]
+    assert [as_unpaired(Unpaired("q", "a", label)).label for label in (True, 0, 1.0, np.float32(0))] == [True, False, True, False]
+
+
 def test_labels_that_are_none(tmp_path):
     rows = judged(6)
     rows[1]["label"], rows[2]["label"], rows[4]["completion"] = "good", 0.5, " "
     dataset = load(write(tmp_path / "rows.jsonl", rows), "unpaired")
     assert dataset.dropped == {"label is neither true nor false": (2, [1, 2]), "empty answer": (1, [4])}
-    assert any("row 1: 'good'" in line for line in dataset.report)
+    assert any("row 1: 'good'; it must be true or false, or 1 or 0" in line for line in dataset.report)
     with pytest.raises(UserError, match=r"one row of .* is left, but each needs the answer of another"):
         load(write(tmp_path / "one.jsonl", judged(1)), "unpaired")
 

@@ -175,6 +175,17 @@ def test_local_ends_when_a_process_fails(tmp_path):
     assert ended.returncode == 2 and "error: --config configs/dpo_lava.py does not exist" in ended.stderr
 
 
+def test_local_says_which_process_was_killed(tmp_path):
+    """It can say nothing itself, and the others wait for it."""
+    (tmp_path / "aligner").mkdir()
+    (tmp_path / "aligner" / "main.py").write_text(
+        "import os, time\nif os.environ['JAX_PROCESS_ID'] == '1': os.kill(os.getpid(), 9)\ntime.sleep(600)\n"
+    )
+    command = [sys.executable, LAUNCH / "local.py", "--processes", "2", "--", "--config=none"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=runs.TIMEOUT)
+    assert ended.returncode == 137 and ended.stderr == "process 1 ended with status 137, so the others are ended too\n"
+
+
 @pytest.mark.parametrize("name", JOBSETS)
 def test_jobsets_agree_with_themselves(name):
     """As many pods as chips need, and a coordinator that is the name of the first pod."""

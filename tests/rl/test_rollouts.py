@@ -66,6 +66,14 @@ def test_rewards_without_spread_are_of_what_they_are_scaled_by(scale, share):
     assert rollout("grpo", rewards, scale_rewards=scale)[1]["frac_reward_zero_std"] == share
 
 
+@pytest.mark.parametrize("spread,share", [(1.0, 0.0), (0.0, 1.0)])
+def test_under_gdpo_rewards_without_spread_are_of_the_batch_after_each_was_normalised(spread, share):
+    """One number for all, as TRL has it; a group without spread counted for itself."""
+    rewards = np.array([[[1.0, 2.0]] * 3, [[1.0, 2.0], [1.0, 2.0 + spread], [1.0, 2.0]]])
+    batch, found, _ = rollout("grpo", rewards, multi_objective="gdpo")
+    assert found["frac_reward_zero_std"] == share and (batch["advantages"].any() == bool(spread))
+
+
 @pytest.mark.parametrize("worth,kept", [([1.0, 1.0, np.nan], False), ([np.nan] * 3, False), ([0.1] * 3, False), ([1.0, np.nan, 0.0], True)])
 def test_only_answers_of_a_known_worth_tell_whether_a_group_is_kept(worth, kept, monkeypatch):
     """Dynamic sampling: what no reward function valued is worth nothing that is known, not 0."""

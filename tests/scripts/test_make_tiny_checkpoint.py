@@ -8,11 +8,25 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 from aligner.types import UserError
 from configs.common import base
-from scripts.make_tiny_checkpoint import IMAGE, blank_pictures, make_llama, make_llava, make_pictures, make_tokenizer, setup_llava_demo
+from scripts.audio_demo import setup_qwen2_audio_demo
+from scripts.make_tiny_checkpoint import (
+    IMAGE,
+    blank_pictures,
+    make_llama,
+    make_llava,
+    make_pictures,
+    make_tokenizer,
+    setup_llama_demo,
+    setup_llava_demo,
+    setup_qwen_demo,
+    setup_teacher_demo,
+)
+from scripts.online_demo import setup_colours, setup_sums
 
 ROOT = Path(__file__).parents[2]
 SMALL = dict(vocab_size=300, hidden_size=16, layers=1, heads=2, kv_heads=1)
@@ -173,10 +187,24 @@ def test_tokenizer_takes_any_text_and_knows_the_demo():
 
 
 def demo_config(folder):
-    config = base()
+    config, folder = base(), folder / "demo"
     config.model.path = str(folder / "model")
     config.data.train.path, config.data.eval.path = str(folder / "data/train.jsonl"), str(folder / "data/heldout.jsonl")
     return config
+
+
+SETUPS = (setup_llava_demo, setup_llama_demo, setup_qwen_demo, setup_teacher_demo, setup_qwen2_audio_demo, setup_sums, setup_colours)
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=lambda setup: setup.__name__)
+def test_setup_makes_nothing_at_a_path_that_was_given(setup, tmp_path, monkeypatch):
+    """A misspelt checkpoint, or one of the Hub, was made small and random there, and trained."""
+    monkeypatch.chdir(tmp_path)
+    config = base()
+    config.model.path, config.data.train.path, config.data.eval.path = "organisation/name", "mine/data/train.jsonl", "mine/data/heldout.jsonl"
+    config.algorithm = ConfigDict({"teacher": "organisation/teacher", "reward_funcs": ()})
+    setup(config)
+    assert not list(tmp_path.iterdir())
 
 
 def test_setup_makes_what_is_missing_once(tmp_path, capsys):
@@ -184,8 +212,8 @@ def test_setup_makes_what_is_missing_once(tmp_path, capsys):
     setup_llava_demo(config)
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and config.model.path in said
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["data", "model"]
-    assert not set(pixels(tmp_path / "run/data", "train")) & set(pixels(tmp_path / "run/data", "heldout"))
+    assert sorted(path.name for path in (tmp_path / "run/demo").iterdir()) == ["data", "model"]
+    assert not set(pixels(tmp_path / "run/demo/data", "train")) & set(pixels(tmp_path / "run/demo/data", "heldout"))
     before = contents(tmp_path / "run")
     setup_llava_demo(config)
     assert capsys.readouterr().out == "" and contents(tmp_path / "run") == before
@@ -196,9 +224,9 @@ def test_setup_leaves_other_data_alone_and_never_mixes_folders(tmp_path):
     make_llava(config.model.path, **SMALL, **SMALL_VISION)
     config.data.train.path, config.data.eval.path = str(tmp_path / "mine.jsonl"), ""
     setup_llava_demo(config)
-    assert not (tmp_path / "data").exists()
+    assert not (tmp_path / "demo/data").exists()
     config = demo_config(tmp_path)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/notes.txt").write_text("mine")
+    (tmp_path / "demo/data").mkdir()
+    (tmp_path / "demo/data/notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is there already"):
         setup_llava_demo(config)
