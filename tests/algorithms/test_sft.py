@@ -17,7 +17,6 @@ from tests.invariance.step import Result
 from tests.invariance.test_layout import assert_same
 from tests.models import tiny
 
-QUICK = {"xla_backend_optimization_level": 0}  # compiling is nearly all of the time
 GROUPS = {"plain": [[i] for i in range(8)], "packed": [[0, 3, 4], [1], [2, 5, 6, 7]]}
 
 
@@ -71,7 +70,7 @@ def compute(family: tiny.Family, made, batch: dict[str, np.ndarray], key=None) -
         means = {name: term.sum / term.count for name, term in terms.items()}
         return sum(term.weight * means[name] for name, term in terms.items()), (means, metrics)
 
-    step = jax.jit(jax.value_and_grad(loss_of, has_aux=True), compiler_options=QUICK)
+    step = tiny.quick(jax.value_and_grad(loss_of, has_aux=True))
     (loss, (means, metrics)), gradients = step(tiny.as_arrays(family.params), tiny.as_arrays(batch))
     numbers = {"loss": float(loss)} | {name: float(mean) for name, mean in means.items()} | values(metrics)
     return Result(numbers, {path: np.asarray(leaf) for path, leaf in sharding.tree_paths(gradients).items()}, batch["example_id"])
@@ -94,7 +93,7 @@ def by_hand(family: tiny.Family, examples: list[Encoded]) -> tuple[np.ndarray, n
     padded = np.zeros((len(tokens), max(map(len, tokens))), np.int32)
     for row, ids in zip(padded, tokens):
         row[: len(ids)] = ids
-    look = jax.jit(lambda params: family.model.logits(params, {"input_ids": padded}), compiler_options=QUICK)
+    look = tiny.quick(lambda params: family.model.logits(params, {"input_ids": padded}))
     logits = np.asarray(look(tiny.as_arrays(family.params)))
     lse = np.asarray(jax.nn.logsumexp(logits, axis=-1))
     found = [
@@ -128,11 +127,11 @@ def test_what_rows_become(llama):
 def test_noise_only_while_training(llama):
     batch = tiny.as_arrays(batch_of(llama, conversations(llama), GROUPS["packed"]))
     score = sft.make(config(neftune_noise_alpha=5.0), llama.model).score
-    logps = jax.jit(lambda key: score(tiny.as_arrays(llama.params), {}, batch, key).logps.sum(), compiler_options=QUICK)
+    logps = tiny.quick(lambda key: score(tiny.as_arrays(llama.params), {}, batch, key).logps.sum())
     calm, first, again, other = (float(logps(key)) for key in (None, *map(jax.random.key, (0, 0, 1))))
     assert first == again and abs(first - calm) > 0.1 and abs(other - first) > 0.1
     quiet = sft.make(config(), llama.model).score
-    still = jax.jit(lambda key: quiet(tiny.as_arrays(llama.params), {}, batch, key).logps.sum(), compiler_options=QUICK)
+    still = tiny.quick(lambda key: quiet(tiny.as_arrays(llama.params), {}, batch, key).logps.sum())
     assert float(still(jax.random.key(0))) == pytest.approx(calm, rel=1e-6), "evaluation has no key, and no noise"
 
 

@@ -17,10 +17,10 @@ from tests.everyday import everyday
 from tests.golden import trl_dpo
 from tests.golden.checkpoints import LLAMA, LLAVA, load_hf, perturb, save_llama, save_llava
 from tests.golden.compare import by_name, relative
+from tests.models import tiny
 from tests.torch_required import torch
 
 LOSS, GRADIENT = 1e-6, 1e-5
-QUICK = {"xla_backend_optimization_level": 0}  # compiling is nearly all of the time
 BETA = 0.3  # not TRL's default, so that it is seen to arrive
 
 
@@ -117,7 +117,7 @@ def our_step(policy, reference, inputs, reference_logps, kind: str, shared: bool
         terms, metrics, _ = algorithm.objective(score(params, batch, None), batch, algorithm.carry)
         return sum(term.weight * term.sum / counts[name] for name, term in terms.items()), metrics
 
-    (loss, metrics), gradients = jax.jit(jax.value_and_grad(loss_of, has_aux=True), compiler_options=QUICK)(params)
+    (loss, metrics), gradients = tiny.quick(jax.value_and_grad(loss_of, has_aux=True))(params)
     metrics = {name: float(m.sum / m.count) if isinstance(m, Mean) else float(m.value) for name, m in metrics.items()}
     return float(loss), metrics, by_name(model, gradients)
 

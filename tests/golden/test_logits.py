@@ -13,11 +13,10 @@ import aligner
 from tests.everyday import everyday
 from tests.golden.checkpoints import BOS, LLAMA, LLAVA, PAD, VOCAB, load_hf, rename_parameters, save_llama, save_llava
 from tests.golden.compare import by_name, relative
+from tests.models import tiny
 from tests.torch_required import torch
 
 BARS = {"float32": 1e-4, "float64": 1e-5}  # of logits, times max(1, max|logit|); and of gradients, relative
-
-QUICK = {"xla_backend_optimization_level": 0}  # compiling is nearly all of the time
 
 
 def precision(dtype: str):
@@ -81,7 +80,7 @@ def check(folder, rows, dtype: str, gradients_of=()) -> None:
             return jnp.sum(logits * jnp.asarray(weights, logits.dtype)), logits
 
         run = jax.value_and_grad(scalar, has_aux=True) if gradients_of else lambda params: (scalar(params), None)
-        (_, logits), gradients = jax.jit(run, compiler_options=QUICK)(params)
+        (_, logits), gradients = tiny.quick(run)(params)
         assert logits.dtype == dtype and logits.shape == expected.shape
         logits = np.asarray(logits)
     compared = expected.detach().numpy()[real]

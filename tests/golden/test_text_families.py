@@ -23,6 +23,7 @@ from aligner.models.moe import balance_loss
 from tests.everyday import everyday
 from tests.golden.checkpoints import perturb
 from tests.golden.compare import by_name
+from tests.models import tiny
 from tests.models.text_configs import CASES, DYNAMIC, FIRST, LENGTH, LINEAR, LLAMA3, YARN, T, hf_config, longrope
 from tests.torch_required import torch
 
@@ -102,14 +103,6 @@ def must_run_alone(config, dtype: str) -> bool:
     return dtype == "float64" or any((kind or {}).get("rope_type") in ("dynamic", "longrope") for kind in config.rope)
 
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-def compile_quickly(function, *arguments):
-    """`jit` for programs that run once: what counts is the compiler's time."""
-    return jax.jit(function).lower(*arguments).compile(compiler_options=QUICK)(*arguments)
-
-
 def logits_of(model, params, batch):
     return dense_logits(model.apply(params, batch).hidden, model.head(params))
 
@@ -120,7 +113,7 @@ def check_logits(folder, dtype: str, bar: float):
     alone = must_run_alone(model.config, dtype)
     with torch.no_grad():
         theirs = data.theirs(load_torch(folder, getattr(torch, dtype)), alone).numpy()
-    ours = np.asarray(data.ours(compile_quickly(functools.partial(logits_of, model), params, data.batch(model, alone))))
+    ours = np.asarray(data.ours(tiny.quick(functools.partial(logits_of, model))(params, data.batch(model, alone))))
     assert ours.dtype == theirs.dtype == dtype
     assert np.abs(ours - theirs).max() <= bar * max(1, np.abs(theirs).max())
 
@@ -165,7 +158,7 @@ def test_gradients(family, tmp_path):
         weight = np.random.default_rng(1).normal(size=logits.shape)
         (logits * torch.tensor(weight)).sum().backward()
         loss = lambda params, batch: jnp.sum(data.ours(logits_of(model, params, batch)) * weight)
-        grads = compile_quickly(jax.grad(loss), params, data.batch(model, alone=True))
+        grads = tiny.quick(jax.grad(loss))(params, data.batch(model, alone=True))
         grads = by_name(model, grads)
     expected = {canonical_name(model.conversion, name): p.grad.numpy() for name, p in theirs.named_parameters()}
     shared = grads.keys() & expected.keys()
@@ -184,7 +177,7 @@ def test_load_balance_loss(tmp_path):
     data = rows(T["vocab_size"])
     inputs = dict(input_ids=data.tokens, attention_mask=data.mask)
     batch = model.inputs(inputs)
-    ours = compile_quickly(lambda p, b: balance_loss(model.apply(p, b).aux, b, T["num_hidden_layers"]), params, batch)
+    ours = tiny.quick(lambda p, b: balance_loss(model.apply(p, b).aux, b, T["num_hidden_layers"]))(params, batch)
     c = model.config.experts
     with torch.no_grad():
         tensors = {name: torch.tensor(value) for name, value in inputs.items()}
@@ -223,7 +216,7 @@ def test_baichuan(name, tmp_path):
 
     model, params = aligner.load(tmp_path)
     data = rows(T["vocab_size"])
-    ours = data.ours(compile_quickly(functools.partial(logits_of, model), params, data.batch(model, alone=True)))
+    ours = data.ours(tiny.quick(functools.partial(logits_of, model))(params, data.batch(model, alone=True)))
     if "z_loss_weight" in values:
         theirs.lm_head.weight.data = torch.nn.functional.normalize(theirs.lm_head.weight.data)
     if "max_position_embeddings" not in values:  # no rotation, and a mask that falls off

@@ -14,10 +14,10 @@ from aligner.data.layout import lay_out, shape_of
 from aligner.metrics import values
 from configs import common
 from tests.golden.checkpoints import TEXT, perturb, tokenizer
+from tests.models import tiny
 from tests.torch_required import torch
 
 LOSS, GRADIENT = 1e-5, 1e-4
-QUICK = {"xla_backend_optimization_level": 0}  # compiling is nearly all of the time
 CENTER = 0.03
 ROWS = [
     {"prompt": "t8 t9 t10", "chosen": " t11 t12", "rejected": " t13", "margin": 0.5},
@@ -77,7 +77,7 @@ def test_step_equals_reward_trainer(folder, tmp_path, margin):
         terms, metrics, _ = algorithm.objective(algorithm.score(params, {}, batch, None), batch, {})
         return sum(term.weight * term.sum / term.count for term in terms.values()), metrics
 
-    (loss, metrics), gradients = jax.jit(jax.value_and_grad(loss_of, has_aux=True), compiler_options=QUICK)(params)
+    (loss, metrics), gradients = tiny.quick(jax.value_and_grad(loss_of, has_aux=True))(params)
     assert float(loss) == pytest.approx(expected, rel=LOSS)
     found = values(metrics)
     for name, value in their_metrics.items():

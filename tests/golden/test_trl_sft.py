@@ -17,11 +17,11 @@ from configs import common
 from tests.everyday import everyday
 from tests.golden.checkpoints import LLAMA, LLAVA, load_hf, rename_parameters, save_llama, save_llava
 from tests.golden.compare import by_name, relative
+from tests.models import tiny
 from tests.torch_required import torch
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 LOSS, GRADIENT = 1e-6, 2e-5
-QUICK = {"xla_backend_optimization_level": 0}  # compiling is nearly all of the time
 
 TEXT = (
     "{% if message['content'] is string %}{{ message['content'] }} {% else %}{% for part in message['content'] %}"
@@ -119,7 +119,7 @@ def ours(folder: Path, path: Path, loss_type: str, **data):
         terms, metrics, _ = algorithm.objective(algorithm.score(params, {}, batch, None), batch, {})
         return sum(term.weight * term.sum / term.count for term in terms.values()), metrics
 
-    (loss, metrics), gradients = jax.jit(jax.value_and_grad(loss_of, has_aux=True), compiler_options=QUICK)(params)
+    (loss, metrics), gradients = tiny.quick(jax.value_and_grad(loss_of, has_aux=True))(params)
     return float(loss), {name: float(m.sum / m.count) for name, m in metrics.items()}, by_name(model, gradients)
 
 

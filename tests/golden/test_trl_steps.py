@@ -14,7 +14,8 @@ from tests.everyday import everyday
 from tests.golden import trl_dpo, trl_others
 from tests.golden.checkpoints import LLAMA, load_hf, perturb, save_llama
 from tests.golden.compare import by_name, relative
-from tests.golden.test_dpo_step import QUICK, batch_of, text_rows
+from tests.golden.test_dpo_step import batch_of, text_rows
+from tests.models import tiny
 from tests.torch_required import torch
 
 BAR = 1e-5  # the project's bar is 1e-4
@@ -47,7 +48,7 @@ def our_step(config, policy, reference, batch):
         terms, metrics, _ = algorithm.objective(algorithm.score(params, fixed, batch, None), batch, algorithm.carry)
         return sum(term.weight * term.sum / term.count for term in terms.values()), metrics
 
-    (loss, metrics), gradients = jax.jit(jax.value_and_grad(loss_of, has_aux=True), compiler_options=QUICK)(params)
+    (loss, metrics), gradients = tiny.quick(jax.value_and_grad(loss_of, has_aux=True))(params)
     return float(loss), values(metrics), by_name(model, gradients)
 
 

@@ -23,7 +23,7 @@ from aligner.models.pictures import blank, fill, placeholders, read
 from tests.everyday import everyday
 from tests.golden.checkpoints import perturb
 from tests.golden.compare import by_name
-from tests.golden.test_text_families import compile_quickly
+from tests.models import tiny
 from tests.models.vision_configs import CASES, batch, hf_config
 from tests.torch_required import torch
 
@@ -73,7 +73,7 @@ def check_padded(folder, family: str, hf, padding: str, bar: float = 1e-4):
     model, params = aligner.load(folder)
     with torch.no_grad():
         theirs = run_torch(load_torch(folder, torch.float32), rows).numpy()
-    ours = np.asarray(compile_quickly(functools.partial(logits_of, model), params, model.inputs(rows)))
+    ours = np.asarray(tiny.quick(functools.partial(logits_of, model))(params, model.inputs(rows)))
     real = rows["attention_mask"].astype(bool)
     assert np.abs(ours[real] - theirs[real]).max() <= bar * max(1, np.abs(theirs[real]).max())
 
@@ -116,7 +116,7 @@ def check_packed(folder, family: str, hf, gradients: bool, bar: float = 1e-5):
             return jnp.sum(found * weight), found
 
         run = jax.value_and_grad(scalar, has_aux=True) if gradients else lambda params, made: (scalar(params, made), None)
-        (_, found), grads = compile_quickly(run, params, made)
+        (_, found), grads = tiny.quick(run)(params, made)
         found = np.asarray(found)
     assert found.dtype == np.float64
     assert np.abs(found - expected.detach().numpy()).max() <= bar * max(1, expected.detach().abs().max())

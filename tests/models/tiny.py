@@ -29,7 +29,10 @@ VISION = dict(hidden_size=12, intermediate_size=20, num_hidden_layers=3, num_att
 # XLA's CPU backend without what it does for speed: programs as small as these compile in a fraction of the time and run no slower.
 # Every day all are compiled so (see tests/conftest.py), but what is compiled with FULL: where a test looks into a user's program or at its
 # single roundings.
-QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+QUICK: dict[str, Any] = {
+    "xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_parallel_codegen_split_count": 1,  # else every program is cut into 32 parts, which pays for large ones
+}  # fmt: skip
 FULL: dict[str, Any] = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 if jax.__version_info__ < (0, 11):  # an option that later ones no longer have
     QUICK["xla_cpu_use_fusion_emitters"], FULL["xla_cpu_use_fusion_emitters"] = False, True
