@@ -14,10 +14,12 @@ import io
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import app, flags
+from ml_collections import config_flags
 
 from aligner.commandline import check_out, ended
 from aligner.data.kinds import ENCODERS, Kind
@@ -237,7 +239,9 @@ def main(argv: list[str]) -> None:
     if CONFIG.value is None:
         raise UserError("--config is missing; for example: python -m aligner.preview --config configs/dpo_llava.py:tiny --out page.html")
     out = check_out(OUT.value)
-    config = workdir.resolve(CONFIG.value, WORKDIR.value or "runs/preview")
+    # a folder for each config: what presets make there is of their own model
+    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    config = workdir.resolve(CONFIG.value, WORKDIR.value or f"runs/preview/{name}")
     if config.setup:
         call_setup(config)
     model, _ = convert.open_model(config.model.path, config.model.revision, config.algorithm.name in algorithms.SCORING)

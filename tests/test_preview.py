@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 import subprocess
 import sys
@@ -97,16 +98,17 @@ def get_config(preset=""):
 
 @pytest.mark.slow
 def test_the_command(tmp_path):
-    """All that would be evaluated is shown; a page that cannot be written is told at once."""
+    """All that would be evaluated is shown; a page that cannot be written is told at once. What a preset makes has a folder for each config."""
     (tmp_path / "config.py").write_text(CONFIG)
     run = lambda out: subprocess.run(
-        [sys.executable, "-m", "aligner.preview", f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}", f"--out={out}"],
-        cwd=Path(__file__).parents[1], capture_output=True, text=True,
+        [sys.executable, "-m", "aligner.preview", f"--config={tmp_path / 'config.py'}", f"--out={out}"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True,
     )  # fmt: skip
     refused = run(tmp_path / "nowhere" / "page.html")
     assert refused.returncode == 2 and refused.stderr.endswith("nowhere/page.html cannot be written: No such file or directory\n")
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "runs").exists()
     done = run(tmp_path / "page.html")
+    assert [*(tmp_path / "runs" / "preview").iterdir()] == [tmp_path / "runs" / "preview" / "config"]
     assert done.returncode == 0 and "up to 8 rows of data.train, data.eval, data.evals.others" in done.stdout, done.stderr
     shown = (tmp_path / "page.html").read_text()
     assert re.findall("<h2>(data.*?)</h2>", shown) == ["data.train", "data.eval", "data.evals.others"]
