@@ -90,8 +90,8 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
         found = pairs.metrics(scores, batch, mask, rewards)
         if "bco" in names:
             if training:
-                there = mask[..., None] & (scores.lengths > 0)
-                carry = dict(zip(("mean", "count"), unpaired.running_mean(carry["mean"], carry["count"], rewards, there)))
+                mean, count = unpaired.running_mean(**carry, values=rewards, mask=mask[..., None] & (scores.lengths > 0))
+                carry = {"mean": mean, "count": count}
             found["delta"] = Last(carry["mean"])
         f_scores = preference.f_score(logratios, c.f_divergence_type, c.f_alpha_divergence_coef)
         p = Pairs(scores.logps, scores.reference_logps, logratios, f_scores, scores.lengths, mask, carry.get("mean", 0.0))

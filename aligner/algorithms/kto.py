@@ -49,7 +49,8 @@ def make(config: ConfigDict, model: Model) -> Algorithm:
             found["kl"] = pairs.mean_over(mask, kl)  # evaluation has one a batch, of more or fewer examples
         elif c.loss_type == "bco":
             if training:
-                carry = dict(zip(("mean", "count"), unpaired.running_mean(carry["mean"], carry["count"], rewards, mask)))
+                mean, count = unpaired.running_mean(**carry, values=rewards, mask=mask)
+                carry = {"mean": mean, "count": count}
             losses = unpaired.bco(own, good, carry["mean"], c.beta)
             found["delta"] = Last(carry["mean"])
         else:
