@@ -178,6 +178,7 @@ def test_local_ends_when_a_process_fails(tmp_path):
 def test_local_says_which_process_was_killed(tmp_path):
     """It can say nothing itself, and the others wait for it."""
     (tmp_path / "aligner").mkdir()
+    (tmp_path / "aligner" / "__init__.py").touch()  # or one on PYTHONPATH comes first
     (tmp_path / "aligner" / "main.py").write_text(
         "import os, time\nif os.environ['JAX_PROCESS_ID'] == '1': os.kill(os.getpid(), 9)\ntime.sleep(600)\n"
     )
