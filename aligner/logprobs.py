@@ -8,6 +8,7 @@ the head's gradient.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -67,12 +68,7 @@ def token_stats(
     if unknown:
         raise ValueError(f"unknown token statistics {unknown}; known are {NAMES}")
     rows, length, _ = hidden.shape
-    if chunk is None:
-        vocabulary = head.weight.shape[0 if head.transposed else 1]
-        chunk = max(1, CHUNK_ELEMENTS * _batch_parts(rows) // (vocabulary * rows))
-    pieces = -(-length // min(chunk, length))
-    size = -(-length // pieces)  # even pieces, so that little is padded
-    static = _Static(tuple(names), size, head.transposed, head.scale, head.softcap)
+    static = _Static(tuple(names), _size(rows, length, head, chunk), head.transposed, head.scale, head.softcap)
     with jax.named_scope("token_stats"):
         weight = head.weight.astype(hidden.dtype)
         return _stats(static, hidden, weight, head.bias, targets)
@@ -123,10 +119,7 @@ def divergence(
         `divergence` [B, S], and `agreement` [B, S]: 1.0 where both think the same token the likeliest; float32 or wider.
     """
     rows, length, _ = hidden.shape
-    if chunk is None:
-        vocabulary = head.weight.shape[0 if head.transposed else 1]
-        chunk = max(1, CHUNK_ELEMENTS * _batch_parts(rows) // (2 * vocabulary * rows))
-    size = -(-length // -(-length // min(chunk, length)))  # even pieces, so that little is padded
+    size = _size(rows, length, head, chunk, held=2)
     sides = [_Static((), size, h.transposed, h.scale, h.softcap) for h in (head, teacher_head)]
     with jax.named_scope("divergence"):
         teacher = jax.lax.stop_gradient((teacher_hidden, teacher_head.weight.astype(teacher_hidden.dtype), teacher_head.bias))
@@ -141,11 +134,24 @@ def dense_logits(hidden: Float[Array, "... D"], head: Head) -> Float[Array, "...
     return _logits(static, flat, head.weight.astype(hidden.dtype), head.bias).reshape(*hidden.shape[:-1], -1)
 
 
-def _batch_parts(rows: int) -> int:
-    """Over how many devices the rows lie: each of them holds only its part of a chunk."""
+def _parts(rows: int) -> tuple[int, int]:
+    """Over how many devices the rows lie, and the columns of each: every device holds only its part of a chunk."""
     mesh = jax.sharding.get_abstract_mesh()
-    parts = 1 if mesh.empty else mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
-    return parts if rows % parts == 0 else 1
+    if mesh.empty:
+        return 1, 1
+    parts = mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+    return parts if rows % parts == 0 else 1, mesh.shape.get("sequence", 1)
+
+
+def _size(rows: int, length: int, head: Head, chunk: int | None, held: int = 1) -> int:
+    """Columns of a chunk, as many of every part of a row; by default as many as keep `held` chunks of logits within CHUNK_ELEMENTS."""
+    by_row, by_column = _parts(rows)
+    if chunk is None:
+        vocabulary = head.weight.shape[0 if head.transposed else 1]
+        chunk = max(1, CHUNK_ELEMENTS * by_row * by_column // (held * vocabulary * rows))
+    own = -(-length // by_column)
+    pieces = -(-length // min(chunk, length))
+    return -(-own // pieces) * by_column  # even pieces, so that little is padded
 
 
 def _logits(static: _Static, hidden, weight, bias):
@@ -172,17 +178,20 @@ def _gathered(static: _Static, weight):
 
 
 def _chunks(x: Array, size: int) -> Array:
-    """[B, S, ...] -> [pieces, B, size, ...], padded with zeros."""
-    rows, length = x.shape[:2]
-    pieces = -(-length // size)
-    x = jnp.pad(x, [(0, 0), (0, pieces * size - length)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(rows, pieces, size, *x.shape[2:]), 1, 0)
+    """[B, S, ...] -> [pieces, B, size, ...], padded with zeros: a piece of each part of a row, so that devices keep their own columns."""
+    rows, rest, parts = len(x), x.shape[2:], _parts(len(x))[1]
+    pad = lambda x, axis, to: jnp.pad(x, [(0, -x.shape[axis] % to if i == axis else 0) for i in range(x.ndim)])
+    x = pad(x, 1, parts).reshape(rows, parts, -1, *rest)
+    x = pad(x, 2, size // parts).reshape(rows, parts, -1, size // parts, *rest)
+    return jnp.moveaxis(x, 2, 0).reshape(-1, rows, size, *rest)
 
 
 def _unchunk(x: Array, length: int) -> Array:
     """Inverse of `_chunks`."""
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+    (pieces, rows, size), rest, parts = x.shape[:3], x.shape[3:], _parts(x.shape[1])[1]
+    x = jnp.moveaxis(x.reshape(pieces, rows, parts, size // parts, *rest), 0, 2)
+    x = x.reshape(rows, parts, -1, *rest)[:, :, : -(-length // parts)]
+    return x.reshape(rows, -1, *rest)[:, :length]
 
 
 def _scan(body, carry, chunks):
@@ -250,15 +259,18 @@ def _trains(weight, bias) -> tuple | None:
     return () if weight.perturbed or (bias is not None and bias.perturbed) else None
 
 
-def _head_zeros(static: _Static, weight, bias, trains, parts: int):
-    """What the gradient of the head starts from, in at least float32, for each part of the batch; (None, None) where it does not train."""
+def _head_zeros(static: _Static, weight, bias, trains, parts: tuple[int, int]):
+    """What the gradient of the head starts from, in at least float32; (None, None) where it does not train.
+
+    Each part of a batch has its own, so that it is sent once, not for every chunk.
+    """
     if trains is None:
         return None, None
-    zeros = lambda x, *logical: constrain(jnp.zeros((parts, *x.shape), wide(weight.dtype)), "batch", *logical)
+    zeros = lambda x, *logical: constrain(jnp.zeros((math.prod(parts), *x.shape), wide(weight.dtype)), "parts", *logical)
     return zeros(weight, *_axes(static)), None if bias is None else zeros(bias, "vocab")
 
 
-def _through_head(static: _Static, d, logits, states, weight, bias, trains, parts: int):
+def _through_head(static: _Static, d, logits, states, weight, bias, trains, parts: tuple[int, int]):
     """A chunk's gradient by its logits -> (by its states, (weight's, bias's) of each part of the batch)."""
     if static.softcap is not None:
         d = d * (1 - jnp.square(logits / static.softcap))
@@ -268,16 +280,19 @@ def _through_head(static: _Static, d, logits, states, weight, bias, trains, part
     if trains is None:
         return d_states, (None, None)
     states = after(d_states, states)
-    by_part = lambda x: x.reshape(parts, -1, *x.shape[1:])
     factors = (low, states) if static.transposed else (states, low)
     # not mapped over one part: what a CPU turns in memory for its product cannot be
-    d_weight = jax.vmap(weight_gradient)(*map(by_part, factors)) if parts > 1 else weight_gradient(*factors)[None]
-    return d_states, (d_weight, None if bias is None else jnp.sum(by_part(d), axis=tuple(range(1, d.ndim))))
+    d_weight = weight_gradient(*factors)[None] if parts == (1, 1) else jax.vmap(weight_gradient)(*(_by_part(x, parts) for x in factors))
+    return d_states, (d_weight, None if bias is None else jnp.sum(_by_part(d, parts), axis=tuple(range(1, d.ndim))))
 
 
-def _parts(static: _Static, hidden) -> int:
-    """Of how many parts of a batch the gradient of the head is added up apart, which each device then sends once, not for every chunk."""
-    return _batch_parts(hidden.shape[0]) if static.chunk < hidden.shape[1] else 1
+def _by_part(x: Array, parts: tuple[int, int]) -> Array:
+    """[B, size, N] -> [parts, B of one, size of one, N]."""
+    rows, columns = parts
+    if parts == (1, 1):
+        return x[None]
+    x = x.reshape(rows, -1, columns, x.shape[1] // columns, x.shape[2])
+    return jnp.moveaxis(x, 2, 1).reshape(rows * columns, x.shape[1], x.shape[3], x.shape[4])
 
 
 def _summed(static: _Static, d_head, weight, bias):
@@ -289,7 +304,7 @@ def _summed(static: _Static, d_head, weight, bias):
 def _stats_backward(static: _Static, residuals, gradients):
     hidden, weight, bias, targets, lse, entropy, kept, trains = residuals
     gradients = {n: g for n, g in gradients.items() if n in DIFFERENTIABLE and not isinstance(g, SymbolicZero)}
-    weight, parts = _gathered(static, weight), _parts(static, hidden)
+    weight, parts = _gathered(static, weight), _parts(len(hidden))
 
     # tokens one after the other, as the product has them: the gradient by the logits then takes the place of the logits in memory
     flat = lambda x: x.reshape(-1, *x.shape[2:]) if alone() else x
@@ -364,7 +379,7 @@ def _divergence_backward(static: _Divergence, residuals, gradients):
     if isinstance(g, SymbolicZero):
         g = jnp.zeros(g.shape, g.dtype)
     teacher_head = _gathered(static.teacher, teacher_weight), teacher_bias
-    weight, parts = _gathered(static.student, weight), _parts(static.student, hidden)
+    weight, parts = _gathered(static.student, weight), _parts(len(hidden))
 
     def body(carry, chunk):
         states, teacher_states, g = chunk

@@ -23,6 +23,7 @@ LOGICAL: Mapping[str, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES,
     "layers": None,
     "length": "sequence",  # columns of a row, but within attention
+    "parts": (*BATCH_AXES, "sequence"),  # of a batch, its rows and their columns
     "embed": ("fsdp", "sequence"),
     "heads": "tensor",
     "attended": ("tensor", "sequence"),  # heads within attention, which needs whole rows

@@ -120,8 +120,10 @@ def test_few_tokens_of_a_vocabulary_that_is_cut(of):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_the_head_is_sent_once_however_many_chunks(transposed):
-    """Gathered for either pass, and its gradient added up: not in every turn of their loops. The numbers are one device's."""
+@pytest.mark.parametrize("sizes", [dict(data=2, fsdp=2, tensor=2), dict(data=2, sequence=2, tensor=2)], ids=lambda sizes: "x".join(sizes))
+def test_the_head_is_sent_once_however_many_chunks(sizes, transposed):
+    """Gathered for either pass, and its gradient added up: not in every turn of their loops. The numbers are one device's, and so are its
+    rows or columns: no other has their states."""
     width, rng = 16, np.random.default_rng(0)
     hidden, targets = jnp.asarray(rng.normal(size=(8, ROW.tokens, width)), jnp.float32), jnp.asarray(rng.integers(V, size=(8, ROW.tokens)))
     weight, bias = jnp.asarray(rng.normal(size=(V, width) if transposed else (width, V)), jnp.float32), jnp.ones(V)
@@ -133,11 +135,12 @@ def test_the_head_is_sent_once_however_many_chunks(transposed):
 
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
     expected = run(hidden, weight, bias)
-    laid = (hidden, ("data", "fsdp")), (weight, *("tensor", "fsdp")[:: 1 if transposed else -1]), (bias, "tensor")
-    found, sent = on_a_mesh(run, dict(data=2, fsdp=2, tensor=2), *laid)
-    sent = [one for one in sent if PARTS & set(one.shape)]
+    laid = (hidden, ("data", "fsdp"), "sequence"), (weight, *("tensor", ("fsdp", "sequence"))[:: 1 if transposed else -1]), (bias, "tensor")
+    found, sent = on_a_mesh(run, sizes, *laid)
+    heads = [one for one in sent if PARTS & set(one.shape)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, expected)
-    assert sent and not [one for one in sent if one.times > 1], [one for one in sent if one.times > 1]
+    assert heads and not [one for one in heads if one.times > 1], [one for one in heads if one.times > 1]
+    assert not [one for one in sent if one.kind == "all-gather" and one not in heads], sent
 
 
 def test_of_a_table_that_is_cut_only_the_vocabularys_parts_are_sent():
