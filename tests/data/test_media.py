@@ -55,6 +55,20 @@ def test_modes_and_orientation(tmp_path):
     assert media.open_image(encoded(noise((7, 5)), "JPEG", exif=turned), tmp_path).size == (5, 7)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L", "1"])
+def test_transparent_pictures_are_what_image_processors_see(tmp_path, mode):
+    """A diagram without a background, by a mask, a palette's entries or one colour that is not shown."""
+    from transformers.image_transforms import convert_to_rgb
+
+    image = noise().convert(mode)
+    if mode in ("RGBA", "LA"):
+        image.putalpha(Image.fromarray(np.arange(35, dtype=np.uint8).reshape(5, 7) * 7))
+    keyed = {"P": bytes(range(0, 240, 3)), "RGB": image.getpixel((2, 3)), "L": image.getpixel((2, 3)), "1": 0}.get(mode)
+    data = encoded(image, **({} if keyed is None else {"transparency": keyed}))
+    seen, theirs = np.asarray(media.open_image(data, tmp_path)), convert_to_rgb(Image.open(io.BytesIO(data)), return_numpy=True)
+    assert np.array_equal(seen, theirs) and not np.array_equal(theirs, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
 @pytest.mark.parametrize(
     ("reference", "reason", "detail"),
     [
