@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> Path:
     loader.check_assets(model)
     manner = sampling.Sampling(
         max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty, stop_tokens=sampling.stop_tokens(model.assets), stop_strings=tuple(args.stop),
+        repetition_penalty=args.repetition_penalty, stop_strings=tuple(args.stop), **sampling.of_checkpoint(model.assets),
     )  # fmt: skip
     partial = out.with_name(out.name + ".partial")
     free = ("out", "revision", "chat_template", "write", "min_reward", "min_margin", "batch_size", "fsdp", "size", "model", "data")

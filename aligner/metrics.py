@@ -1,4 +1,9 @@
-"""Metrics: how they add up over micro-batches and batches, and where they go (metrics.jsonl, curves, TensorBoard, W&B)."""
+"""Metrics: how they add up over micro-batches and batches, and where they go (metrics.jsonl, curves, TensorBoard, W&B).
+
+Names are TRL's, and so are values at one batch. Over several, micro-batches or those of an evaluation, a value here is what one batch of
+them all would give; TRL averages what each gave, be it a mean over tokens or over the good answers, a least or a greatest reward, or the
+loss of an evaluation. `num_tokens` are those that were computed: a prompt that answers share is one, which TRL counts with each of them.
+"""
 
 import contextlib
 import json

@@ -25,7 +25,7 @@ from aligner.console import progress, say, short, tracing
 from aligner.convert import peft
 from aligner.data import loader
 from aligner.generation.engine import check_growth, make_engine
-from aligner.generation.sampling import Sampling, stop_tokens
+from aligner.generation.sampling import Sampling, of_checkpoint
 from aligner.generation.sampling import check as check_sampling
 from aligner.likelihood import cast
 from aligner.models import attention
@@ -307,7 +307,7 @@ def sampling_of(config: ConfigDict, model: Any) -> Sampling:
     """`config.generation` as the sampler takes it."""
     g = config.generation
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    manner = Sampling(**{name: g[name] for name in names}, stop_tokens=stop_tokens(model.assets), stop_strings=tuple(g.stop_strings))
+    manner = Sampling(**{name: g[name] for name in names}, stop_strings=tuple(g.stop_strings), **of_checkpoint(model.assets))
     check_sampling(manner)
     return manner
 

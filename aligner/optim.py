@@ -57,7 +57,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """AdamW over the trainable tree (Loshchilov & Hutter, arXiv 1711.05101); clipping is the step's.
 
-    Norms' weights and biases get no weight decay, as in transformers' Trainer and so in TRL, unless a group sets theirs.
+    Norms' weights and biases get no weight decay, as in transformers' Trainer and so in TRL, unless a group sets theirs. (The Trainer goes
+    by names, and those of the norms in Qwen2.5-VL's tower escape it: there they decay.)
 
     Args:
         optim: the config's section.

@@ -297,7 +297,7 @@ def base() -> ConfigDict:
 
     config.train = ConfigDict()
     config.train.steps = placeholder(int)  # optimizer steps; wins over epochs
-    config.train.epochs = 1.0
+    config.train.epochs = 1.0  # passes over the rows; steps come to the whole number below, where TRL's Trainer takes a smaller last one
     config.train.accumulate = 1  # micro-batches per step; changes memory, never the result
     config.train.eval_every = 0  # steps between evaluations; 0 evaluates only at the end
     config.train.remat = "none"  # none, dots, context, full: what the backward pass recomputes

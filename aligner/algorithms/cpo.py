@@ -35,7 +35,9 @@ def check(c: ConfigDict, losses: Mapping[str, Callable], nll: str) -> None:
 def make(config: ConfigDict, model: Model) -> Algorithm:
     """CPO as `config.algorithm` (configs.common.cpo, simpo, alphapo) describes it: the loss on pairs + cpo_alpha * NLL of the chosen.
 
-    Metrics are TRL's; rewards are beta * log-probability, summed or averaged as the loss takes it.
+    Metrics are TRL's; rewards are beta * log-probability, summed or averaged as the loss takes it. Other than there, `logits/..` are means
+    over the answers' tokens, as DPO's, not also over prompts and padding; `nll_loss` is told with cpo_alpha=0 too; and a prompt gets no BOS
+    where tokenizer and template put none.
     """
     c = config.algorithm
     check(c, LOSSES, "cpo_alpha")

@@ -17,7 +17,8 @@ NLL_OVER = ("prompt_and_completion", "completion")
 def make(config: ConfigDict, model: Model) -> Algorithm:
     """ORPO as `config.algorithm` (configs.common.orpo) describes it: NLL - beta * log sigmoid(log odds ratio).
 
-    Metrics are TRL's; rewards are beta * average log-probability per token.
+    Metrics are TRL's; rewards are beta * average log-probability per token. Other than there, `logits/..` are means over answers' tokens,
+    as DPO's, not also over prompts and padding; and a prompt gets no BOS where tokenizer and template put none.
     """
     c = config.algorithm
     check_positive(c, "beta")

@@ -37,6 +37,9 @@ COMPANIONS = (
     "additional_chat_templates/*",
 )
 
+# What a family's processor asks of its image processor at every call, whatever the file of that one says; InternVL's say "no tiles".
+ASKED = {"internvl": {"crop_to_patches": True}, "gemma3": {"do_pan_and_scan": False}, "llava_next": {"do_pad": True}}
+
 
 def leave_pytorch_out(settings: str) -> None:
     """Have transformers take PyTorch for not installed: to import it takes seconds of every start, and nothing here computes with it.
@@ -122,6 +125,12 @@ class Assets:
         """
         if not any((self.folder / name).exists() for name in ("preprocessor_config.json", "processor_config.json")):
             return None
+        made = self._processor()
+        for name, value in ASKED.get(self.config_dict.get("model_type"), {}).items():
+            setattr(made.image_processor, name, value)
+        return made
+
+    def _processor(self) -> Any:
         from transformers import AutoImageProcessor, AutoProcessor
 
         by_pillow = functools.partial(AutoImageProcessor.from_pretrained, backend="pil")

@@ -35,7 +35,7 @@ def open_image(reference: Any, folder: str | Path) -> Image.Image:
         folder: where paths are looked up; paths that leave it are refused, so that a dataset cannot read other files.
 
     Returns:
-        An RGB image, turned as its EXIF orientation says.
+        An RGB image, turned as its EXIF orientation says, on white where it is transparent.
 
     Raises:
         Bad: it cannot be found, decoded, or may not be read.
@@ -147,6 +147,9 @@ def _rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image, np.float32)
         scale = 1 / 257 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 1
         image = Image.fromarray(np.clip(values * scale + 0.5, 0, 255).astype(np.uint8))
+    if "A" in image.getbands() or image.info.get("transparency") is not None:  # on white, as image processors lay it
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 

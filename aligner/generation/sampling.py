@@ -7,6 +7,7 @@ the bits of a float finds exactly.
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import jax
@@ -148,15 +149,32 @@ def draw(weights: Float[Array, "B V"], uniform: Float[Array, "B"]) -> Int[Array,
     return (block * BLOCK + inside).astype(jnp.int32)
 
 
+def of_checkpoint(assets: Any) -> dict[str, tuple[int, ...]]:
+    """What a checkpoint's files say of writing, as settings of `Sampling`. How tokens are drawn is the user's to say, not theirs."""
+    return {"stop_tokens": stop_tokens(assets), "suppress_tokens": suppressed_tokens(assets)}
+
+
 def stop_tokens(assets: Any) -> tuple[int, ...]:
     """The ids that end an answer of a checkpoint: of generation_config.json, else of config.json, with the tokenizer's EOS."""
-    import json
-
-    path = assets.folder / "generation_config.json"
     config = assets.config_dict
-    sources = [json.loads(path.read_text()) if path.exists() else {}, config, config.get("text_config") or {}]
+    sources = [generation_config(assets), config, config.get("text_config") or {}]
     found = next((source["eos_token_id"] for source in sources if source.get("eos_token_id") is not None), ())
     ids = list(np.atleast_1d(np.asarray(found, int)))
     if assets.tokenizer is not None and assets.tokenizer.eos_token_id is not None:
         ids.append(assets.tokenizer.eos_token_id)
     return tuple(int(i) for i in dict.fromkeys(ids))
+
+
+def suppressed_tokens(assets: Any) -> tuple[int, ...]:
+    """The ids that generation_config.json never lets be chosen: its `suppress_tokens`, and of its `bad_words_ids` those of one token, but
+    for EOS, as `transformers` takes them. Words of several tokens are not looked for."""
+    config = generation_config(assets)
+    ends = np.atleast_1d(np.asarray(config.get("eos_token_id") or (), int))
+    words = [word[0] for word in config.get("bad_words_ids") or () if len(word) == 1 and word[0] not in ends]
+    return tuple(dict.fromkeys([*(config.get("suppress_tokens") or ()), *words]))
+
+
+def generation_config(assets: Any) -> dict[str, Any]:
+    """What generation_config.json says; nothing where there is none."""
+    path = assets.folder / "generation_config.json"
+    return json.loads(path.read_text()) if path.exists() else {}

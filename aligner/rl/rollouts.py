@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from aligner import arrays
 from aligner.algorithms import ppo
-from aligner.algorithms.grpo import longest
+from aligner.algorithms.grpo import PENALISED, longest
 from aligner.console import say
 from aligner.data import layout
 from aligner.generation.engine import Completion, bucket
@@ -180,12 +180,16 @@ def learnable(
     total = worth(config, groups, weights)
     found = report(total, each, lengths, stopped, c)
     if c.get("multi_objective") == "gdpo":  # of what is normalised, all or nothing, as TRL's
-        found["frac_reward_zero_std"] = float(adv.std(_apart(c, total, each, weights, lengths, most), None).item() < 1e-9)
+        found["frac_reward_zero_std"] = without_spread(_apart(c, total, each, weights, lengths, most), None)
     drift = None
     if "reference_logps" in batch:
         estimator = c.get("kl_estimator", "k1")
         drift = of_answers(np.asarray(kl(batch["old_logps"].astype(np.float64), batch["reference_logps"], estimator)), groups)
         found["objective/kl"] = float(np.mean([np.sum(one) for answers in drift for one in answers]))
+        if c.name in PENALISED:  # where the answer is learnt from, as TRL's RLOO: others pay for nothing
+            learnt = stopped | (not c.mask_truncated_completions)
+            paid = np.array([[np.sum(one) for one in answers] for answers in drift]) * learnt
+            found["kl"] = float(np.sum(paid) / max(np.sum(lengths * learnt), 1))
     if c.get("cost_funcs"):
         total, found, host = bounded(c, total, each, found, host)
     if c.name == "on_policy_distillation":
@@ -195,6 +199,9 @@ def learnable(
     elif c.name == "ppo":
         columns, host = _ppo(c, total, stopped, drift, batch, groups, S, host)
     else:
+        if drift is not None and c.name in ("rloo", "reinforce", "remax"):
+            total = total - c.beta * paid
+            found["frac_reward_zero_std"] = without_spread(total, 1)
         columns = {"advantages": _per_answer(c, total, each, weights, greedy, drift, lengths, most, S)}
     batch = {**batch, **columns}
     if c.mask_truncated_completions:
@@ -210,8 +217,6 @@ def learnable(
 
 def _per_answer(c: ConfigDict, total, each, weights, greedy, drift, lengths, most: int, S: int) -> np.ndarray:
     """Advantages [B,S] of the algorithms without a critic."""
-    if drift is not None and c.name in ("rloo", "reinforce", "remax"):
-        total = total - c.beta * np.array([[np.sum(one) for one in answers] for answers in drift])
     if c.name == "reinforce_plus_plus":  # the KL from each token on, normalised over all tokens of the batch
         at = lambda i, j, m: np.full(m, np.nan_to_num(total[i, j])) - (c.beta * adv.discounted(drift[i][j], 1.0) if drift else 0.0)
         tokens = [[at(i, j, m) for j, m in enumerate(row)] for i, row in enumerate(lengths)]
@@ -302,7 +307,7 @@ def report(total: np.ndarray, each: np.ndarray, lengths: np.ndarray, stopped: np
     found = {
         "reward": mean_reward(total),
         "reward_std": adv.std(total, None).item(),
-        "frac_reward_zero_std": float(np.mean(adv.std(total, None if c.get("scale_rewards") == "batch" else 1) < 1e-9)),
+        "frac_reward_zero_std": without_spread(total, None if c.get("scale_rewards") == "batch" else 1),
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
@@ -318,6 +323,13 @@ def report(total: np.ndarray, each: np.ndarray, lengths: np.ndarray, stopped: np
         if not np.isnan(each[..., k]).all():
             found |= {f"rewards/{label}/mean": float(np.nanmean(each[..., k])), f"rewards/{label}/std": adv.std(each[..., k], None).item()}
     return found
+
+
+def without_spread(total: np.ndarray, axis: int | None) -> float:
+    """TRL's share of groups (axis 1), or of the batch (None), whose answers are all worth the same: not those of which fewer than two are
+    known, but where a group is one answer."""
+    known = np.sum(~np.isnan(total), axis=axis, keepdims=True)
+    return float(np.mean((adv.std(total, axis) < 1e-9) & ((known > 1) | (total.shape[1] == 1))))
 
 
 def mean_reward(total: np.ndarray) -> float:

@@ -1,7 +1,9 @@
 """Images of every kind open as RGB; those that may not or cannot be read say so."""
 
 import base64
+import importlib
 import io
+import json
 
 import numpy as np
 import pytest
@@ -53,6 +55,20 @@ def test_modes_and_orientation(tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6
     assert media.open_image(encoded(noise((7, 5)), "JPEG", exif=turned), tmp_path).size == (5, 7)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L", "1"])
+def test_transparent_pictures_are_what_image_processors_see(tmp_path, mode):
+    """A diagram without a background, by a mask, a palette's entries or one colour that is not shown."""
+    from transformers.image_transforms import convert_to_rgb
+
+    image = noise().convert(mode)
+    if mode in ("RGBA", "LA"):
+        image.putalpha(Image.fromarray(np.arange(35, dtype=np.uint8).reshape(5, 7) * 7))
+    keyed = {"P": bytes(range(0, 240, 3)), "RGB": image.getpixel((2, 3)), "L": image.getpixel((2, 3)), "1": 0}.get(mode)
+    data = encoded(image, **({} if keyed is None else {"transparency": keyed}))
+    seen, theirs = np.asarray(media.open_image(data, tmp_path)), convert_to_rgb(Image.open(io.BytesIO(data)), return_numpy=True)
+    assert np.array_equal(seen, theirs) and not np.array_equal(theirs, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
 @pytest.mark.parametrize(
@@ -132,3 +148,21 @@ def test_pixels_are_the_processors(tmp_path):
     pixels = np.concatenate([picture.arrays["pixel_values"] for picture in found])
     assert pixels.shape == (2, 8, 8, 3) and pixels.dtype == np.float32
     assert np.array_equal(pixels.transpose(0, 3, 1, 2), processor(pictures, return_tensors="np")["pixel_values"])
+
+
+@pytest.mark.parametrize("family", ["internvl", "gemma3", "llava_next", "idefics3"])
+def test_image_processors_are_asked_as_by_the_familys_own_processor(family, tmp_path):
+    """Which overrules the file of the image processor: InternVL's say that there are no tiles."""
+    module = importlib.import_module(f"transformers.models.{family}.processing_{family}")
+    [processor] = (made for name, made in vars(module).items() if name.endswith("Processor") and made.__module__ == module.__name__)
+    asked = {name: value for name, value in getattr(processor, "images_kwargs", {}).items() if name.startswith(("do_p", "crop_"))}
+    settings = vision_folders.describe(tmp_path, family) / "preprocessor_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {name: not value for name, value in asked.items()}))
+    model = model_from_folder(tmp_path / "config")
+    images = model.assets.processor.image_processor
+    assert {name: getattr(images, name) for name in asked} == asked
+    if family == "internvl":
+        picture = noise((20, 9))
+        theirs = images([picture], **processor.images_kwargs, return_tensors="np")["pixel_values"]
+        [shown] = modalities.shown([("image", picture)], model.assets, modalities.looking_in(model, tmp_path).media)
+        assert len(theirs) == shown.slots == 3

@@ -3,6 +3,8 @@
 Every day one text family, LLaVA, and a family whose positions turn in rows and columns; the others are slow tests.
 """
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ from aligner.generation import engine
 from aligner.generation.engine import Prompt, generate_all, make_engine
 from aligner.generation.sampling import Sampling
 from aligner.models.pictures import whole
+from aligner.online import sampling_of
 from tests.golden import test_vision_families as vision
-from tests.golden.checkpoints import EOS, IMAGE, LLAVA, load_hf, save_llava
+from tests.golden.checkpoints import EOS, IMAGE, LLAVA, load_hf, save_llava, tokenizer
 from tests.golden.test_text_families import load_torch, save_checkpoint
 from tests.models import tiny
 from tests.models.text_configs import FIRST
@@ -40,11 +43,13 @@ def theirs(model, prompts, stop=None, **more) -> list[list[int]]:
     options = dict(do_sample=False, max_new_tokens=NEW, eos_token_id=stop, pad_token_id=0, use_cache=True)
     with torch.no_grad():
         out = model.generate(input_ids=tokens, attention_mask=mask, **options, **more)[:, width:].tolist()
-    return [row[: row.index(stop) + 1] if stop in row else row for row in out]
+    stops = stop if isinstance(stop, list) else [stop]
+    ends = [next((n for n, token in enumerate(row, 1) if token in stops), len(row)) for row in out]
+    return [row[:end] for row, end in zip(out, ends)]
 
 
-def ours(model, params, prompts, stop=(), n=1, rows=4) -> list[list[list[int]]]:
-    made = make_engine(model, Sampling(max_new_tokens=NEW, temperature=0, stop_tokens=stop), rows=rows)
+def ours(model, params, prompts, stop=(), n=1, rows=4, suppress=()) -> list[list[list[int]]]:
+    made = make_engine(model, Sampling(max_new_tokens=NEW, temperature=0, stop_tokens=stop, suppress_tokens=suppress), rows=rows)
     found = generate_all(made, made.prepare(params), prompts, jax.random.key(0), n)
     return [[answer.tokens.tolist() for answer in answers] for answers in found]
 
@@ -62,6 +67,23 @@ def test_text(family, tmp_path):
     assert min(map(len, wanted)) < NEW
     found = ours(model, params, [Prompt(np.asarray(prompt, np.int32)) for prompt in prompts], (stop,), n=2)  # 6 answers in 4 rows
     assert found == [[row, row] for row in wanted]
+
+
+def test_tokens_that_the_checkpoint_suppresses(tmp_path):
+    """generation_config.json speaks of tokens that are never written (SmolVLM's of its image token) and of several that end a text."""
+    folder = save_checkpoint(tmp_path / "model", "llama", **FIRST["llama"])
+    tokenizer().save_pretrained(folder)
+    prompts = [np.random.default_rng(0).integers(3, 60, length).tolist() for length in LENGTHS]
+    model, params = aligner.load(folder)
+    free = [token for row in theirs(load_torch(folder, torch.float32), prompts) for token in row]
+    often = sorted({*free}, key=free.count)
+    said = {"suppress_tokens": often[-1:], "bad_words_ids": [often[-2:-1], often[-3:-2], [4, 5]], "eos_token_id": [2, often[-3]]}
+    (folder / "generation_config.json").write_text(json.dumps(said))
+    wanted = theirs(load_torch(folder, torch.float32), prompts, said["eos_token_id"])
+    manner = sampling_of(tiny.config(generation__temperature=0.0), model)  # as online training writes, and aligner.generate
+    assert manner.suppress_tokens == (often[-1], often[-2]) and {*manner.stop_tokens} == {2, often[-3]}
+    prompts = [Prompt(np.asarray(prompt, np.int32)) for prompt in prompts]
+    assert ours(model, params, prompts, manner.stop_tokens, suppress=manner.suppress_tokens) == [[row] for row in wanted]
 
 
 @pytest.mark.parametrize("case", [pytest.param(name, marks=() if name == "penultimate" else pytest.mark.slow) for name in LLAVA])

@@ -45,7 +45,7 @@ PROCESSORS: dict[str, tuple[str, str, dict]] = {
     "smolvlm": ("smolvlm", "SmolVLM", _IDEFICS),
     "idefics2": ("idefics2", "Idefics2", dict(size={"shortest_edge": 4, "longest_edge": 8}, do_image_splitting=False)),
     "mllama": ("mllama", "Mllama", _SQUARE | dict(max_image_tiles=2)),
-    "internvl": ("got_ocr2", "GotOcr2", _SQUARE | dict(crop_to_patches=True, max_patches=4)),
+    "internvl": ("got_ocr2", "GotOcr2", _SQUARE | dict(crop_to_patches=False, max_patches=4)),  # as on the Hub; the processor asks for tiles
 }
 # family -> settings of its video processor, of other sizes than its image processor's where the family has it so
 VIDEO_PROCESSORS: dict[str, dict] = {
