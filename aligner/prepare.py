@@ -18,7 +18,7 @@ from aligner.processes import anywhere
 from aligner.types import Batch
 
 BATCHES_PER_PART = 32
-VERSION = 3  # raised when columns were found to have been computed wrongly: those on disk are then computed anew
+VERSION = 4  # raised when columns were found to have been computed wrongly: those on disk are then computed anew
 
 
 def fingerprint(**parts) -> str:
