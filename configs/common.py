@@ -54,7 +54,8 @@ def dpo() -> ConfigDict:
             # discopop, sigmoid_norm (scores per token), sft (negative log-likelihood of the chosen)
             loss_type=("sigmoid",),
             loss_weights=(),  # one number a loss; () weighs all 1
-            label_smoothing=0.0,  # probability that a label is wrong; used by sigmoid, sigmoid_norm (not in TRL), exo_pair, robust, aot
+            # probability that a label is wrong; read by exo_pair, robust, aot, aot_unpaired, and by sigmoid and sigmoid_norm, TRL's do not
+            label_smoothing=0.0,
             f_divergence_type="reverse_kl",  # or forward_kl, js_divergence, alpha_divergence
             f_alpha_divergence_coef=0.5,  # of alpha_divergence
             discopop_tau=0.05,  # temperature of discopop's blend
