@@ -185,14 +185,14 @@ def check(config: ConfigDict) -> None:
 def check_online(config: ConfigDict) -> None:
     """What all online algorithms have in common."""
     c = config.algorithm
-    check_not_negative(c, "beta", "epsilon", "overlong_buffer", "overlong_penalty")
-    check_not_negative(c, *(name for name in ("epsilon_high", "delta", "dynamic_sampling") if c.get(name) is not None))
+    check_not_negative(c, "beta", "overlong_buffer", "overlong_penalty")
+    check_not_negative(c, *(name for name in ("epsilon", "epsilon_high", "delta", "dynamic_sampling") if c.get(name) is not None))
     for name in ("num_generations", "num_iterations", "num_mini_batches", "max_turns"):
         if c[name] < 1:
             raise UserError(f"config.algorithm.{name} is {c[name]}; it must be at least 1")
     if not c.reward_timeout > 0:
         raise UserError(f"config.algorithm.reward_timeout is {c.reward_timeout}; it is in seconds, above 0")
-    if c.dual_clip is not None and not c.dual_clip > 1:
+    if c.get("dual_clip") is not None and not c.dual_clip > 1:
         raise UserError(f"config.algorithm.dual_clip is {c.dual_clip}; it must be above 1, or None")
     if not c.reward_funcs and not c.environment and c.name != "on_policy_distillation":
         raise UserError('config.algorithm.reward_funcs is empty: say what answers are worth, such as ("math",) or a reward model\'s path')
