@@ -4,7 +4,7 @@ An adapter stands beside the kernel it adapts: `lora_a` [in, r], `lora_b` [r, ou
 `lora_scale` and, with dropout, `lora_dropout` are the base's. Where layers are stacked, so are they. `Linear` reads what it finds, so
 that the base alone is the model with its adapters off.
 
-LoRA arXiv 2106.09685, rsLoRA arXiv 2312.03732, DoRA arXiv 2402.09353; names and defaults are PEFT's.
+LoRA arXiv 2106.09685, rsLoRA arXiv 2312.03732, DoRA arXiv 2402.09353; the mathematics and the initialisation are PEFT's.
 """
 
 import dataclasses
