@@ -118,6 +118,8 @@ def plan(config: ConfigDict, model: Model, params: Params) -> Adapters:
         raise UserError("config.optim.freeze or config.lora.modules_to_save covers every module that config.lora.targets means")
     value = c.alpha / (math.sqrt(c.rank) if c.variant == "rslora" else c.rank)
     layers = set(c.layers_to_transform)
+    if min(layers, default=0) < 0:
+        raise UserError(f"config.lora.layers_to_transform is {tuple(c.layers_to_transform)}; layers are counted from 0, none from the end")
     scale = {}
     for module in chosen:
         shape = known[module]
