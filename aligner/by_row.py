@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,12 @@ def resume(partial: Path, described: dict[str, Any]) -> int:
         whole = file.read()
         file.truncate(whole.rfind(b"\n") + 1)
     return whole.count(b"\n")
+
+
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """What such a command wrote, line by line; `str.splitlines` parts lines at U+2028 and its like too, which JSON leaves as they are."""
+    with path.open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
 
 
 def prompt_columns(record: dict[str, Any]) -> dict[str, Any]:

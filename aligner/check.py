@@ -47,8 +47,8 @@ def check_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
         for key in keys:
             if values[key] is not None and not least <= values[key] < math.inf:
                 raise UserError(f"config.{key} is {values[key]}; it must be at least {least}" + " and finite" * (values[key] == math.inf))
-    if config.train.steps is None and config.train.epochs <= 0:
-        raise UserError(f"config.train.epochs is {config.train.epochs}; it must be above 0 where config.train.steps is not set")
+    if config.train.steps is None and not 0 < config.train.epochs < math.inf:
+        raise UserError(f"config.train.epochs is {config.train.epochs}; it must be above 0 and finite where config.train.steps is not set")
     if config.seed >= 2**63:
         raise UserError(f"config.seed is {config.seed}; it must be below 2^63")
     if config.checkpoint.requeue_code > 255:

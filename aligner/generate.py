@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> Path:
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
                     progress.update()
                 file.flush()
-    records = [json.loads(record) for record in partial.read_text(encoding="utf-8").splitlines()]
+    records = [*by_row.records(partial)]
     finished = out.with_name(out.name + ".tmp")
     written = [line for record in records if (line := shape(record, args)) is not None]
     finished.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in written), encoding="utf-8")

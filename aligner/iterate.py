@@ -160,8 +160,8 @@ def write_pairs(path: Path, model: Any, prompts: str, reward_model: str, n: int,
         return
     rows = sources.open_rows(by_row.source(args), "data")
     _, to_sample = formatters.find_formatter("auto", rows.columns(), "data", (Supervised,))
-    records = map(json.loads, out.read_text(encoding="utf-8").splitlines())
-    lines = [pair for row, record in zip(map(rows.__getitem__, range(len(rows))), records) if (pair := spin_pair(to_sample, row, record))]
+    pairs = (spin_pair(to_sample, rows[number], record) for number, record in enumerate(by_row.records(out)))
+    lines = [pair for pair in pairs if pair]
     if not lines:
         raise UserError(f"{prompts} holds no answers for --spin to prefer; give conversations that end with the assistant's message")
     temporary = path.with_suffix(".tmp")

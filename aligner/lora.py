@@ -4,7 +4,7 @@ An adapter stands beside the kernel it adapts: `lora_a` [in, r], `lora_b` [r, ou
 `lora_scale` and, with dropout, `lora_dropout` are the base's. Where layers are stacked, so are they. `Linear` reads what it finds, so
 that the base alone is the model with its adapters off.
 
-LoRA arXiv 2106.09685, rsLoRA arXiv 2312.03732, DoRA arXiv 2402.09353; names and defaults are PEFT's.
+LoRA arXiv 2106.09685, rsLoRA arXiv 2312.03732, DoRA arXiv 2402.09353; the mathematics and the initialisation are PEFT's.
 """
 
 import dataclasses
@@ -118,6 +118,8 @@ def plan(config: ConfigDict, model: Model, params: Params) -> Adapters:
         raise UserError("config.optim.freeze or config.lora.modules_to_save covers every module that config.lora.targets means")
     value = c.alpha / (math.sqrt(c.rank) if c.variant == "rslora" else c.rank)
     layers = set(c.layers_to_transform)
+    if min(layers, default=0) < 0:
+        raise UserError(f"config.lora.layers_to_transform is {tuple(c.layers_to_transform)}; layers are counted from 0, none from the end")
     scale = {}
     for module in chosen:
         shape = known[module]

@@ -24,6 +24,7 @@ from aligner.check import check_config
 from aligner.console import progress, say, short, tracing
 from aligner.convert import peft
 from aligner.data import loader
+from aligner.data.mixture import is_set
 from aligner.generation.engine import check_growth, make_engine
 from aligner.generation.sampling import Sampling, of_checkpoint
 from aligner.generation.sampling import check as check_sampling
@@ -99,7 +100,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         trained = {**trained, ppo.CRITIC: convert.abstract_params(critic[0])}
     optim.check_groups(config.optim.groups, trained)
     prompts = load_prompts(config, "train", model, directory / "data")
-    held_out = load_prompts(config, "eval", model, directory / "data") if config.data.eval.path else None
+    held_out = load_prompts(config, "eval", model, directory / "data") if is_set(config.data.eval) else None
     supervised = loader.load_dataset(config, "ptx", model, "supervised", cache_dir=directory / "data") if c.get("ptx_coef") else None
     for dataset in filter(None, (prompts, held_out, supervised)):
         say(*dataset.report)

@@ -27,8 +27,10 @@ from aligner.types import UserError
 TOPOLOGY = flags.DEFINE_string("topology", "cpu:1", "v5e:4x8, v5p:4x4x4, v6e:4x4, cpu:8, cuda:h200:8 ...")
 SLICES = flags.DEFINE_integer("slices", 1, "How many slices of TPUs of this topology there are.", lower_bound=1)
 JSON = flags.DEFINE_string("json", None, "Write the figures to this file as well.")
-TOKENS = flags.DEFINE_integer("tokens", None, "Columns of a row; default: data.max_length, for prompt and both answers.", lower_bound=1)
-SCORED = flags.DEFINE_integer("scored", None, "Scored positions of a row; default: half of its columns.", lower_bound=1)
+TOKENS = flags.DEFINE_integer("tokens", None, "Columns of a row; default: data.packed_length, else data.max_length.", lower_bound=1)
+SCORED = flags.DEFINE_integer(
+    "scored", None, "Scored positions of a row; default: half of its columns (running text: all; scores: one an answer).", lower_bound=1
+)
 IMAGES = flags.DEFINE_integer("images", 1, "Images of a row, for models that see.", lower_bound=0)
 EXAMPLES = flags.DEFINE_integer("examples", None, "Examples of a row; default: 1, packed: one for every 256 columns.", lower_bound=1)
 SEARCH = flags.DEFINE_boolean("search", True, "Where the config does not fit, look for the first setting with which it does.")

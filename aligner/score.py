@@ -97,8 +97,7 @@ def run(args: argparse.Namespace) -> Path:
                 file.flush()
     os.replace(partial, out)
     partial.with_suffix(".settings").unlink()
-    with out.open(encoding="utf-8") as file:
-        failed = [record["not_scored"] for record in map(json.loads, file) if "not_scored" in record]
+    failed = [record["not_scored"] for record in by_row.records(out) if "not_scored" in record]
     say(*by_row.told(failed, len(rows), "scored"))
     return out
 

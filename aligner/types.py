@@ -243,7 +243,7 @@ class Algorithm:
         prepare: (params, batch) -> {column: [B,G,...]}: computed once per example before training and stored, or None.
         columns: names of the columns that `objective` reads.
         prepared_with: settings that those columns depend on beside the weights; part of the name under which they are kept.
-        needs: the kind of sample that rows become, a key of `aligner.data.loader.ENCODERS`.
+        needs: the kind of sample that rows become, a key of `aligner.data.kinds.ENCODERS`.
         whole_batch: the objective is not a sum over rows (a sort, a batch mean inside a nonlinearity): under accumulation it is then
             evaluated on the scores of the whole batch, exactly.
         sync: (weight a, every N steps): the reference becomes a * policy + (1 - a) * reference; None keeps it fixed.

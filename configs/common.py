@@ -54,7 +54,8 @@ def dpo() -> ConfigDict:
             # discopop, sigmoid_norm (scores per token), sft (negative log-likelihood of the chosen)
             loss_type=("sigmoid",),
             loss_weights=(),  # one number a loss; () weighs all 1
-            label_smoothing=0.0,  # probability that a label is wrong; used by sigmoid, sigmoid_norm (not in TRL), exo_pair, robust, aot
+            # probability that a label is wrong; read by exo_pair, robust, aot, aot_unpaired, and by sigmoid and sigmoid_norm, TRL's do not
+            label_smoothing=0.0,
             f_divergence_type="reverse_kl",  # or forward_kl, js_divergence, alpha_divergence
             f_alpha_divergence_coef=0.5,  # of alpha_divergence
             discopop_tau=0.05,  # temperature of discopop's blend
@@ -163,7 +164,8 @@ def sft() -> ConfigDict:
         dict(
             name="sft",  # sft: conversations, prompts with completions; cpt: documents, cut into full rows of data.max_length
             loss_type="nll",  # nll: cross-entropy; dft: each token's weighted by its own probability (arXiv 2508.05629)
-            neftune_noise_alpha=0.0,  # uniform noise of +-alpha / sqrt(length * width) on the embeddings while training (NEFTune)
+            # uniform noise of +-alpha / sqrt(length * width) on the embeddings while training (NEFTune); draws differ with train.accumulate
+            neftune_noise_alpha=0.0,
             z_loss=0.0,  # weight of the mean squared log-sum-exp of the logits, which keeps them from drifting
         )
     )
@@ -214,7 +216,7 @@ def distillation() -> ConfigDict:
 
 
 def base() -> ConfigDict:
-    """The defaults of every section; TRL's values where TRL has the setting."""
+    """The defaults of every section; those of `optim` are TRL's for DPO, which has no warm-up though."""
     config = ConfigDict()
 
     config.model = ConfigDict()
@@ -298,7 +300,7 @@ def base() -> ConfigDict:
     config.train = ConfigDict()
     config.train.steps = placeholder(int)  # optimizer steps; wins over epochs
     config.train.epochs = 1.0  # passes over the rows; steps come to the whole number below, where TRL's Trainer takes a smaller last one
-    config.train.accumulate = 1  # micro-batches per step; changes memory, never the result
+    config.train.accumulate = 1  # micro-batches per step; changes memory, never the result, but for what is drawn: dropout, NEFTune's noise
     config.train.eval_every = 0  # steps between evaluations; 0 evaluates only at the end
     config.train.remat = "none"  # none, dots, context, full: what the backward pass recomputes
     config.train.max_nonfinite = 3  # stop after so many steps in a row whose loss or gradient is not finite
@@ -310,7 +312,7 @@ def base() -> ConfigDict:
     config.mesh.data = -1  # -1: all devices that the other axes leave
     config.mesh.fsdp = 1  # weights are spread over it
     config.mesh.sequence = 1  # long rows are cut over it, and weights spread
-    config.mesh.tensor = 1
+    config.mesh.tensor = 1  # heads, the MLPs' inner width and the vocabulary are cut over it
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 500  # steps between saves; the last step is always saved
@@ -408,6 +410,5 @@ def qlora(config: ConfigDict, *, rank: int, alpha: float, learning_rate: float, 
     config.optim.learning_rate = 2e-3 if tiny else learning_rate
     if not tiny:
         config.data.batch_size, config.train.accumulate = batch_size, batch_size // 4
-    config.checkpoint.requeue_code = 0  # exit status after SIGTERM or SIGUSR1, state saved: what the launcher starts again on, such as 75
     config.checkpoint.export = False  # merging needs the whole base in memory; `aligner.convert to-hf` does it where there is enough
     return config

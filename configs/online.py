@@ -30,16 +30,22 @@ def _online(name: str) -> dict:
         num_generations=8,  # answers to each prompt: a group
         num_iterations=1,  # passes over a rollout
         num_mini_batches=1,  # updates of a pass, each on config.data.batch_size prompts with all their answers
-        epsilon=0.2,  # the ratio to the policy that wrote is held in [1 - epsilon, 1 + epsilon_high]
-        epsilon_high=placeholder(float),  # None: epsilon
-        delta=placeholder(float),  # two-sided clipping: the most that the unclipped ratio counts; None is off
-        dual_clip=placeholder(float),  # > 1: the most that a bad answer's ratio counts; None is off
         beta=0.0,  # weight of the KL divergence from the reference; 0 needs no reference
-        entropy_coef=0.0,  # weight of the entropy of the next-token distributions, which is pushed up
         mask_truncated_completions=False,  # learn nothing from answers that were cut at generation.max_new_tokens
         # tokens before the longest answer that can be, of all turns, over which one loses up to overlong_penalty of its reward
         overlong_buffer=0,
         overlong_penalty=1.0,
+    )
+
+
+def _policy_gradient() -> dict:
+    """What those have in common that learn by the ratio of the policy to the one that wrote."""
+    return dict(
+        epsilon=0.2,  # the ratio to the policy that wrote is held in [1 - epsilon, 1 + epsilon_high]
+        epsilon_high=placeholder(float),  # None: epsilon
+        delta=placeholder(float),  # two-sided clipping: the most that the unclipped ratio counts; None is off
+        dual_clip=placeholder(float),  # > 1: the most that a bad answer's ratio counts; None is off
+        entropy_coef=0.0,  # weight of the entropy of the next-token distributions, which is pushed up
     )
 
 
@@ -54,7 +60,7 @@ def grpo() -> ConfigDict:
         multi_objective="sum",  # of several reward functions: sum, or normalise each in its group first (gdpo)
         top_entropy_quantile=1.0,  # learn only from this share of tokens, those where the policy was least sure
         off_policy_mask_threshold=placeholder(float),  # bad answers that have drifted further than this (mean log-ratio) are left out
-        use_bias_correction_kl=False,  # the KL term is weighted by the ratio
+        use_bias_correction_kl=True,  # the KL term is weighted by the ratio
         dynamic_sampling=0,  # so often a prompt whose answers are all worth the same is replaced by another one (DAPO)
         sapo_temperature_pos=1.0,
         sapo_temperature_neg=1.05,
@@ -63,7 +69,7 @@ def grpo() -> ConfigDict:
         vespo_k_neg=3.0,
         vespo_lambda_neg=2.0,
     )
-    return ConfigDict(_online("grpo") | more)
+    return ConfigDict(_online("grpo") | _policy_gradient() | more)
 
 
 def rloo() -> ConfigDict:
@@ -76,7 +82,7 @@ def rloo() -> ConfigDict:
 def reinforce() -> ConfigDict:
     """config.algorithm for REINFORCE with the batch's mean as the baseline; the KL is part of the reward."""
     config = grpo()
-    config.update(dict(name="reinforce", num_generations=1, beta=0.01, loss_type="dapo"))
+    config.update(dict(name="reinforce", num_generations=1, beta=0.01, loss_type="dapo", use_bias_correction_kl=False))
     return config
 
 
@@ -103,7 +109,7 @@ def remax() -> ConfigDict:
 
 def ppo() -> ConfigDict:
     """config.algorithm for PPO with a critic; TRL's defaults."""
-    config = ConfigDict(_online("ppo"))
+    config = ConfigDict(_online("ppo") | _policy_gradient())
     config.update(dict(num_generations=1, num_iterations=4, beta=0.05))
     config.kl_estimator = "k1"  # of the KL that is taken off the reward at each token: k1, k2, k3
     config.kl_target = placeholder(float)  # adaptive: beta is moved so that an answer's KL comes to this; None keeps beta

@@ -232,6 +232,15 @@ BAD = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("epochs", [float("inf"), float("nan"), 0.0])
+def test_epochs_have_an_end(epochs):
+    """Without steps they say how many there are: an infinite number of them was a traceback."""
+    config = configure(model__path="x", train__steps=None, train__epochs=epochs)
+    config.data.train.path = "y"
+    with pytest.raises(UserError, match=r"config\.train\.epochs is .*; it must be above 0 and finite"):
+        check_config(config, one_device())
+
+
 @pytest.mark.parametrize("changes,words", BAD, ids=lambda value: str(value)[:40])
 def test_bad_settings(changes, words):
     config = configure(model__path="x", **changes)
@@ -248,6 +257,7 @@ def test_bad_settings(changes, words):
         (dict(lora__targets=("lm_head",)), r"heads train whole, by config\.lora\.modules_to_save"),
         (dict(lora__modules_to_save=("projector/.*",)), r"config\.lora\.modules_to_save has 'projector/\.\*', which matches no parameter"),
         (dict(lora__layers_to_transform=(5,)), r"layers_to_transform is \(5,\), but .* has 2 layers"),
+        (dict(lora__layers_to_transform=(-1,)), r"layers_to_transform is \(-1,\); layers are counted from 0"),  # no layer had an adapter
         (dict(optim__freeze=("model/.*",)), r"covers every module"),
     ],
     ids=lambda value: str(value)[:40],

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import aligner
-from aligner import convert, generate, score
+from aligner import by_row, convert, generate, score
 from aligner.data import templates
 from aligner.generation import engine
 from aligner.generation.sampling import Sampling
@@ -141,6 +141,14 @@ def test_what_is_written_can_be_scored(folder, tmp_path):
                 assert row["not_scored"].startswith("not answered: too long")
             else:
                 np.testing.assert_allclose(row["rewards"], rewards, rtol=1e-5)
+
+
+def test_a_row_may_hold_what_python_takes_for_the_end_of_a_line(folder, tmp_path):
+    prompt = "One\u2028two\x85 three?"
+    (folder / "odd.jsonl").write_text(json.dumps({"prompt": prompt}) + "\n")
+    assert call(folder, tmp_path / "odd.jsonl", "--max-new-tokens", 1, data="odd.jsonl") == 0
+    [row] = by_row.records(tmp_path / "odd.jsonl")
+    assert row["prompt"] == prompt and len(row["completions"]) == 1
 
 
 def test_a_stop_string_may_be_a_special_token(folder, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import aligner.run
-from aligner import generate, iterate
+from aligner import by_row, generate, iterate
 from aligner.data.by_columns import messages, prompt_completion
 from aligner.types import UserError
 from configs import common, grpo_llama3
@@ -33,6 +33,14 @@ def test_self_play_prefers_the_datasets_answer():
     plain = {"prompt": "1 + 2 =", "completion": " 3"}
     found = iterate.spin_pair(prompt_completion, plain, {**plain, "completions": [" 5"]})
     assert found == {"prompt": "1 + 2 =", "chosen": " 3", "rejected": " 5"}
+
+
+def test_self_play_reads_answers_that_hold_what_python_takes_for_the_end_of_a_line(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "1 + 2 =", "completion": " 3"}) + "\n")
+    answer = json.dumps({"prompt": "1 + 2 =", "completions": ["3\u2028or 4"]}, ensure_ascii=False)
+    monkeypatch.setattr(generate, "run", lambda args: Path(args.out).write_text(answer + "\n", encoding="utf-8"))
+    iterate.write_pairs(tmp_path / "pairs.jsonl", "model", str(tmp_path / "rows.jsonl"), "", 1, {})
+    assert [pair["rejected"] for pair in by_row.records(tmp_path / "pairs.jsonl")] == ["3\u2028or 4"]
 
 
 def test_one_judge_it_must_be(tmp_path):

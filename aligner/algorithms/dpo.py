@@ -62,6 +62,7 @@ LOSSES = {
 }
 SFT = "sft"  # negative log-likelihood per token of the chosen answers
 SORTED = ("aot", "aot_unpaired")
+SMOOTHED = ("sigmoid", "sigmoid_norm", "exo_pair", "robust", *SORTED)
 # f-DPO leaves a term that cancels only in the difference of two scores
 F_DIVERGENCE_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "ipo_sum", "exo_pair", "robust", "discopop", SFT)
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
@@ -155,6 +156,9 @@ def check(config: ConfigDict) -> tuple[tuple[str, ...], tuple[float, ...]]:
         raise UserError(f"config.algorithm.loss_weights {weights} must have one number for each of config.algorithm.loss_type {names}")
     if "exo_pair" in names and not c.label_smoothing > 0:
         raise UserError("config.algorithm.label_smoothing is 0, but exo_pair needs it above 0; its paper recommends 1e-3")
+    if c.label_smoothing and not {*SMOOTHED} & {*names}:
+        smooth = f"{' and '.join(names)} {'do' if len(names) > 1 else 'does'} not smooth labels"
+        raise UserError(f"config.algorithm.label_smoothing is {c.label_smoothing}, but {smooth}; set it to 0")
     check_choice("algorithm.f_divergence_type", c.f_divergence_type, F_DIVERGENCES)
     others = [name for name in names if name not in F_DIVERGENCE_LOSSES]
     if c.f_divergence_type != "reverse_kl" and others:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from aligner.algorithms.checks import check_choice, check_not_negative
 from aligner.algorithms.pairs import mean_over
+from aligner.data.mixture import is_set
 from aligner.likelihood import make_likelihood, spread, sum_answers
 from aligner.lora import without_adapters
 from aligner.losses import policy_gradient
@@ -175,6 +176,8 @@ def check(config: ConfigDict) -> None:
     check_online(config)
     if c.name in ("grpo", "rloo", "reinforce_plus_plus_baseline") and c.num_generations < 2:
         raise UserError(f"config.algorithm.num_generations is {c.num_generations}, but {c.name} compares answers to one prompt: at least 2")
+    if c.dynamic_sampling and c.num_generations < 2:
+        raise UserError("config.algorithm.dynamic_sampling leaves out prompts whose answers are worth the same, as one alone is; set 0")
     if not 0 < c.top_entropy_quantile <= 1:
         raise UserError(f"config.algorithm.top_entropy_quantile is {c.top_entropy_quantile}; it is a share, above 0 and at most 1")
 
@@ -182,19 +185,23 @@ def check(config: ConfigDict) -> None:
 def check_online(config: ConfigDict) -> None:
     """What all online algorithms have in common."""
     c = config.algorithm
-    check_not_negative(c, "beta", "epsilon", "overlong_buffer", "overlong_penalty")
-    check_not_negative(c, *(name for name in ("epsilon_high", "delta", "dynamic_sampling") if c.get(name) is not None))
+    check_not_negative(c, "beta", "overlong_buffer", "overlong_penalty")
+    check_not_negative(c, *(name for name in ("epsilon", "epsilon_high", "delta", "dynamic_sampling") if c.get(name) is not None))
     for name in ("num_generations", "num_iterations", "num_mini_batches", "max_turns"):
         if c[name] < 1:
             raise UserError(f"config.algorithm.{name} is {c[name]}; it must be at least 1")
     if not c.reward_timeout > 0:
         raise UserError(f"config.algorithm.reward_timeout is {c.reward_timeout}; it is in seconds, above 0")
-    if c.dual_clip is not None and not c.dual_clip > 1:
+    if c.get("dual_clip") is not None and not c.dual_clip > 1:
         raise UserError(f"config.algorithm.dual_clip is {c.dual_clip}; it must be above 1, or None")
     if not c.reward_funcs and not c.environment and c.name != "on_policy_distillation":
         raise UserError('config.algorithm.reward_funcs is empty: say what answers are worth, such as ("math",) or a reward model\'s path')
     if c.reward_weights and len(c.reward_weights) != len(c.reward_funcs):
         weights, names = tuple(c.reward_weights), tuple(c.reward_funcs)
         raise UserError(f"config.algorithm.reward_weights {weights} must have one number for each of reward_funcs {names}")
+    if others := [name for name, source in config.data.evals.items() if is_set(source)]:
+        raise UserError(f"config.data.evals.{others[0]} is set, but an online run evaluates on config.data.eval alone; leave it out")
+    if config.data.packing and not c.get("ptx_coef"):
+        raise UserError("config.data.packing is True, but the answers to a prompt are a row of their own here; set it to False")
     if config.generation.temperature <= 0:
         raise UserError(f"config.generation.temperature is {config.generation.temperature}; learning from samples needs it above 0")

@@ -132,10 +132,7 @@ def load_dataset(
         fingerprint = _with(fingerprint, partner)
     else:
         example = lambda place, *_: load(place)
-    places = np.arange(len(census.row_ids))
-    if rows.repeats is not None:
-        places = np.repeat(places, rows.repeats[census.row_ids])
-        fingerprint = _with(fingerprint, places)
+    places, fingerprint = of_epoch(census.row_ids, rows.repeats, fingerprint)
     row_ids, sizes = census.row_ids[places], sizes[places]
     plan, (T, S, I) = make_plan(sizes, data, needs, seed)
     if data.get("packing", False):  # by the seed, and what was computed row by row holds for the very rows alone
@@ -182,6 +179,30 @@ def load_dataset(
         lengths=lengths,
         texts=np.stack([sizes[:, 0], np.minimum(sizes[:, 0] + sizes[:, 1], data.max_length)], axis=1),
     )
+
+
+def of_epoch(row_ids: np.ndarray, repeats: np.ndarray | None, fingerprint: str) -> tuple[np.ndarray, str]:
+    """(places in `row_ids` [N] of the kept rows, as often as each stands in an epoch; a fingerprint that takes that in, too).
+
+    Args:
+        row_ids: numbers in the source of the kept rows.
+        repeats: of every row of the source, how often it stands in an epoch; None: each once.
+        fingerprint: of the rows.
+    """
+    places = np.arange(len(row_ids))
+    if repeats is None:
+        return places, fingerprint
+    places = np.repeat(places, repeats[row_ids])
+    return places, _with(fingerprint, places)
+
+
+def endless(size: int, shuffle: bool, seed: int) -> Callable[[int], int]:
+    """Place in an endless order of `size` things -> which of them stands there; shuffled, every pass has an order of its own."""
+    import grain
+
+    order = grain.MapDataset.range(size)
+    order = (order.seed(seed % 2**32).shuffle() if shuffle else order).repeat()  # place k is in pass k // size
+    return lambda place: int(order[place])
 
 
 def _with(fingerprint: str, *arrays: np.ndarray) -> str:
@@ -356,14 +377,8 @@ def batches(
     Returns:
         An iterator with get_state and set_state.
     """
-    import grain
-
-    order = grain.MapDataset.range(dataset.size)
-    if shuffle:
-        order = order.seed(seed % 2**32).shuffle()
-    order = order.repeat()  # index k of the repeated dataset is in epoch k // size, each with its own shuffle
     count = None if epochs is None else math.ceil(round(epochs * dataset.size / batch_size, 6))
-    return _stream(dataset, batch_size, lambda k: int(order[k]), count, rows, start)
+    return _stream(dataset, batch_size, endless(dataset.size, shuffle, seed), count, rows, start)
 
 
 def eval_batches(dataset: Dataset, batch_size: int, *, rows: Any = slice(None)) -> Batches:

@@ -116,13 +116,13 @@ def conversion(
         text: the decoder's.
         names: a decoder tensor's name in a model of text alone -> in this one.
         parts: (stacks, exceptions) of what stands beside the decoder, such as `towers.names` gives.
-        more: other fields of Conversion.
+        more: `renames` and `modules` of Conversion.
     """
     base = families.conversion(hf.text_config.model_type, text, "language_model/", names)
     stacks, exceptions = dict(base.stacks), base.exceptions
     for more_stacks, more_exceptions in parts:
         stacks, exceptions = stacks | more_stacks, (*exceptions, *more_exceptions)
-    ignored = (*base.ignored, *towers.IGNORED, *more.pop("ignored", ()))
+    ignored = (*base.ignored, *towers.IGNORED)
     return dataclasses.replace(base, stacks=stacks, exceptions=exceptions, ignored=ignored, **more)
 
 
@@ -135,7 +135,6 @@ def assemble(
     conversion: Conversion,
     media: Media,
     trained_layers: Mapping[str, int] | None = None,
-    sharding_rules: Sequence[tuple] = (),
     roles: Callable[[Mapping[str, Any], dict], dict] | None = None,
 ) -> Model:
     """A Model from its parts.
@@ -146,7 +145,6 @@ def assemble(
         parts: tree path -> key -> the parameters there, for all but the decoder.
         encode: (params, batch, rngs, remat) -> features [B,F,D].
         conversion, media, trained_layers: as in Model.
-        sharding_rules: before those that all families share.
         roles: (processed, text batch) -> arrays that replace the batch's, where a processor says more of the text.
     """
     text = config.text_config
@@ -184,7 +182,7 @@ def assemble(
         head=lambda params: decoder.head(text, params["language_model"]),
         inputs=inputs,
         conversion=conversion,
-        sharding_rules=(*sharding_rules, *SHARDING_RULES),
+        sharding_rules=SHARDING_RULES,
         trained_layers=trained_layers or {},
         media=media,
     )

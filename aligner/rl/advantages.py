@@ -29,17 +29,17 @@ def combine(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def std(x: np.ndarray, axis: int | None) -> np.ndarray:
     """Unbiased, over the values there are; 0 where there is one or none."""
     count = np.sum(~np.isnan(x), axis=axis, keepdims=True)
-    mean = np.nansum(x, axis=axis, keepdims=True) / np.maximum(count, 1)
-    return np.sqrt(np.nansum((x - mean) ** 2, axis=axis, keepdims=True) / np.maximum(count - 1, 1))
+    return np.sqrt(np.nansum((x - mean(x, axis)) ** 2, axis=axis, keepdims=True) / np.maximum(count - 1, 1))
 
 
-def _mean(x: np.ndarray, axis: int | None) -> np.ndarray:
+def mean(x: np.ndarray, axis: int | None) -> np.ndarray:
+    """Over the values there are; 0 where there is none."""
     return np.nansum(x, axis=axis, keepdims=True) / np.maximum(np.sum(~np.isnan(x), axis=axis, keepdims=True), 1)
 
 
 def grpo(rewards: np.ndarray, scale: str = "group") -> np.ndarray:
     """GRPO (arXiv 2402.03300): a reward less its group's mean, by the group's or the batch's standard deviation + 1e-4, or as it is."""
-    centred = rewards - _mean(rewards, 1)
+    centred = rewards - mean(rewards, 1)
     scaled = {"group": lambda: centred / (std(rewards, 1) + 1e-4), "batch": lambda: centred / (std(rewards, None) + 1e-4)}
     return np.nan_to_num(scaled[scale]() if scale in scaled else centred)
 
@@ -60,17 +60,17 @@ def rloo(rewards: np.ndarray) -> np.ndarray:
 
 def reinforce(rewards: np.ndarray) -> np.ndarray:
     """REINFORCE: the reward less the batch's mean."""
-    return np.nan_to_num(rewards - _mean(rewards, None))
+    return np.nan_to_num(rewards - mean(rewards, None))
 
 
 def whiten_batch(rewards: np.ndarray) -> np.ndarray:
     """Over the batch: mean 0, standard deviation 1 (+ 1e-4)."""
-    return np.nan_to_num((rewards - _mean(rewards, None)) / (std(rewards, None) + 1e-4))
+    return np.nan_to_num((rewards - mean(rewards, None)) / (std(rewards, None) + 1e-4))
 
 
 def reinforce_baseline(rewards: np.ndarray) -> np.ndarray:
     """REINFORCE++ with baseline (arXiv 2501.03262): the group's mean is taken off, the batch's deviation divides."""
-    return whiten_batch(rewards - _mean(rewards, 1))
+    return whiten_batch(rewards - mean(rewards, 1))
 
 
 def remax(rewards: np.ndarray, greedy: np.ndarray) -> np.ndarray:
@@ -81,10 +81,10 @@ def remax(rewards: np.ndarray, greedy: np.ndarray) -> np.ndarray:
 def whiten(x: np.ndarray, mask: np.ndarray, shift_mean: bool = True) -> np.ndarray:
     """Mean 0 and variance 1 over where the mask is true (unbiased variance + 1e-8); without `shift_mean` the mean stays."""
     count = max(int(mask.sum()), 1)
-    mean = np.sum(x, where=mask) / count
-    variance = np.sum((x - mean) ** 2, where=mask) / max(count - 1, 1)
-    scaled = (x - mean) / np.sqrt(variance + 1e-8)
-    return np.where(mask, scaled if shift_mean else scaled + mean, 0.0)
+    middle = np.sum(x, where=mask) / count
+    variance = np.sum((x - middle) ** 2, where=mask) / max(count - 1, 1)
+    scaled = (x - middle) / np.sqrt(variance + 1e-8)
+    return np.where(mask, scaled if shift_mean else scaled + middle, 0.0)
 
 
 def gae(rewards: np.ndarray, values: np.ndarray, gamma: float, lam: float) -> np.ndarray:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from aligner.data import loader, media, mixture, modalities, templates
 from aligner.data.census import check_census, describe, take_census
 from aligner.data.kinds import ENCODERS
@@ -40,7 +42,7 @@ class Prompts:
     """Prompts that passed the census.
 
     Attributes:
-        size: how many.
+        size: how many stand in an epoch.
         item: place in the endless order (a new one every epoch) -> Item.
         folder: where images of the rows are looked up.
         report: lines for people.
@@ -65,8 +67,6 @@ def load_prompts(config: Any, split: str, model: Model, cache_dir: str | Path | 
     Raises:
         UserError: missing file, no prompt left, more bad rows than `config.data.max_bad_fraction`.
     """
-    import grain
-
     name, data, kind = f"data.{split}", config.data, ENCODERS["prompt"]
     rows = mixture.open_samples(data[split], name, kind, config.seed)
     loader.check_assets(model)
@@ -80,10 +80,8 @@ def load_prompts(config: Any, split: str, model: Model, cache_dir: str | Path | 
 
     census = take_census(encode.steps, rows, model, max(room, 0), name, key=["prompt"], cache_dir=cache_dir, workers=data.workers)
     check_census(census, rows, name, data.max_bad_fraction)
-    order = grain.MapDataset.range(len(census.row_ids))
-    if split == "train" and data.shuffle:
-        order = order.seed(config.seed % 2**32).shuffle()
-    order = order.repeat()
+    places, learned = loader.of_epoch(census.row_ids, rows.repeats, census.fingerprint)
+    order = loader.endless(len(places), split == "train" and data.shuffle, config.seed)
 
     def source(index: int, prompt: Any, encoded: templates.Encoded) -> tuple[Any, list[Any]]:
         for other in (kind for kind, _ in encoded.media if kind != "image"):
@@ -92,7 +90,7 @@ def load_prompts(config: Any, split: str, model: Model, cache_dir: str | Path | 
         return prompt, [media.open_image(reference, rows.folder(index)) for _, reference in encoded.media]
 
     def item(place: int) -> Item:
-        index = int(census.row_ids[int(order[place])])
+        index = int(census.row_ids[places[order(place)]])
         row, sample, encoded = rows.raw(index), as_prompt(rows.read(index)), encode(index)
         pictures = modalities.load(encoded.media, seeing(index))
         columns = {name: value for name, value in row.items() if name not in ("prompt", "completion", "completions")}
@@ -101,4 +99,4 @@ def load_prompts(config: Any, split: str, model: Model, cache_dir: str | Path | 
         return Item(index, sample.prompt, encoded, prompt, {"ground_truth": sample.ground_truth, **columns})
 
     report = describe(census, rows, name, rows.formatter, model)
-    return Prompts(len(census.row_ids), item, Path(rows.folder(0)), tuple(report), census.sizes[:, 0], census.fingerprint)
+    return Prompts(len(places), item, Path(rows.folder(0)), tuple(report), census.sizes[places, 0], learned)

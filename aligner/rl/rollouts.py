@@ -280,7 +280,7 @@ def bounded(c: ConfigDict, total: np.ndarray, each: np.ndarray, found: dict, hos
 def _ppo(c: ConfigDict, total, stopped, drift, batch, groups, S: int, host: dict) -> tuple[dict[str, np.ndarray], dict]:
     """PPO's columns: the reward at the last token less the KL at every token, GAE, whitened advantages."""
     scores, running = ppo.clip_and_scale(total, c, host["running"])
-    scores = np.nan_to_num(scores)  # an answer of which no worth is known is worth as much as the others, on average
+    scores = np.where(np.isnan(scores), adv.mean(scores, None), scores)  # of no known worth: as much as the others, on average
     if c.missing_eos_penalty is not None:
         scores = scores - c.missing_eos_penalty * ~stopped
     values = of_answers(batch["old_values"], groups)

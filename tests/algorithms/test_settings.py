@@ -37,6 +37,7 @@ def make(algorithm, reference=None, model=None, **changes):
         (common.dpo, dict(beta=0.0), "config.algorithm.beta is 0.0, but dpo needs beta > 0"),
         (common.dpo, dict(label_smoothing=0.5), r"must be in \[0, 0.5\)"),
         (common.dpo, dict(loss_type=("exo_pair",)), "recommends 1e-3"),
+        (common.dpo, dict(loss_type=("hinge", "sft"), label_smoothing=0.1), "label_smoothing is 0.1, but hinge and sft do not smooth labels"),
         (common.dpo, dict(f_divergence_type="reverse"), "f_divergence_type 'reverse' is not known; did you mean 'reverse_kl'?"),
         (common.dpo, dict(loss_type=("apo_zero",), f_divergence_type="forward_kl"), "has no meaning for apo_zero"),
         (common.dpo, dict(loss_type=("aot",), use_weighting=True), "compare values of different pairs"),

@@ -13,6 +13,7 @@ import pytest
 from aligner.data import mixture
 from aligner.data.loader import batches, eval_batches, load_dataset
 from aligner.data.tokens import pack, unpack
+from aligner.rl.prompts import load_prompts
 from aligner.types import UserError
 from tests.data import tiny
 
@@ -67,6 +68,20 @@ def test_an_epoch_holds_what_was_asked_for(files, packing, tmp_path):
     assert again.fingerprint == dataset.fingerprint and ids(eval_batches(again, 4)) == ids(eval_batches(dataset, 4))
     assert load(entries, packing=packing, packed_length=200, seed=5).fingerprint != dataset.fingerprint
     assert "pairs.jsonl (6 of 12 rows an epoch) + " in dataset.report[0] and "trl, safe_rlhf" in dataset.report[0]
+
+
+def test_prompts_stand_in_an_epoch_as_often_as_was_asked_for(files):
+    """As rows that are learned from do; a weight or fraction that repeats prompts was passed over."""
+    pairs, safe = files
+    config = tiny.config("", formatter="prompt_only")
+    config.generation = dict(max_new_tokens=8, server="")
+    with config.unlocked():
+        config.data.train.mixture = (dict(path=pairs, weight=1.0), dict(path=safe, weight=4.0))
+    prompts = load_prompts(config, "train", tiny.text_model())
+    assert prompts.size == len(prompts.lengths) == 20
+    for epoch in range(2):
+        seen = Counter(prompts.item(place).row for place in range(20 * epoch, 20 * epoch + 20))
+        assert [seen[i] for i in range(12)] == [1] * 4 + [2] * 8, "4 of the 12 pairs, all of the other 8 twice"
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -39,7 +39,7 @@ def test_equals_trl(name, record):
     config.algorithm = getattr(common, name.removeprefix("async_"))()
     if "importance_cap" in settings:
         config.generation.server, config.generation.importance_cap = "vllm:http://host", settings.pop("importance_cap")
-    config.algorithm.update(dict(reward_funcs=("math",), num_generations=R, beta=0.0) | settings)
+    config.algorithm.update(dict(reward_funcs=("math",), num_generations=R, beta=0.0, use_bias_correction_kl=False) | settings)
     config.generation.max_new_tokens = LONGEST
     batch = batch_of(arrays)
     if config.algorithm.top_entropy_quantile < 1:

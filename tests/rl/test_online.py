@@ -9,7 +9,7 @@ import pytest
 
 from aligner import online, sharding
 from aligner.algorithms import make, ppo
-from aligner.algorithms.grpo import check_online
+from aligner.algorithms.grpo import check, check_online
 from aligner.data.templates import Encoded
 from aligner.generation.engine import Completion, Prompt
 from aligner.rl import rollouts
@@ -160,6 +160,20 @@ def test_what_may_be_left_out_may_not_be_negative(setting):
     with pytest.raises(UserError, match=rf"config\.algorithm\.{setting} is -1(\.0)?, but grpo needs {setting} >= 0"):
         check_online(config_of("grpo", **{setting: -1}))
     check_online(config_of("ppo"))
+
+
+def test_settings_that_would_be_passed_over_are_refused():
+    """Packing and further evaluation sets are not for answers that are written; of one answer to a prompt dynamic sampling keeps none."""
+    packed, more = config_of("grpo"), config_of("grpo")
+    packed.data.packing = True
+    more.data.evals.second = common.data_source()
+    check_online(more)  # without a path it is none
+    more.data.evals.second.path = "rows.jsonl"
+    single = config_of("reinforce", num_generations=1, dynamic_sampling=2)
+    for config, words in ((packed, "data.packing is True"), (more, "data.evals.second is set"), (single, "as one alone is; set 0")):
+        with pytest.raises(UserError, match=words):
+            check(config)
+    check(config_of("reinforce", num_generations=2, dynamic_sampling=2))
 
 
 def test_a_groups_answers_stand_in_its_row_and_are_compared_with_each_other_alone(llama):

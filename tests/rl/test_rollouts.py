@@ -134,3 +134,11 @@ def test_nothing_is_learnt_from_an_answer_whose_worth_is_not_known():
     wanted = (known - known.mean()) / np.sqrt(known.var(ddof=1) + 1e-8)
     np.testing.assert_allclose(batch["advantages"][batch["advantages"] != 0], wanted, rtol=1e-5)
     assert not batch["advantages"][0, 10:].any()
+
+
+def test_an_answer_whose_worth_is_not_known_is_worth_as_much_as_the_others():
+    """A raw 0, beside what a reward model gives, would make it the best or the worst of all."""
+    zeros = [[np.zeros(m) for m in row] for row in LENGTHS]
+    batch, _, _ = rollout("ppo", REWARDS[..., :1] - 8, {"old_values": zeros, "old_logps": zeros}, lam=1.0)
+    lasts = np.cumsum(LENGTHS[0]) - 1
+    np.testing.assert_allclose(batch["returns"][0, lasts], [-7.7, -6.6, np.mean([0.3, 1.4, 2.0, -1.0, 0.5]) - 8], rtol=1e-6)
