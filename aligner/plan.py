@@ -172,6 +172,7 @@ def describe(figures: dict[str, Any], topology: str, chip: str, estimate: bool) 
         f"  frozen        {memory('frozen_bytes')}",
         f"  optimizer     {memory('optimizer_bytes')}",
         *([f"  reference     {memory('reference_bytes')}   that follows the policy"] if figures["reference_bytes"] else []),
+        *([f"  for rollouts  {memory('beside_bytes')}   weights that write answers, and the reference"] if figures["beside_bytes"] else []),
         f"  batch         {memory('batch_bytes')}",
     ]
     if not figures["too_large"]:
