@@ -211,6 +211,29 @@ def test_local_takes_the_gpus_that_it_may_see(tmp_path):
     assert "CUDA_VISIBLE_DEVICES has only 1 GPUs, 5" in run("5").stderr
 
 
+def test_skypilot_reads_arguments_as_a_command_line(tmp_path):
+    """Values that are tuples have quotes, parentheses and stars in them."""
+    asked = """--config c.py --config.optim.freeze="('vision_tower/.*', 'a b')" --workdir /shared/w"""
+    (tmp_path / "python").write_text(STUB)
+    (tmp_path / "python").chmod(0o755)
+    told = {"CALLS": str(tmp_path / "calls"), "PATH": f"{tmp_path}:{os.environ['PATH']}", "CHIP": "cpu", "ARGUMENTS": asked}
+    subprocess.run(["bash", "-c", program("skypilot")[0]], cwd=ROOT, env={**os.environ, **told}, check=True)
+    [argv, _] = json.loads((tmp_path / "calls").read_text())
+    assert argv == ["-m", "aligner.main", *shlex.split(asked)]
+
+
+def test_mpi_hands_the_environment_to_other_hosts(tmp_path):
+    """A virtual environment's `python` is found there by the PATH of here."""
+    (tmp_path / "mpirun").write_text(STUB)
+    (tmp_path / "mpirun").chmod(0o755)
+    told = {"CALLS": str(tmp_path / "calls"), "PATH": f"{tmp_path}:{os.environ['PATH']}", "CHIP": "cpu", "HOSTS": "a:2,b:2", "HF_TOKEN": "t"}
+    subprocess.run(["bash", "launch/mpi.sh"], cwd=ROOT, env={**os.environ, **told}, check=True)
+    [argv, environment] = json.loads((tmp_path / "calls").read_text())
+    passed = {argv[i + 1] for i, argument in enumerate(argv) if argument == "-x"}
+    assert {"PATH", "HF_TOKEN", "JAX_COORDINATOR_ADDRESS", "JAX_PLATFORMS"} <= passed
+    assert environment["JAX_COORDINATOR_ADDRESS"] == "a:12321"
+
+
 @pytest.mark.parametrize("name", JOBSETS)
 def test_jobsets_agree_with_themselves(name):
     """As many pods as chips need, and a coordinator that is the name of the first pod."""
