@@ -1,12 +1,15 @@
 """What `aligner.plan` says of a config is what a run of it holds, computes and sends."""
 
 import json
+import os
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import PartitionSpec as P
 
 from aligner import ahead, convert, lora, plan, sharding
@@ -302,10 +305,19 @@ def test_what_fits_after_a_change_is_found_by_compiling(checkpoint, monkeypatch,
 
 
 @pytest.mark.parametrize("topology,message", [("cpu:x", "a number of devices"), ("cuda:h300:8", "chip 'h300' is not known"), ("v9:2x2", "'v9' is not known"),
-    ("cpu:h200:4", "a number of devices"), ("cuda:v5e:2", "chip 'v5e' is not known"), ("h200:8", "write cuda:h200:8")])  # fmt: skip
+    ("cpu:h200:4", "a number of devices"), ("v5e", "such as v5e:4x8"), ("v5p:64", "such as v5e:4x8"), ("cuda:v5e:2", "chip 'v5e' is not known"), ("h200:8", "write cuda:h200:8")])  # fmt: skip
 def test_unknown_topologies(topology, message):
     with pytest.raises(UserError, match=message):
         plan.devices_of(topology)
+
+
+def test_a_machine_of_one_tpu(monkeypatch):
+    """The compiler takes a host for four chips where nothing is said."""
+    asked = []
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # where what it is told must not stay
+    monkeypatch.setattr(topologies, "get_topology_desc", lambda **options: asked.append(options) or types.SimpleNamespace(devices=["chip"]))
+    assert plan.devices_of("v5e:1x1") == plan.devices_of("v5e:2x2") == (["chip"], "v5e", False)
+    assert asked[0]["chips_per_host_bounds"] == [1, 1, 1] and "chips_per_host_bounds" not in asked[1]
 
 
 def test_only_tpus_have_slices():
