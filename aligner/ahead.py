@@ -36,7 +36,10 @@ class Row(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A training step that is not compiled yet: `program.lower(state, fixed, batch)` under `mesh`."""
+    """A training step that is not compiled yet: `program.lower(state, fixed, batch)` under `mesh`.
+
+    `beside` is what lies on the devices meanwhile and is no argument of the step: what wrote the answers, and their reference.
+    """
 
     program: Any
     state: Any
@@ -45,6 +48,7 @@ class Step(NamedTuple):
     params: Params
     mesh: Mesh
     attention: str
+    beside: dict[str, Params]
 
 
 class TooLarge(Exception):
@@ -115,9 +119,10 @@ def make_step(config: Any, model: Model, devices: list[Any], row: Row) -> Step:
     algorithm = algorithms.make(config, model)
     params, adapters = abstract_params(config, model, mesh)
     trainable, base = lora.split(params, config.optim.freeze, adapters)
+    online = config.algorithm.name in algorithms.ONLINE
     in_compute_dtype = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.model.dtype), sharding=leaf.sharding)
-    fixed = {"base": base}
-    if config.reference.kind == "copy" and algorithm.sync is None:
+    fixed, beside = {"base": base}, {}
+    if config.reference.kind == "copy" and algorithm.sync is None and not online:
         fixed["reference"] = lora.combine(jax.tree.map(in_compute_dtype, trainable), base)
     if config.reference.kind == "base":
         leaves = lora.flatten(trainable)
@@ -127,12 +132,19 @@ def make_step(config: Any, model: Model, devices: list[Any], row: Row) -> Step:
         places = sharding.param_shardings(shapes, other.sharding_rules, mesh)
         put = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.model.dtype), sharding=place)
         fixed[name] = jax.tree.map(put, shapes, places)
+    if online:  # as `aligner.online` holds them
+        copy = jax.tree.map(in_compute_dtype, trainable)
+        refers = config.algorithm.beta > 0 and algorithm.rollout and config.algorithm.name != "on_policy_distillation"
+        if refers and config.reference.kind != "base":
+            beside["reference"] = copy
+        if not config.generation.server:
+            beside["writer"] = lora.combine(copy, base)
     schedule = optim.make_schedule(config.optim, 1000)
     optimizer = optim.make_optimizer(config.optim, schedule, model.trained_layers)
     train_state = state.abstract_create(trainable, optimizer, algorithm.carry, mesh, own_reference=algorithm.sync is not None)
     program = jit_train_step(config, algorithm, optimizer, schedule, train_state, mesh)
     backend = attention.chosen(mesh, config.model.attention)
-    return Step(program, train_state, fixed, abstract_batch(config, model, algorithm, params, row, mesh), params, mesh, backend)
+    return Step(program, train_state, fixed, abstract_batch(config, model, algorithm, params, row, mesh), params, mesh, backend, beside)
 
 
 def abstract_batch(config: Any, model: Model, algorithm: Algorithm, params: Params, row: Row, mesh: Mesh) -> dict:
@@ -175,6 +187,11 @@ def local_bytes(tree: Any) -> int:
     return int(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * size(leaf.dtype) for leaf in jax.tree.leaves(tree)))
 
 
+def once(tree: Any) -> list[Any]:
+    """Leaves, those that stand in several places counted once: a reference shares with the policy what does not train."""
+    return list({id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values())
+
+
 def figures(step: Step) -> dict[str, Any]:
     """What the step holds on each device, before and after it is compiled.
 
@@ -192,27 +209,32 @@ def figures(step: Step) -> dict[str, Any]:
         parameters=count(kernels(step.params)),
         trainable=count(trains),
         trainable_bytes=local_bytes(trains),
-        frozen_bytes=local_bytes(step.fixed),
+        frozen_bytes=local_bytes(once(step.fixed)),
         optimizer_bytes=local_bytes(step.state.opt_state),
         reference_bytes=local_bytes(step.state.reference),
+        beside_bytes=local_bytes([once(tree) for tree in step.beside.values()]),
         batch_bytes=local_bytes(step.batch),
         gradient_bytes=local_bytes(trains),
         flops=flops(step) / step.mesh.size,
         shardings={path: str(leaf.sharding.spec) for path, leaf in sharding.tree_paths(kernels(step.params)).items()},
     )
-    found["resident_bytes"] = local_bytes((step.state, step.fixed, step.batch))
+    shared = local_bytes(step.fixed) - found["frozen_bytes"]
+    found["resident_bytes"] = local_bytes((step.state, step.fixed, step.batch)) - shared + found["beside_bytes"]
     try:
         compiled = compile_step(step)
     except TooLarge as error:
         needed, there = error.args
+        needed += found["beside_bytes"] - shared
         return found | dict(too_large=True, total_bytes=int(needed), chip_bytes=int(there), compile_seconds=time.monotonic() - started)
     memory = compiled.memory_analysis()
-    arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
+    # an argument that the step does not read is none of the program's, and lies there all the same
+    arguments = max(memory.argument_size_in_bytes - shared, found["resident_bytes"] - found["beside_bytes"])
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return found | dict(
         too_large=False,
         temporary_bytes=memory.temp_size_in_bytes,
         activation_bytes=max(0, memory.temp_size_in_bytes - found["gradient_bytes"]),
-        total_bytes=arguments + results + memory.temp_size_in_bytes,
+        total_bytes=arguments + results + memory.temp_size_in_bytes + found["beside_bytes"],
         collectives=collectives(compiled.as_text()),
         compile_seconds=time.monotonic() - started,
     )

@@ -89,6 +89,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     attention.check_heads(mesh, text_config(model).num_attention_heads, text_config(model).num_key_value_heads)
     reference_disk = open_reference(config, model, disk)
     algorithm = algorithms.make(config, model)
+    others = {name: convert.open_model(path) for name, (_, path) in algorithm.others.items()}
     manner = sampling_of(config, model)
     abstract = convert.abstract_params(model)
     adapters, start = peft.plan(config, model, abstract)
@@ -148,7 +149,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             trainable = {**trainable, ppo.CRITIC: load_frozen(master(config), *critic, mesh)}
         train_state = state.create(trainable, optimizer, algorithm.carry, config.seed, mesh)
         del trainable
-        fixed |= {name: load_frozen(config, *other, mesh) for name, other in algorithm.others.items()}
+        fixed |= {name: load_frozen(config, *other, mesh) for name, other in others.items()}
         host = {"position": 0, "beta": float(c.beta), "running": [0, 0.0, 0.0], "num_tokens": 0}
         host |= {"lagrangian": float(c.lagrangian_init)} if c.get("cost_funcs") else {}
         restored = checkpoint.restore(checkpoints, state.abstract(train_state))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,12 +68,18 @@ def devices_of(topology: str, slices: int = 1) -> tuple[list[Any], str, bool]:
     if kind not in TPUS:
         meant = f"; write cuda:{topology}" if kind in GPUS else f"; known are cpu, cuda and the TPUs {', '.join(TPUS)}"
         raise UserError(f"--topology {topology}: {kind!r} is not known{meant}")
+    if not re.fullmatch(r"\d+(x\d+)+", rest):
+        raise UserError(f"--topology {topology}: the chips along each side must stand behind the colon, such as v5e:4x8 or v5p:4x4x4")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # else libtpu complains that it cannot ask for these two
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is touched, so that several plans may be made at once
     from jax.experimental import topologies
 
     cores = {"chip_config_name": "megacore"} if kind == "v4" else {}  # a chip's two cores are one device, as in a run
+    if set(rest.split("x")) == {"1"}:  # a machine of one chip, where else there are four
+        cores["chips_per_host_bounds"] = [1, 1, 1]
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices, **cores).devices), kind, False
     except Exception as error:
@@ -174,6 +181,7 @@ def describe(figures: dict[str, Any], topology: str, chip: str, estimate: bool) 
         f"  frozen        {memory('frozen_bytes')}",
         f"  optimizer     {memory('optimizer_bytes')}",
         *([f"  reference     {memory('reference_bytes')}   that follows the policy"] if figures["reference_bytes"] else []),
+        *([f"  for rollouts  {memory('beside_bytes')}   weights that write answers, and the reference"] if figures["beside_bytes"] else []),
         f"  batch         {memory('batch_bytes')}",
     ]
     if not figures["too_large"]:

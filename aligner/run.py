@@ -61,6 +61,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     model = with_template(model, config.data)
     reference_disk = open_reference(config, model, disk)
     algorithm = algorithms.make(config, model)
+    others = {name: convert.open_model(path) for name, (_, path) in algorithm.others.items()}
     abstract = convert.abstract_params(model)
     adapters, start = peft.plan(config, model, abstract)
     if adapters:
@@ -114,7 +115,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         fixed = {"base": base} | ({"reference": reference} if config.reference.kind == "copy" and not own_reference else {})
         if config.reference.kind == "base":
             fixed["initial"] = frozen_copy(config, {path: leaf for path, leaf in lora.flatten(trainable).items() if path in adapters.saved})
-        fixed |= {name: load_frozen(config, *other, mesh) for name, other in algorithm.others.items()}
+        fixed |= {name: load_frozen(config, *other, mesh) for name, other in others.items()}
         del reference
         train_state = state.create(trainable, optimizer, algorithm.carry, config.seed, mesh, own_reference)
         del trainable

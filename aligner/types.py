@@ -249,7 +249,7 @@ class Algorithm:
         sync: (weight a, every N steps): the reference becomes a * policy + (1 - a) * reference; None keeps it fixed.
         rollout: (params, fixed, batch) -> {column: [B,S]}: what an online algorithm asks of the policy that wrote the answers, of its
             reference and of its critic, before it learns from them; None learns from a dataset.
-        others: further frozen models, name -> (model, its checkpoint): `score` finds their parameters in `fixed`.
+        others: further frozen models, name -> (model, where its checkpoint is): `score` finds their parameters in `fixed`.
     """
 
     score: Callable[..., Scores]
@@ -263,7 +263,7 @@ class Algorithm:
     whole_batch: bool = False
     sync: tuple[float, int] | None = None
     rollout: Callable[..., dict[str, Array]] | None = None
-    others: Mapping[str, tuple[Model, Any]] = dataclasses.field(default_factory=dict)
+    others: Mapping[str, tuple[Model, str]] = dataclasses.field(default_factory=dict)
 
 
 class UserError(Exception):

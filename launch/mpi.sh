@@ -9,7 +9,9 @@ PORT="${PORT:-12321}"
 
 first="${HOSTS%%,*}"
 export JAX_COORDINATOR_ADDRESS="${first%%:*}:$PORT"
-variables=(JAX_COORDINATOR_ADDRESS XLA_FLAGS JAX_OPTIMIZATION_LEVEL XLA_PYTHON_CLIENT_MEM_FRACTION NCCL_NVLS_ENABLE CUDA_DEVICE_MAX_CONNECTIONS JAX_PLATFORMS)
+# what mpirun gives the processes on other hosts: among it where `python` is, and who may read a gated checkpoint
+variables=(PATH LD_LIBRARY_PATH HF_HOME HF_TOKEN HF_HUB_OFFLINE)
+variables+=(JAX_COORDINATOR_ADDRESS XLA_FLAGS JAX_OPTIMIZATION_LEVEL XLA_PYTHON_CLIENT_MEM_FRACTION NCCL_NVLS_ENABLE CUDA_DEVICE_MAX_CONNECTIONS JAX_PLATFORMS)
 passed=()
 for name in "${variables[@]}"; do [ -n "${!name:-}" ] && passed+=(-x "$name"); done
 

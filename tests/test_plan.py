@@ -1,15 +1,18 @@
 """What `aligner.plan` says of a config is what a run of it holds, computes and sends."""
 
 import json
+import os
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import PartitionSpec as P
 
-from aligner import ahead, lora, plan, sharding
+from aligner import ahead, convert, lora, plan, sharding
 from aligner.models.layers import REMAT
 from aligner.run import attach
 from aligner.types import UserError
@@ -97,6 +100,30 @@ def test_every_kind_of_algorithm_has_a_step(llama, name):
     row = ahead.row_of(config, llama.model, 24, None, 0, None)
     step = ahead.make_step(config, llama.model, jax.devices()[:1], row)
     assert ahead.flops(step) > 0
+
+
+@pytest.mark.parametrize("changes,copies", [({}, 2), ({"algorithm__beta": 0.0}, 1), ({"generation__server": "vllm:http://there:8000", "lora__rank": 2}, 0)],
+    ids=["reference", "alone", "server"])  # fmt: skip
+def test_what_lies_beside_the_step_of_an_online_algorithm(llama, changes, copies):
+    """The weights that write answers and the reference, in the dtype of the computation; a server writes with its own."""
+    config = tiny.config(model__dtype="bfloat16", mesh__fsdp=8)
+    config.algorithm = common.grpo()
+    config.algorithm.reward_funcs, config.algorithm.beta = ("math",), 0.1
+    with config.unlocked():
+        for name, value in changes.items():
+            section, key = name.split("__")
+            config[section][key] = value
+    step = ahead.make_step(config, llama.model, jax.devices(), ahead.row_of(config, llama.model, 24, None, 0, None))
+    policy, adapters = (ahead.local_bytes(tree) for tree in (step.params, step.state.trainable))
+    assert ahead.local_bytes(step.beside) == (adapters // 2 if "lora__rank" in changes else copies * policy // 2)
+    assert step.fixed.keys() == {"base"}
+
+
+def test_a_reference_in_memory_shares_what_does_not_train(llama):
+    _, _, step = step_of(llama, reference__kind="copy", optim__freeze=("lm_head/.*",), devices=1)
+    frozen = ahead.local_bytes(step.fixed["base"])
+    assert frozen > 0
+    assert ahead.local_bytes(ahead.once(step.fixed)) == frozen + ahead.local_bytes(step.state.trainable)
 
 
 def test_flops(llama):
@@ -218,6 +245,15 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+def test_a_teacher_is_planned_without_its_weights(checkpoint):
+    config = tiny.config(reference__kind="precomputed")
+    config.algorithm = common.distillation()
+    config.algorithm.teacher = str(checkpoint)
+    model = convert.model_from_folder(checkpoint)
+    step = ahead.make_step(config, model, jax.devices()[:1], ahead.row_of(config, model, 24, None, 0, None))
+    assert ahead.local_bytes(step.fixed["teacher"]) == ahead.local_bytes(step.params) > 0
+
+
 def call(monkeypatch, tmp_path, *argv):
     """(status, figures) of the command line on this process's eight devices."""
     forget_flags()
@@ -269,10 +305,19 @@ def test_what_fits_after_a_change_is_found_by_compiling(checkpoint, monkeypatch,
 
 
 @pytest.mark.parametrize("topology,message", [("cpu:x", "a number of devices"), ("cuda:h300:8", "chip 'h300' is not known"), ("v9:2x2", "'v9' is not known"),
-    ("cpu:h200:4", "a number of devices"), ("cuda:v5e:2", "chip 'v5e' is not known"), ("h200:8", "write cuda:h200:8")])  # fmt: skip
+    ("cpu:h200:4", "a number of devices"), ("v5e", "such as v5e:4x8"), ("v5p:64", "such as v5e:4x8"), ("cuda:v5e:2", "chip 'v5e' is not known"), ("h200:8", "write cuda:h200:8")])  # fmt: skip
 def test_unknown_topologies(topology, message):
     with pytest.raises(UserError, match=message):
         plan.devices_of(topology)
+
+
+def test_a_machine_of_one_tpu(monkeypatch):
+    """The compiler takes a host for four chips where nothing is said."""
+    asked = []
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # where what it is told must not stay
+    monkeypatch.setattr(topologies, "get_topology_desc", lambda **options: asked.append(options) or types.SimpleNamespace(devices=["chip"]))
+    assert plan.devices_of("v5e:1x1") == plan.devices_of("v5e:2x2") == (["chip"], "v5e", False)
+    assert asked[0]["chips_per_host_bounds"] == [1, 1, 1] and "chips_per_host_bounds" not in asked[1]
 
 
 def test_only_tpus_have_slices():
@@ -307,3 +352,6 @@ def test_memory_that_the_compiler_refuses(llama, monkeypatch):
     found = ahead.figures(step._replace(program=Refuses()))
     assert found["too_large"] and found["total_bytes"] == int(31.5 * 2**30) and found["chip_bytes"] == int(15.75 * 2**30)
     assert not plan.fits(found, None)
+    beside = {"writer": step.params}  # of which the compiler does not know
+    found = ahead.figures(step._replace(program=Refuses(), beside=beside))
+    assert found["total_bytes"] - int(31.5 * 2**30) == ahead.local_bytes(beside) > 0

@@ -17,17 +17,17 @@ OBJECTIVES = ("divergence", "iw_opd")
 
 
 def make(config: ConfigDict, model: Model) -> Algorithm:
-    """The teacher is opened by its headers; the run loads its weights."""
-    from aligner.convert import open_model
+    """The teacher is known by its config; the run opens and loads its weights."""
+    from aligner.convert import find_folder, model_from_folder
 
     if not config.algorithm.teacher:
         raise UserError("config.algorithm.teacher is empty: give the teacher's checkpoint folder or Hub id")
-    teacher, disk = open_model(config.algorithm.teacher)
+    teacher = model_from_folder(find_folder(config.algorithm.teacher, weights=False))
     check_same_tokens(model, teacher)
     top_k, words = config.algorithm.loss_top_k, len(model.assets.tokenizer)
     if top_k > words:
         raise UserError(f"config.algorithm.loss_top_k is {top_k}, but the vocabulary has {words} tokens")
-    return dataclasses.replace(distil(config, model, teacher), others={"teacher": (teacher, disk)})
+    return dataclasses.replace(distil(config, model, teacher), others={"teacher": (teacher, config.algorithm.teacher)})
 
 
 def distil(config: ConfigDict, model: Model, teacher: Model) -> Algorithm:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -175,16 +176,62 @@ def test_local_ends_when_a_process_fails(tmp_path):
     assert ended.returncode == 2 and "error: --config configs/dpo_lava.py does not exist" in ended.stderr
 
 
-def test_local_says_which_process_was_killed(tmp_path):
-    """It can say nothing itself, and the others wait for it."""
+def of_stub(tmp_path, program, *options):
+    """The command line of two local processes that run a program instead of training."""
     (tmp_path / "aligner").mkdir()
     (tmp_path / "aligner" / "__init__.py").touch()  # or one on PYTHONPATH comes first
-    (tmp_path / "aligner" / "main.py").write_text(
-        "import os, time\nif os.environ['JAX_PROCESS_ID'] == '1': os.kill(os.getpid(), 9)\ntime.sleep(600)\n"
-    )
-    command = [sys.executable, LAUNCH / "local.py", "--processes", "2", "--", "--config=none"]
+    (tmp_path / "aligner" / "main.py").write_text(f"import os, signal, sys, time\nrank = os.environ['JAX_PROCESS_ID']\n{program}\n")
+    return [sys.executable, LAUNCH / "local.py", "--processes", "2", *options, "--", "--config=none"]
+
+
+@pytest.mark.parametrize("end,status", [("os.kill(os.getpid(), 9)", 137), ("sys.exit(75)", 75)])
+def test_local_says_which_process_ended_first(tmp_path, end, status):
+    """It may say nothing itself, and the others wait for it; its exit status counts, not theirs, who are killed."""
+    command = of_stub(tmp_path, f"if rank == '1': {end}\ntime.sleep(600)")
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=runs.TIMEOUT)
-    assert ended.returncode == 137 and ended.stderr == "process 1 ended with status 137, so the others are ended too\n"
+    assert ended.returncode == status and ended.stderr == f"process 1 ended with status {status}, so the others are ended too\n"
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
+def test_local_hands_on_what_asks_to_stop(tmp_path, name):
+    """Nobody else would tell the processes, who are in sessions of their own."""
+    command = of_stub(tmp_path, f"signal.signal(signal.{name}, lambda *_: sys.exit(0))\nprint('up', flush=True)\ntime.sleep(600)\nsys.exit(1)")
+    launcher = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert [launcher.stdout.readline() for _ in range(2)] == ["up\n"] * 2
+    launcher.send_signal(getattr(signal, name))
+    assert launcher.wait(runs.TIMEOUT) == 0
+    assert launcher.stdout.read() == ""  # which ends when the last of them has
+
+
+def test_local_takes_the_gpus_that_it_may_see(tmp_path):
+    command = of_stub(tmp_path, "print(rank, os.environ['CUDA_VISIBLE_DEVICES'])", "--gpus")
+    run = lambda gpus: subprocess.run(command, cwd=tmp_path, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpus}, capture_output=True, text=True)
+    assert sorted(run("5,7").stdout.splitlines()) == ["0 5", "1 7"]
+    assert sorted(run("").stdout.splitlines()) == ["0 0", "1 1"]
+    assert "CUDA_VISIBLE_DEVICES has only 1 GPUs, 5" in run("5").stderr
+
+
+def test_skypilot_reads_arguments_as_a_command_line(tmp_path):
+    """Values that are tuples have quotes, parentheses and stars in them."""
+    asked = """--config c.py --config.optim.freeze="('vision_tower/.*', 'a b')" --workdir /shared/w"""
+    (tmp_path / "python").write_text(STUB)
+    (tmp_path / "python").chmod(0o755)
+    told = {"CALLS": str(tmp_path / "calls"), "PATH": f"{tmp_path}:{os.environ['PATH']}", "CHIP": "cpu", "ARGUMENTS": asked}
+    subprocess.run(["bash", "-c", program("skypilot")[0]], cwd=ROOT, env={**os.environ, **told}, check=True)
+    [argv, _] = json.loads((tmp_path / "calls").read_text())
+    assert argv == ["-m", "aligner.main", *shlex.split(asked)]
+
+
+def test_mpi_hands_the_environment_to_other_hosts(tmp_path):
+    """A virtual environment's `python` is found there by the PATH of here."""
+    (tmp_path / "mpirun").write_text(STUB)
+    (tmp_path / "mpirun").chmod(0o755)
+    told = {"CALLS": str(tmp_path / "calls"), "PATH": f"{tmp_path}:{os.environ['PATH']}", "CHIP": "cpu", "HOSTS": "a:2,b:2", "HF_TOKEN": "t"}
+    subprocess.run(["bash", "launch/mpi.sh"], cwd=ROOT, env={**os.environ, **told}, check=True)
+    [argv, environment] = json.loads((tmp_path / "calls").read_text())
+    passed = {argv[i + 1] for i, argument in enumerate(argv) if argument == "-x"}
+    assert {"PATH", "HF_TOKEN", "JAX_COORDINATOR_ADDRESS", "JAX_PLATFORMS"} <= passed
+    assert environment["JAX_COORDINATOR_ADDRESS"] == "a:12321"
 
 
 @pytest.mark.parametrize("name", JOBSETS)
