@@ -112,8 +112,12 @@ def of_round(config: ConfigDict, number: int, media: str) -> ConfigDict:
 
 def check(config: ConfigDict, rounds: int) -> None:
     """What is wrong whatever the data are."""
+    import jax
+
     from aligner.algorithms import ONLINE
 
+    if jax.process_count() > 1:
+        raise UserError("rounds are made in one process, which writes the answers; its devices may be many")
     if rounds < 1:
         raise UserError(f"--rounds is {rounds}; it must be at least 1")
     if config.lora.adapter:

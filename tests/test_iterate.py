@@ -86,6 +86,12 @@ def test_rounds_that_cannot_be_are_refused(tmp_path):
             iterate.run(config, tmp_path, rounds, "x", "RM", False, 2)
 
 
+def test_rounds_in_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    with pytest.raises(UserError, match="rounds are made in one process"):
+        iterate.run(common.base(), tmp_path, 1, "x", "RM", False, 2)
+
+
 def test_a_judge_that_prefers_nothing_is_told_of(tmp_path, monkeypatch):
     """The next command, with another model or more answers, does not find the empty file."""
     monkeypatch.setattr(generate, "run", lambda args: Path(args.out).write_text(""))
