@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from aligner import locks
 from aligner.commandline import as_options, ended, split_of
 from aligner.data.samples import MEDIA, TOLD
 from aligner.types import Model, UserError
@@ -89,26 +91,46 @@ def inputs(model: Model, disk: Any, rows: Any, formatter: str) -> dict[str, str]
     return dict(model=convert.fingerprint(disk), rows=rows.identity, formatter=formatter, chat_template=template)
 
 
-def resume(partial: Path, described: dict[str, Any]) -> int:
-    """How many rows a half-written file holds; a line that a kill left unfinished is cut off.
+@contextlib.contextmanager
+def going_on(partial: Path, described: dict[str, Any], block: int = 1) -> Iterator[int]:
+    """How many rows a half-written file holds; nobody else writes it meanwhile. A line that a kill left unfinished is cut off.
+
+    Args:
+        partial: the file; beside it stands what it is written with.
+        described: what decides its lines.
+        block: rows that are computed together; a block of which some are missing is cut off, so that no number depends on where it stopped.
 
     Raises:
-        UserError: it was written with other settings, or its folder cannot be written.
+        UserError: it was written with other settings, another process writes it, or its folder cannot be written.
     """
     beside, now = partial.with_suffix(".settings"), json.dumps(described, sort_keys=True)
-    if partial.exists() and (not beside.exists() or beside.read_text() != now):
-        raise UserError(f"{partial} was begun with another model, dataset or settings; give the same command, or remove the file")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(now)
+        file = beside.open("a+")
     except OSError as error:
         raise UserError(f"--out: {partial.parent} cannot be written: {error.strerror}") from None
+    with file:
+        if not locks.take(file):
+            raise UserError(f"another process writes {partial}; wait for its end, or name another file with --out")
+        file.seek(0)
+        if not partial.exists():  # the settings may be what a kill left of them
+            file.truncate(0)
+            file.write(now)
+            file.flush()
+        elif file.read() != now:
+            raise UserError(f"{partial} was begun with another model, dataset or settings; give the same command, or remove the file")
+        yield _cut_back(partial, block)
+
+
+def _cut_back(partial: Path, block: int) -> int:
+    """Keep whole lines of whole blocks; how many."""
     if not partial.exists():
         return 0
     with partial.open("rb+") as file:
-        whole = file.read()
-        file.truncate(whole.rfind(b"\n") + 1)
-    return whole.count(b"\n")
+        lines = file.read().split(b"\n")[:-1]
+        kept = len(lines) // block * block
+        file.truncate(sum(len(line) + 1 for line in lines[:kept]))
+    return kept
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:

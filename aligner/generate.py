@@ -95,12 +95,11 @@ def run(args: argparse.Namespace) -> Path:
     partial = out.with_name(out.name + ".partial")
     free = ("out", "revision", "chat_template", "write", "min_reward", "min_margin", "batch_size", "fsdp", "size", "model", "data")
     settings = {key: value for key, value in vars(args).items() if key not in free}
-    done = by_row.resume(partial, settings | by_row.inputs(model, disk, rows, name) | {"sampling": str(manner)})
-    say(f"{rows.description}, formatter {name}: {len(rows)} rows" + (f", {done} of them done before" if done else ""))
-
+    described = settings | by_row.inputs(model, disk, rows, name) | {"sampling": str(manner)}
     mesh = sharding.make_mesh({"data": -1, "fsdp": args.fsdp})
     width = -(-args.batch_size // mesh.size) * mesh.size
-    with jax.set_mesh(mesh), attention.BACKEND(attention.chosen(mesh)):
+    with by_row.going_on(partial, described) as done, jax.set_mesh(mesh), attention.BACKEND(attention.chosen(mesh)):
+        say(f"{rows.description}, formatter {name}: {len(rows)} rows" + (f", {done} of them done before" if done else ""))
         shardings = sharding.param_shardings(convert.abstract_params(model), model.sharding_rules, mesh)
         engine = engines.make_engine(model, manner, rows=width, dtype=args.dtype, detokenize=model.assets.tokenizer.decode)
         params = engine.prepare(convert.load_params(model, disk, args.dtype, shardings))
@@ -114,13 +113,13 @@ def run(args: argparse.Namespace) -> Path:
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
                     progress.update()
                 file.flush()
-    records = [*by_row.records(partial)]
-    finished = out.with_name(out.name + ".tmp")
-    written = [line for record in records if (line := shape(record, args)) is not None]
-    finished.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in written), encoding="utf-8")
-    os.replace(finished, out)
-    partial.unlink()
-    partial.with_suffix(".settings").unlink()
+        records = [*by_row.records(partial)]
+        finished = out.with_name(out.name + ".tmp")
+        written = [line for record in records if (line := shape(record, args)) is not None]
+        finished.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in written), encoding="utf-8")
+        os.replace(finished, out)
+        partial.unlink()
+        partial.with_suffix(".settings").unlink()
     failed = [record["not_answered"] for record in records if "not_answered" in record]
     say(*by_row.told(failed, len(records), "answered", f", {len(written)} lines written"))
     return out

@@ -17,6 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from aligner.stopping import end_quietly, nothing_to_save
+
+if __name__ == "__main__":  # first of all, as in aligner.main
+    end_quietly()
+
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -60,13 +65,12 @@ def run(config: ConfigDict, directory: Path, rounds: int, prompts: str, reward_m
     if bool(reward_model) == spin:
         raise UserError("give either --reward_model, which judges the answers, or --spin, which prefers the dataset's own")
     check(config, rounds)
+    unresolved, config = config, workdir.resolve(config, directory)
     asked = {"prompts": prompts, "reward_model": reward_model, "spin": spin, "n": n, **options}
     asked.pop("dtype", None)  # the config's
     check_place(directory, asked)
-    config = config.copy_and_resolve_references()
     if config.setup:
         call_setup(config)
-        config.setup = ""  # not again in every round
     # pairs stand in a folder of the round, what their prompts show where the prompts stand
     beside = Path(prompts).absolute()
     media = config.data.train.image_folder or (str(beside if beside.is_dir() else beside.parent) if beside.exists() else "")
@@ -76,11 +80,11 @@ def run(config: ConfigDict, directory: Path, rounds: int, prompts: str, reward_m
     for number in range(rounds):
         place = directory / f"round-{number}"
         pairs, export = place / "pairs.jsonl", place / "train" / "export"
-        this = of_round(config, number, folder, pairs, media)
+        this = of_round(unresolved, number, media)
         if export.exists():
-            workdir.check(this, place / "train")  # whether it is a round of this config
+            workdir.check(workdir.resolve(this, place / "train"), place / "train")  # whether it is a round of this config
         else:
-            if not pairs.exists():
+            if not pairs.exists() or not pairs.stat().st_size:
                 write_pairs(pairs, folder, prompts, reward_model, 1 if spin else n, options | template(folder, config))
             note_place(directory, asked)  # only now, so that a first try with a bad path leaves nothing behind
             train(this, place / "train")
@@ -88,22 +92,32 @@ def run(config: ConfigDict, directory: Path, rounds: int, prompts: str, reward_m
     return Path(folder)
 
 
-def of_round(config: ConfigDict, number: int, model: Any, pairs: Path, media: str) -> ConfigDict:
-    """The config of one round's training, which learns from its pairs where the round before ended."""
-    this = config.copy_and_resolve_references().unlock()
-    this.model.path = str(model)
-    this.data.train.path = str(pairs)
+def of_round(config: ConfigDict, number: int, media: str) -> ConfigDict:
+    """The config of one round's training, which learns from its pairs where the round before ended.
+
+    What stands in the workdir of all rounds is named by its way from the round's own, "{workdir}", and so is known again where they were
+    moved to another folder.
+    """
+    this = workdir.resolve(config, "{workdir}/../..").unlock()
+    if number:
+        this.model.path = f"{{workdir}}/../../round-{number - 1}/train/export"
+    this.data.train.path = "{workdir}/../pairs.jsonl"
     this.data.train.formatter = "trl"
-    this.data.train.image_folder = media
+    this.data.train.image_folder = this.data.train.image_folder or media
     this.seed = config.seed + number
+    this.setup = ""  # not again in every round
     this.checkpoint.export = True
     return this.lock()
 
 
 def check(config: ConfigDict, rounds: int) -> None:
     """What is wrong whatever the data are."""
+    import jax
+
     from aligner.algorithms import ONLINE
 
+    if jax.process_count() > 1:
+        raise UserError("rounds are made in one process, which writes the answers; its devices may be many")
     if rounds < 1:
         raise UserError(f"--rounds is {rounds}; it must be at least 1")
     if config.lora.adapter:
@@ -119,7 +133,8 @@ def check_place(directory: Path, asked: dict[str, Any]) -> None:
     """Whether the rounds in a folder, which are not made again, are those that are asked for."""
     path = directory / ASKED
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else asked
-    if changed := [f"--{name} was {before.get(name)!r} and is {value!r}" for name, value in asked.items() if before.get(name) != value]:
+    pairs = {name: (before.get(name), value) for name, value in asked.items()}
+    if changed := [f"--{name} was {pair[0]!r} and is {pair[1]!r}" for name, pair in pairs.items() if not workdir.same(*pair, directory)]:
         raise UserError(f"{directory} holds rounds of another command: {'; '.join(changed)}. Use another --workdir, or what was asked then")
 
 
@@ -194,14 +209,16 @@ def main(argv: list[str]) -> int:
     for name in ("config", "workdir", "prompts"):
         if getattr(FLAGS, name) is None:
             raise UserError(f"--{name} is missing; see python -m aligner.iterate --helpshort")
-    start_jax()
-    config = workdir.resolve(CONFIG.value, WORKDIR.value)
-    if rounds := sorted(Path(WORKDIR.value).glob("round-*/train")):
-        of_file = defaults(sys.argv)
-        for before in rounds:
-            workdir.bring_up_to_date(before, of_file)
-    options = dict(max_new_tokens=FLAGS.max_new_tokens, temperature=FLAGS.temperature, dtype=config.model.dtype)
-    folder = run(config, Path(WORKDIR.value), FLAGS.rounds, FLAGS.prompts, FLAGS.reward_model, FLAGS.spin, FLAGS.n, **options)
+    with nothing_to_save(CONFIG.value.checkpoint.requeue_code):  # while answers are written; training saves
+        start_jax()
+        config, directory = CONFIG.value, Path(WORKDIR.value)
+        options = dict(max_new_tokens=FLAGS.max_new_tokens, temperature=FLAGS.temperature, dtype=config.model.dtype)
+        with workdir.alone(directory):
+            if rounds := sorted(directory.glob("round-*/train")):
+                of_file = defaults(sys.argv)
+                for before in rounds:
+                    workdir.bring_up_to_date(before, of_file)
+            folder = run(config, directory, FLAGS.rounds, FLAGS.prompts, FLAGS.reward_model, FLAGS.spin, FLAGS.n, **options)
     print(f"written: {folder}")
     return 0
 

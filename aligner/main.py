@@ -100,7 +100,10 @@ def cli(program: Callable[[list[str]], int] = main) -> None:
             os._exit(2)
 
     # Ctrl-C before there is a state to save, or the second one
-    sys.exit(ended(run, stopped="stopped at once; the same command goes on from the newest checkpoint"))
+    code = ended(run, stopped="stopped at once; the same command goes on from the newest checkpoint")
+    if code == 128 + signal.SIGINT:
+        os._exit(code)  # the threads of a save that was broken off would show tracebacks while the interpreter ends
+    sys.exit(code)
 
 
 if __name__ == "__main__":

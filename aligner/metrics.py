@@ -183,7 +183,9 @@ def draw_curves(workdir: str | Path) -> Path | None:
         panels[0].plot([], [], color=f"C{number + 1}", linestyle="--", marker="o", label=dataset or "held out")
     panels[0].legend(frameon=False)
     path = Path(workdir) / "curves.png"
-    figure.savefig(path, dpi=110)
+    beside = path.with_suffix(".tmp")  # so that a kill leaves the picture of before, not half of one
+    figure.savefig(beside, dpi=110, format="png")
+    os.replace(beside, path)
     return path
 
 

@@ -275,7 +275,6 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                     ids = np.asarray(seen.pop("example_ids").value)
                     values = metrics.values(seen) | found
                     host["num_tokens"] += int(values["num_tokens"])
-                    check_finite(step, values, ids, config.train.max_nonfinite)
                     bar(step, values)
                     if first:
                         say(f"first step {time.monotonic() - started:.1f} s after the start, compilation included")
@@ -283,6 +282,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                         first = False
                     if step % config.log.every == 0 or step in (1, steps):
                         write(step, "train", values | {"num_tokens": host["num_tokens"], "example_ids_hash": ids_hash(ids)})
+                    check_finite(step, values, ids, config.train.max_nonfinite)  # the step is saved where this ends the run, and so told
                     if step % config.checkpoint.every == 0 or step == steps:
                         save()
                     if due(step):

@@ -76,12 +76,15 @@ def run(args: argparse.Namespace) -> Path:
     name, to_sample = find_formatter(args.formatter, rows.columns(), "data", kinds, by_row.template_of(args), example)
     loader.check_assets(model)
     partial = out.with_name(out.name + ".partial")
-    done = by_row.resume(partial, by_row.inputs(model, disk, rows, name) | settings(args))
-    say(f"{rows.description}, formatter {name}: {len(rows)} rows" + (f", {done} of them done before" if done else ""))
-
+    described = by_row.inputs(model, disk, rows, name) | settings(args)
     mesh = sharding.make_mesh({"data": -1, "fsdp": args.fsdp})
     size = -(-args.batch_size // mesh.size) * mesh.size
-    with jax.set_mesh(mesh), attention.BACKEND(attention.chosen(mesh)):
+    with (
+        by_row.going_on(partial, described, ROWS_PER_BLOCK) as done,
+        jax.set_mesh(mesh),
+        attention.BACKEND(attention.chosen(mesh)),
+    ):
+        say(f"{rows.description}, formatter {name}: {len(rows)} rows" + (f", {done} of them done before" if done else ""))
         shardings = sharding.param_shardings(convert.abstract_params(model), model.sharding_rules, mesh)
         params = convert.load_params(model, disk, args.dtype, shardings)
         score = make_score(model, args.kind)
@@ -95,8 +98,8 @@ def run(args: argparse.Namespace) -> Path:
                 progress.update(block[-1] + 1 - progress.n)  # those that could not be scored
                 file.write("".join(line(rows[i], found[i], args.kind) for i in block))
                 file.flush()
-    os.replace(partial, out)
-    partial.with_suffix(".settings").unlink()
+        os.replace(partial, out)
+        partial.with_suffix(".settings").unlink()
     failed = [record["not_scored"] for record in by_row.records(out) if "not_scored" in record]
     say(*by_row.told(failed, len(rows), "scored"))
     return out

@@ -83,8 +83,8 @@ def catch_signals() -> Iterator[Callable[[], None]]:
     checks = 0
 
     def note(number, frame):
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if asked and number == signal.SIGINT:  # as before this began: by KeyboardInterrupt, or of a program that calls `end_quietly`
+            return before[number](number, frame) if callable(before[number]) else signal.default_int_handler(number, frame)
         asked.append(number)
         again = " (Ctrl-C again to stop at once)" if number == signal.SIGINT else ""
         if several:
@@ -98,7 +98,9 @@ def catch_signals() -> Iterator[Callable[[], None]]:
             raise Stopped(asked[0] if asked else signal.SIGTERM)
 
     numbers = [number for number in (*heeded(), signal.SIGINT) if not (several and number == signal.SIGTERM)]
-    before = {number: signal.signal(number, note) for number in numbers}
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, note)
     try:
         yield check_stop
     finally:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from ml_collections import ConfigDict
 
+from aligner import locks
 from aligner.console import say
 from aligner.types import Model, Params, UserError
 
@@ -67,7 +68,7 @@ def check(config: ConfigDict, workdir: str | Path) -> list[str]:
         return []
     before, now = flat(read_config(workdir)), flat(json.loads(json.dumps(config.to_dict())))
     pairs = {key: (before.get(key), now.get(key)) for key in before.keys() | now.keys()}
-    changed = {key: pair for key, pair in pairs.items() if not _same(*pair, str(workdir))}
+    changed = {key: pair for key, pair in pairs.items() if not same(*pair, workdir)}
     refused = sorted(key for key in changed if not any(key == free or key.startswith(free + ".") for free in MAY_DIFFER))
     if refused:
         what = "; ".join(f"config.{key} was {changed[key][0]!r} and is {changed[key][1]!r}" for key in refused)
@@ -86,34 +87,26 @@ def has_trained(workdir: str | Path) -> bool:
 def alone(workdir: str | Path, patience: float = 120.0) -> Iterator[None]:
     """No other run works in the workdir meanwhile. One that ends (a launcher may start the next while a run still saves) is waited for.
 
-    The lock is the system's and goes with the process, however that ends. Process 0 holds it.
+    Process 0 holds the lock.
 
     Raises:
         UserError: another run is there after `patience` seconds.
     """
-    import fcntl
-
     make(workdir)
     if jax.process_index() != 0:
         yield
         return
     with (Path(workdir) / LOCK).open("a+") as file:
         begun, told = time.monotonic(), False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                file.seek(0)
-                other = f"another run works in {workdir} ({file.read().strip() or 'on another machine'})"
-                if time.monotonic() - begun > patience:
-                    raise UserError(f"{other}; wait for its end, stop it, or use another --workdir") from None
-                if not told:
-                    say(f"{other}; waiting for its end")
-                    told = True
-                time.sleep(1)
-            except OSError:  # a file system without locks
-                break
+        while not locks.take(file):
+            file.seek(0)
+            other = f"another run works in {workdir} ({file.read().strip() or 'on another machine'})"
+            if time.monotonic() - begun > patience:
+                raise UserError(f"{other}; wait for its end, stop it, or use another --workdir")
+            if not told:
+                say(f"{other}; waiting for its end")
+                told = True
+            time.sleep(1)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()
@@ -158,13 +151,13 @@ def _with_missing(before: Mapping[str, Any], defaults: Mapping[str, Any]) -> dic
     return filled
 
 
-def _same(before: Any, now: Any, workdir: str) -> bool:
+def same(before: Any, now: Any, workdir: str | Path) -> bool:
     """Equal, or two ways to write the path of one file or folder: with and without a slash at its end, or in a workdir that stood elsewhere
     when the run before recorded it."""
     if before == now or not (isinstance(before, str) and isinstance(now, str)):
         return before == now
     one_file = os.path.exists(before) and os.path.exists(now) and os.path.samefile(before, now)
-    return one_file or (now.startswith(f"{workdir}/") and before.endswith(now.removeprefix(workdir)))
+    return one_file or (now.startswith(f"{workdir}/") and before.endswith(now.removeprefix(str(workdir))))
 
 
 def record(config: ConfigDict, workdir: str | Path) -> None:

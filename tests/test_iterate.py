@@ -10,8 +10,9 @@ import pytest
 from ml_collections import ConfigDict
 
 import aligner.run
-from aligner import by_row, generate, iterate
+from aligner import by_row, generate, iterate, workdir
 from aligner.data.by_columns import messages, prompt_completion
+from aligner.stopping import Stopped
 from aligner.types import UserError
 from configs import common, grpo_llama3
 from scripts.make_tiny_checkpoint import make_llama
@@ -59,6 +60,21 @@ def test_from_the_command_line(tmp_path):
     assert done.returncode == 2 and done.stderr.splitlines()[-1] == "error: --rounds is 0; it must be at least 1", done.stderr
 
 
+def test_two_do_not_make_rounds_in_one_folder(tmp_path):
+    """The second waits; asked to stop where there is no training that could save, it ends as the launcher expects."""
+    line = [sys.executable, "-m", "aligner.iterate", "--config=configs/dpo_llama3.py:tiny", f"--workdir={tmp_path}", "--spin", "--prompts=x"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    with workdir.alone(tmp_path):
+        second = subprocess.Popen(
+            [*line, "--config.checkpoint.requeue_code=75"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+        )
+        told = second.stderr.readline()
+        assert "another run works in" in told and "waiting for its end" in told, told + second.communicate()[1]
+        second.terminate()
+        assert second.wait(60) == 75, second.communicate()[1]
+    assert "the same command goes on" in second.communicate()[1]
+
+
 @pytest.mark.slow
 def test_self_play_from_the_command_line(tmp_path):
     rows = [{"messages": [*question(a, a + 1), {"role": "assistant", "content": str(2 * a + 1)}]} for a in range(16)]
@@ -78,12 +94,60 @@ def test_rounds_that_cannot_be_are_refused(tmp_path):
             iterate.run(config, tmp_path, rounds, "x", "RM", False, 2)
 
 
+def test_rounds_in_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    with pytest.raises(UserError, match="rounds are made in one process"):
+        iterate.run(common.base(), tmp_path, 1, "x", "RM", False, 2)
+
+
 def test_a_judge_that_prefers_nothing_is_told_of(tmp_path, monkeypatch):
     """The next command, with another model or more answers, does not find the empty file."""
     monkeypatch.setattr(generate, "run", lambda args: Path(args.out).write_text(""))
     with pytest.raises(UserError, match="RM finds no answer to any of x better than another"):
         iterate.write_pairs(tmp_path / "pairs.jsonl", "model", "x", "RM", 2, {})
     assert not list(tmp_path.iterdir())
+
+
+def test_no_pairs_are_not_learned_from_after_a_kill(tmp_path, monkeypatch):
+    """The judge preferred nothing, and the run was killed before it could say so."""
+    pairs = tmp_path / "runs" / "round-0" / "pairs.jsonl"
+    pairs.parent.mkdir(parents=True)
+    pairs.write_text("")
+    monkeypatch.setattr(aligner.run, "run", lambda config, workdir: pytest.fail("there is nothing to train on"))
+    with pytest.raises(UserError, match="RM finds no answer to any of x better than another"):
+        iterate.run(common.base(), tmp_path / "runs", 1, "x", "RM", False, 2)
+
+
+def test_rounds_go_on_where_they_were_moved(tmp_path, monkeypatch):
+    """The model of the round before, the pairs and what else stands in the workdir are known again."""
+    old, new = tmp_path / "old" / "runs", tmp_path / "new" / "runs"
+
+    def train(config, folder):
+        config = workdir.resolve(config, folder)
+        assert workdir.check(config, folder) == []
+        paths.append((config.model.path, config.data.train.path))
+        workdir.record(config, folder)
+        (folder / "checkpoints" / "1").mkdir(parents=True, exist_ok=True)
+        if len(paths) > 1:  # the last round is killed before its end
+            raise Stopped(15)
+        (folder / "export").mkdir()
+
+    monkeypatch.setattr(iterate, "write_pairs", lambda path, *args: path.write_text("{}\n"))
+    monkeypatch.setattr(aligner.run, "run", train)
+    config, paths = common.base(), []
+    config.model.path = "{workdir}/demo/model"
+    for folder in ("demo/model", "round-0", "round-1"):
+        (old / folder).mkdir(parents=True)
+    (tmp_path / "prompts.jsonl").write_text("{}\n")
+    with pytest.raises(Stopped):
+        iterate.run(config, old, 2, str(tmp_path / "prompts.jsonl"), "RM", False, 2)
+    there = [(old / "demo" / "model", old / "round-0" / "pairs.jsonl"), (old / "round-0" / "train" / "export", old / "round-1" / "pairs.jsonl")]
+    assert [tuple(map(os.path.realpath, pair)) for pair in paths] == [tuple(map(os.path.realpath, pair)) for pair in there]
+    new.parent.mkdir()
+    old.rename(new)
+    with pytest.raises(Stopped):
+        iterate.run(config, new, 2, f"{tmp_path}/./prompts.jsonl", "RM", False, 2)  # the same file
+    assert os.path.realpath(paths[-1][0]) == os.path.realpath(new / "round-0" / "train" / "export")
 
 
 def test_pictures_are_looked_for_beside_the_prompts(tmp_path, monkeypatch):

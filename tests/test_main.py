@@ -342,8 +342,24 @@ def test_ctrl_c_before_there_is_a_state(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "run", interrupted)
+    monkeypatch.setattr(main.os, "_exit", sys.exit)
     code, told = call(*arguments(tmp_path / "run"))
     assert (code, told.strip()) == (130, "stopped at once; the same command goes on from the newest checkpoint")
+
+
+def test_the_second_ctrl_c_shows_nothing_of_the_save_that_it_broke_off():
+    """Orbax's threads go on with it while the interpreter ends, where they find nothing any more."""
+    program = """
+import threading
+from aligner import main
+def work(argv):
+    wait = threading.Event()
+    threading.Thread(target=lambda: wait.wait(1) or 1 / 0).start()  # a save that fails once its run has gone
+    raise KeyboardInterrupt
+main.cli(work)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (130, "stopped at once; the same command goes on from the newest checkpoint\n")
 
 
 def test_ctrl_c_ends_any_command_with_a_word(capsys):

@@ -80,3 +80,20 @@ def test_curves(tmp_path):
         write(2, "train", {"loss": 0.5, "rewards/accuracies": 0.75})
         write(2, "eval", {"loss": 0.6})
     assert metrics.draw_curves(tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_kill_leaves_the_curves_of_before(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    with metrics.open_log(tmp_path, 0) as write:
+        write(1, "train", {"loss": 0.5})
+    before = metrics.draw_curves(tmp_path).read_bytes()
+
+    def killed(figure, path, **options):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Figure, "savefig", killed)
+    with pytest.raises(KeyboardInterrupt):
+        metrics.draw_curves(tmp_path)
+    assert (tmp_path / "curves.png").read_bytes() == before

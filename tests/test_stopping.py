@@ -47,6 +47,19 @@ def test_handlers_come_back():
     assert process.wait(60) == -signal.SIGTERM
 
 
+def test_the_second_ctrl_c_is_heard():
+    """Also where an exception would be lost, as in a callback of the garbage collector."""
+    process = begin(f"""
+stopping.end_quietly()
+with stopping.catch_signals() as check_stop:
+    {WORK.replace(chr(10), chr(10) + "    ")}
+""")
+    process.send_signal(signal.SIGINT)
+    assert [process.stderr.readline() for _ in range(2)][1] == "stopping: the state is being saved (Ctrl-C again to stop at once)\n"
+    process.send_signal(signal.SIGINT)
+    assert (process.wait(60), process.stderr.read().strip()) == (130, "stopped at once; the same command goes on from the newest checkpoint")
+
+
 def test_nohup():
     """A process that was started to outlive its terminal does."""
     process = begin("""

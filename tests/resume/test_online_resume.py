@@ -7,7 +7,8 @@ from collections import Counter
 
 import pytest
 
-from tests.resume.runs import complete, log_of, ppo, step, stop, sums, wrote
+from aligner import checkpoint
+from tests.resume.runs import TIMEOUT, complete, log_of, ppo, start, step, stop, sums, wrote
 
 KILL, TERM = signal.SIGKILL, signal.SIGTERM
 
@@ -89,3 +90,14 @@ def test_other_held_out_prompts_are_told(tmp_path):
     told = log_of(workdir).read_text()
     assert "config.data.eval holds other rows than before" in told
     assert told.count("first step ") == 2  # of either start
+
+
+@pytest.mark.slow
+def test_the_step_that_ends_a_run_is_told_too(tmp_path):
+    """It is saved, so that no later run would make it again."""
+    workdir, settings = tmp_path / "run", {"optim.learning_rate": 1e38}
+    for _ in range(2):
+        assert start(workdir, settings, recipe=ppo).wait(TIMEOUT) == 2
+        assert "loss or gradient was not finite in " in log_of(workdir).read_text().splitlines()[-1]
+        told = [record["step"] for record in lines(workdir) if record["split"] == "train"]
+        assert told == list(range(1, checkpoint.steps(workdir)[-1] + 1))
