@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from aligner import arrays
-from aligner.commandline import as_options, check_out, ended, split_of
+from aligner.commandline import arguments, as_options, check_out, ended, split_of
 from aligner.console import counted
 from aligner.data import filters, formatters, sources
 from aligner.data.samples import TOLD, Bad, Document, Preference, Prompt, Ranked, Stepwise, Supervised, Triple, TwoSided, Unpaired
@@ -155,7 +155,7 @@ def line(row: dict[str, Any], number: int, pair: Preference | None) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns the exit code: 0 done, 2 bad input, 130 Ctrl-C."""
     made = parser()
-    args = made.parse_args(argv)
+    args = arguments(made, argv)
     return ended(lambda: print(*run(args), sep="\n"), lambda message: as_options(message, made))
 
 
