@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,28 @@ def read(path: Path) -> dict[str, np.ndarray] | None:
 def part(path: Path) -> Path:
     """Where a file is written until it is whole; every process has its own."""
     return path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.part")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes of this machine left half written in a folder."""
+    for left in folder.glob(f"*.{os.uname().nodename}.*.part"):
+        try:
+            os.kill(int(left.name.split(".")[-2]), 0)
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except (ValueError, OSError):  # another's file, or another user's process
+            continue
+
+
+@contextlib.contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """Where to write a file that appears at `path` when the block ends; nothing is left where it ends by an error or Ctrl-C."""
+    beside = part(Path(path))
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def checksum(data: bytes | memoryview) -> bytes:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aligner import locks
-from aligner.commandline import as_options, ended, split_of
+from aligner.commandline import arguments, as_options, check_named, ended, split_of
 from aligner.data.samples import MEDIA, TOLD
 from aligner.types import Model, UserError
 
@@ -41,6 +41,7 @@ def add_arguments(top: argparse.ArgumentParser, doing: str, batch: str) -> None:
 
 def check(args: argparse.Namespace, counts: Sequence[str]) -> None:
     """Raises UserError where the output is there already, or one of the `counts` is below 1."""
+    check_named(args.out)
     if Path(args.out).exists():
         raise UserError(f"{args.out} is there already; name another file with --out, or remove it")
     for name in ("batch_size", "fsdp", "video_frames", *counts):
@@ -166,6 +167,6 @@ def told(failed: Iterable[str], rows: int, done: str, more: str = "") -> list[st
 
 def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], Path], argv: list[str] | None) -> int:
     """Run such a command. Returns the exit code: 0 done, 2 bad input, 130 Ctrl-C."""
-    args = parser.parse_args(argv)
+    args = arguments(parser, argv)
     explain = lambda message: as_options(message, parser)
     return ended(lambda: print(f"written: {run(args)}"), explain, "stopped; the same command goes on from here")

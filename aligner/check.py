@@ -47,6 +47,9 @@ def check_config(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
         for key in keys:
             if values[key] is not None and not least <= values[key] < math.inf:
                 raise UserError(f"config.{key} is {values[key]}; it must be at least {least}" + " and finite" * (values[key] == math.inf))
+    for key in AT_LEAST[1]:
+        if isinstance(values[key], int) and values[key] >= 2**31:
+            raise UserError(f"config.{key} is {values[key]}; it must be below 2^31")
     if config.train.steps is None and not 0 < config.train.epochs < math.inf:
         raise UserError(f"config.train.epochs is {config.train.epochs}; it must be above 0 and finite where config.train.steps is not set")
     if config.seed >= 2**63:

@@ -36,7 +36,9 @@ def parse(argv: list[str]) -> list[str]:
     path, _ = config_file(argv)
     if path and not Path(path).is_file():
         others = sorted(str(file) for file in Path("configs").glob("*.py") if file.stem not in ("__init__", "common", "online"))
-        raise UserError(f"--config {path} does not exist; there is {', '.join(others) or 'no folder configs here'}")
+        near = difflib.get_close_matches(path, others, n=1, cutoff=0.8)
+        hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(others) or 'no folder configs here'}"
+        raise UserError(f"--config {path} does not exist; {hint}")
     if {"h", "?", "help", "helpshort", "helpfull"} & {argument.lstrip("-") for argument in argv[1:] if argument.startswith("-")}:
         print(help_text(argv))
         sys.exit(0)
@@ -158,6 +160,20 @@ def as_options(message: str, parser: argparse.ArgumentParser) -> str:
     return re.sub(r"config\.(data|model|against)(?:\.(\w+))?", argument, message)
 
 
+def arguments(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """What stands on the command line. An option that is not known is told before one that is missing, with the nearest that is."""
+    nested = [one for action in parser._actions if isinstance(action, argparse._SubParsersAction) for one in action.choices.values()]
+    known = [option for one in (parser, *nested) for option in one._option_string_actions]
+    for argument in sys.argv[1:] if argv is None else argv:
+        name = argument.partition("=")[0]
+        if name == "--":  # behind it nothing is an option
+            break
+        if re.fullmatch("--[a-z][a-z_-]*", name) and not any(option.startswith(name) for option in known):
+            near = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
+            parser.error(f"there is no {name}" + (f"; did you mean {near[0]}?" if near else ""))
+    return parser.parse_args(argv)
+
+
 def ended(program: Callable[[], int | None], explain: Callable[[str], str] = str, stopped: str = "stopped") -> int:
     """Run a program to its end. Returns its exit code, 2 where what it was given is wrong, 130 after Ctrl-C, each told in a sentence;
     141 where nobody reads on what it prints, as after `| head`, which is no fault and told to nobody.
@@ -205,8 +221,15 @@ def split_of(asked: str | None, data: str) -> str:
     return asked or "train"
 
 
+def check_named(path: str | Path, option: str = "--out") -> None:
+    """Raises UserError for "-", which elsewhere means the terminal and here would be a file of that name."""
+    if str(path) == "-":
+        raise UserError(f"{option} is -: what is written goes to a file, not to the terminal; name one")
+
+
 def check_out(path: str | Path, option: str = "--out") -> Path:
     """The path, if a file can be written there; raises UserError. Asked before the work whose result it is to hold."""
+    check_named(path, option)
     path = Path(path)
     try:
         new = not path.exists()

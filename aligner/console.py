@@ -18,12 +18,39 @@ from aligner.stopping import unread
 def say(*lines: str) -> None:
     """A line for the user, from process 0 only, above the progress bar. Where nobody reads on, the work goes on nevertheless."""
     if jax.process_index() == 0:
-        for line in lines:
-            try:
-                tqdm.write(line, file=sys.stderr)
-            except BrokenPipeError:
-                if not unread():
-                    raise
+        tell(*lines)
+
+
+def tell(*lines: str) -> None:
+    """A line for the user, whatever process this is."""
+    for line in lines:
+        try:
+            tqdm.write(line, file=sys.stderr)
+        except BrokenPipeError:
+            if not unread():
+                raise
+
+
+@contextlib.contextmanager
+def counted(total: int, title: str, unit: str = "row", shown: bool = True, first: float = 3, every: float = 30) -> Iterator[Callable]:
+    """A bar for what is mostly done at once; where there is no terminal, a line after `first` seconds and one every `every` seconds.
+
+    Yields:
+        update(n): so many more are done.
+    """
+    terminal = sys.stderr.isatty()
+    done, due = 0, time.monotonic() + first
+    with tqdm(total=total, desc=title, unit=f" {unit}s", delay=2, leave=False, disable=not (shown and terminal)) as steps:
+
+        def update(n: int = 1) -> None:
+            nonlocal done, due
+            done += n
+            steps.update(n)
+            if shown and not terminal and time.monotonic() >= due:
+                due = time.monotonic() + every
+                tell(f"{title}: {done} of {total} {unit}s")
+
+        yield update
 
 
 def bar(total: int, title: str, unit: str, start: int = 0, **options) -> tqdm:

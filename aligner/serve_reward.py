@@ -18,7 +18,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from aligner.commandline import ended
+from aligner.commandline import arguments, ended
 from aligner.data.samples import Bad, Unpaired, check
 from aligner.rl.rewards import Reward, make_rewards, value
 from aligner.types import UserError
@@ -109,7 +109,7 @@ def make_server(reward: Reward, host: str, port: int, timeout: float) -> Threadi
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns the exit code: 0 stopped by Ctrl-C as it is meant to be, 2 bad input, 130 Ctrl-C before it served."""
-    args = parser().parse_args(argv)
+    args = arguments(parser(), argv)
 
     def serve() -> None:
         if not args.timeout > 0:

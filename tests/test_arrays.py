@@ -1,6 +1,10 @@
 """Arrays kept in files: whole, or known not to be."""
 
+import os
+import subprocess
+
 import numpy as np
+import pytest
 
 from aligner import arrays
 
@@ -28,3 +32,23 @@ def test_a_flipped_bit_is_found_wherever_it_is(tmp_path):
         assert arrays.read(path) is None
     path.unlink()
     assert arrays.read(path) is None
+
+
+def test_what_a_killed_process_left_half_written_is_swept_away(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    node = os.uname().nodename
+    left, ours, other = (tmp_path / f"rows.tokens.{name}.part" for name in (f"{node}.{ended.pid}", f"{node}.{os.getpid()}", "elsewhere.1"))
+    for path in (left, ours, other):
+        path.touch()
+    arrays.sweep(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([ours, other])
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    with arrays.whole(tmp_path / "a.txt") as part:
+        part.write_text("all")
+    with pytest.raises(KeyboardInterrupt), arrays.whole(tmp_path / "b.txt") as part:
+        part.write_text("half")
+        raise KeyboardInterrupt
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.txt", "all")]

@@ -19,3 +19,16 @@ def test_the_bar_shows_everything_in_eighty_columns(monkeypatch, capfd):
     line = capfd.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
     for part in (" 50%|", "10002/20000", "<", "loss=0.6931", "accuracy=0.50", "tok/s=104,096]"):
         assert part in line, line
+
+
+def test_where_there_is_no_terminal_what_takes_long_is_told_in_lines(monkeypatch, capfd):
+    """A log that stays empty for minutes looks like a run that hangs."""
+    now = [0.0]
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with console.counted(300, "reading data.train") as update:
+        for now[0] in (1.0, 4.0, 20.0, 40.0):
+            update(50)
+    with console.counted(10, "reading data.eval", shown=False) as update:
+        now[0] = 99.0
+        update(10)
+    assert capfd.readouterr().err.splitlines() == [f"reading data.train: {done} of 300 rows" for done in (100, 200)]

@@ -80,7 +80,7 @@ def refused(tmp_path, *phrases, argv=None, **settings):
     [
         ([], ["--config is missing", "for example: python -m aligner.main"]),
         (["--config=configs/dpo_llava.py:tiny"], ["--workdir is missing"]),
-        (["--config=configs/dpo_lava.py"], ["--config configs/dpo_lava.py does not exist", "configs/dpo_llava.py"]),
+        (["--config=configs/dpo_lava.py"], ["--config configs/dpo_lava.py does not exist", "did you mean configs/dpo_llava.py?"]),
         (["--config", "configs/dpo_llava.py:tinny"], ["unknown preset 'tinny'", "there is tiny"]),
         (["--confg=x"], ["confg", "Did you mean: config"]),
         (["runs/here"], ["unexpected argument 'runs/here'"]),
@@ -122,6 +122,7 @@ def test_a_setting_that_may_be_none_is_set_to_none(monkeypatch, given, clipped):
     [
         ("data.batch_size", 6, ["config.data.batch_size 6 cannot be divided", "config.train.accumulate=4", "a multiple of 32"]),
         ("data.batch_size", 0, ["config.data.batch_size is 0; it must be at least 1"]),
+        ("data.batch_size", 10**20, ["config.data.batch_size is 100000000000000000000; it must be below 2^31"]),
         ("generation.batch_size", 0, ["config.generation.batch_size is 0; it must be at least 1"]),
         ("data.max_bad_fraction", 5.0, ["config.data.max_bad_fraction is 5.0", "from 0 to 1"]),
         ("seed", -1, ["config.seed is -1"]),

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from aligner.commandline import ended
+from aligner.commandline import arguments, ended
 from aligner.convert.assets import leave_pytorch_out
 from aligner.types import UserError
 
@@ -150,7 +150,7 @@ def _enable_x64() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 1 verify found a difference, 2 bad input, 130 Ctrl-C."""
-    args = parser().parse_args(argv)
+    args = arguments(parser(), argv)
 
     def run() -> int:
         if getattr(args, "out", None):

@@ -12,13 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from aligner.commandline import as_options, check_out, ended, split_of
+from aligner import arrays
+from aligner.commandline import arguments, as_options, check_out, ended, split_of
+from aligner.console import counted
 from aligner.data import filters, formatters, sources
 from aligner.data.samples import TOLD, Bad, Document, Preference, Prompt, Ranked, Stepwise, Supervised, Triple, TwoSided, Unpaired
 from aligner.types import UserError
@@ -73,6 +75,14 @@ def benchmark(paths: list[str], size: int) -> Iterator[str]:
         yield from (text for i in range(len(rows)) for text in strings(rows[i]) if len(filters.words_of(text)) >= min(size, 8))
 
 
+def watched(items: Sequence[Any], title: str) -> Iterator[Any]:
+    """The items; where they take their time, how many have been taken is told."""
+    with counted(len(items), title) as update:
+        for item in items:
+            yield item
+            update()
+
+
 def run(args: argparse.Namespace) -> list[str]:
     """Do what the command says; lines for people.
 
@@ -93,21 +103,24 @@ def run(args: argparse.Namespace) -> list[str]:
     takes, example = (Ranked,) if args.pairs else TAKES, rows[0] if len(rows) else None
     name, to_sample = formatters.find_formatter(args.formatter, rows.columns(), "data", takes, example=example)
     lines, numbers, samples, dropped = [f"{rows.description}, formatter {name}: {len(rows)} rows"], [], [], {}
-    for index in range(len(rows)):
+    for index in watched(range(len(rows)), f"reading {args.data}"):
         try:
             samples.append(to_sample(rows[index]))
             numbers.append(index)
         except Bad as bad:
-            dropped.setdefault(bad.reason, []).append(index)
-    lines += [f"  cannot be read, {reason}: {len(found)} (first row {found[0]})" for reason, found in dropped.items()]
-    asked, whole = zip(*((asked, f"{asked}\n{answered}") for asked, answered in map(filters.texts_of, samples))) if samples else ((), ())
+            dropped.setdefault(bad.reason, []).append((index, bad.detail))
+    why = [f"{reason}: {len(found)} (first row {found[0][0]}: {found[0][1]})" for reason, found in dropped.items()]
+    if not samples:
+        raise UserError(f"none of the {len(rows)} rows of {rows.description} can be read by the formatter {name}: {'; '.join(why)}")
+    lines += [f"  cannot be read, {one}" for one in why]
+    asked, whole = zip(*((asked, f"{asked}\n{answered}") for asked, answered in map(filters.texts_of, samples)))
     steps = {
-        "--exact": (args.exact, lambda: filters.first_of_equals(whole)),
-        "--prompts": (args.prompts, lambda: filters.first_of_equals(asked)),
-        "--near": (args.near, lambda: filters.first_of_similar(whole, args.near)),
-        "--without": (args.without, lambda: filters.without_words(whole, args.without)),
-        "--ascii": (args.ascii is not None, lambda: filters.mostly_ascii(whole, args.ascii)),
-        "--against": (args.against, lambda: filters.not_in(whole, benchmark(args.against, args.ngram), args.ngram)),
+        "--exact": (args.exact, lambda: filters.first_of_equals(watched(whole, "--exact"))),
+        "--prompts": (args.prompts, lambda: filters.first_of_equals(watched(asked, "--prompts"))),
+        "--near": (args.near, lambda: filters.first_of_similar(watched(whole, "--near"), args.near)),
+        "--without": (args.without, lambda: filters.without_words(watched(whole, "--without"), args.without)),
+        "--ascii": (args.ascii is not None, lambda: filters.mostly_ascii(watched(whole, "--ascii"), args.ascii)),
+        "--against": (args.against, lambda: filters.not_in(watched(whole, "--against"), benchmark(args.against, args.ngram), args.ngram)),
     }
     pairs = [filters.pair_of(sample) for sample in samples] if args.pairs else samples
     steps["--pairs"] = (args.pairs, lambda: np.array([pair is not None for pair in pairs], bool))
@@ -119,11 +132,11 @@ def run(args: argparse.Namespace) -> list[str]:
             pick = lambda values, keep=keep: [value for value, kept in zip(values, keep) if kept]
             numbers, samples, asked, whole, pairs = map(pick, (numbers, samples, asked, whole, pairs))
     if args.stats:
-        lines += [f"  {key}: {json.dumps(value)}" for key, value in filters.statistics(pairs).items()]
+        lines += [f"  {key}: {json.dumps(value)}" for key, value in filters.statistics(watched(pairs, "--stats")).items()]
     if args.out:
-        with open(args.out, "w", encoding="utf-8") as file:
-            for number, pair in zip(numbers, pairs):
-                file.write(line(rows[number], number, pair if args.pairs else None))
+        with arrays.whole(args.out) as part, part.open("w", encoding="utf-8") as file:
+            for place in watched(range(len(numbers)), f"writing {args.out}"):
+                file.write(line(rows[numbers[place]], numbers[place], pairs[place] if args.pairs else None))
         lines.append(f"  written: {len(numbers)} rows, {args.out}")
     return lines
 
@@ -142,7 +155,7 @@ def line(row: dict[str, Any], number: int, pair: Preference | None) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns the exit code: 0 done, 2 bad input, 130 Ctrl-C."""
     made = parser()
-    args = made.parse_args(argv)
+    args = arguments(made, argv)
     return ended(lambda: print(*run(args), sep="\n"), lambda message: as_options(message, made))
 
 

@@ -12,8 +12,6 @@ import hashlib
 import inspect
 import itertools
 import json
-import os
-import sys
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aligner import arrays
+from aligner.console import counted
 from aligner.data import modalities, templates, tokens
 from aligner.data.samples import Bad, article
 from aligner.data.together import Steps, together
@@ -81,7 +80,7 @@ def take_census(
         key: whatever else decides the outcome (kind of sample); part of the name under which the result is kept.
         cache_dir: None keeps nothing.
         workers: threads, which decode images and sounds side by side.
-        progress: show a bar; None shows it on process 0, in a terminal.
+        progress: say how far it is; None says it on process 0.
 
     Raises:
         UserError: a broken file, or media for a model that takes none of their kind.
@@ -114,10 +113,9 @@ def take_census(
     if cache is None:
         return _count(look_at, len(rows), _sha(settings), name, workers, progress, lambda data: None)
     cache.parent.mkdir(parents=True, exist_ok=True)
-    part = arrays.part(cache.with_suffix(".tokens"))
-    with part.open("wb") as file:
+    arrays.sweep(cache.parent)  # token files are as large as the dataset, and Ctrl-C does not wait to tidy up
+    with arrays.whole(cache.with_suffix(".tokens")) as part, part.open("wb") as file:
         census = _count(look_at, len(rows), _sha(settings), name, workers, progress, file.write)
-    os.replace(part, cache.with_suffix(".tokens"))
     _write(cache, census)
     return dataclasses.replace(census, tokens=cache.with_suffix(".tokens"))
 
@@ -146,13 +144,11 @@ def _look(
 def _count(
     look_at: Callable, total: int, start: str, name: str, workers: int, progress: bool | None, write: Callable[[bytes], Any]
 ) -> Census:
-    from tqdm import tqdm
-
     row_ids, sizes, ends, dropped, details = array("q"), array("i"), array("q"), {}, {}  # compact: there may be millions of rows
     digest, end = hashlib.sha256(start.encode()), 0
     with (
         concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool,
-        tqdm(total=total, desc=f"reading {name}", unit=" rows", delay=2, leave=False, disable=not _shows(progress)) as bar,
+        counted(total, f"reading {name}", shown=_shows(progress)) as update,
     ):
         pieces = (range(first, min(first + TOGETHER, total)) for first in range(0, total, TOGETHER))
         ahead = lambda count: [(piece, pool.submit(look_at, piece)) for piece in itertools.islice(pieces, count)]
@@ -171,7 +167,7 @@ def _count(
                     write(found[2])
                     end += len(found[2])
                     ends.append(end)
-            bar.update(len(piece))
+            update(len(piece))
             waiting.extend(ahead(1))
     good, kept = np.array(row_ids, np.int64), np.array(sizes, np.int32).reshape(-1, 6)
     return Census(good, kept, dropped, details, digest.hexdigest(), np.array(ends, np.int64))
@@ -181,7 +177,7 @@ def _shows(progress: bool | None) -> bool:
     if progress is None:
         import jax
 
-        progress = jax.process_index() == 0 and sys.stderr.isatty()  # redrawn lines are no use in a log
+        progress = jax.process_index() == 0
     return progress
 
 

@@ -5,6 +5,7 @@ Every filter is a function of texts to a [N] bool array, True for what is kept; 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections import Counter, defaultdict
@@ -84,7 +85,7 @@ def first_of_equals(texts: Iterable[str]) -> np.ndarray:
     return np.array(keep, bool)
 
 
-def first_of_similar(texts: Sequence[str], threshold: float = 0.8, size: int = 5, hashes: int = 128, seed: int = 0) -> np.ndarray:
+def first_of_similar(texts: Iterable[str], threshold: float = 0.8, size: int = 5, hashes: int = 128, seed: int = 0) -> np.ndarray:
     """Keep the first of texts whose sets of word n-grams overlap (Jaccard) by at least `threshold`.
 
     MinHash signatures, candidates by banding (Broder 1997; Leskovec et al., Mining of Massive Datasets, 3.4), candidates compared exactly.
@@ -99,21 +100,24 @@ def first_of_similar(texts: Sequence[str], threshold: float = 0.8, size: int = 5
     draw = np.random.default_rng(seed)
     a, b = draw.integers(1, _PRIME, (2, hashes, 1), dtype=np.uint64)
     rows = max(1, min((r for r in range(1, hashes + 1) if hashes % r == 0), key=lambda r: abs((r / hashes) ** (1 / r) - threshold + 0.1)))
-    grams = [ngrams(words_of(text), size) for text in texts]
-    buckets: dict[tuple, list[int]] = defaultdict(list)
-    keep = np.ones(len(grams), bool)
-    for number, found in enumerate(grams):
-        if not found:
+    seen: list[str] = []
+    grams = functools.lru_cache(maxsize=64)(lambda number: ngrams(words_of(seen[number]), size))  # all at once are 20 times the texts
+    buckets: dict[int, tuple[int, ...]] = {}  # hashes that fall together only add a candidate, which is compared anyhow
+    keep: list[bool] = []
+    for number, text in enumerate(texts):
+        seen.append(text)
+        keep.append(True)
+        if not (found := grams(number)):
             continue
         ids = np.array([int.from_bytes(hashlib.blake2b(gram.encode(), digest_size=4).digest(), "little") for gram in found], np.uint64)
         signature = ((a * (ids % _PRIME) + b) % _PRIME).min(axis=1)
-        keys = [(band, signature[band : band + rows].tobytes()) for band in range(0, hashes, rows)]
-        candidates = {other for key in keys for other in buckets[key]}
-        keep[number] = not any(len(found & grams[other]) >= threshold * len(found | grams[other]) for other in candidates)
+        keys = [hash((band, signature[band : band + rows].tobytes())) for band in range(0, hashes, rows)]
+        candidates = {other for key in keys for other in buckets.get(key, ())}
+        keep[number] = not any(len(found & grams(other)) >= threshold * len(found | grams(other)) for other in candidates)
         if keep[number]:
             for key in keys:
-                buckets[key].append(number)
-    return keep
+                buckets[key] = buckets.get(key, ()) + (number,)
+    return np.array(keep, bool)
 
 
 def ngrams(words: Sequence[str], size: int) -> set[str]:
@@ -140,8 +144,13 @@ def not_in(texts: Iterable[str], benchmark: Iterable[str], size: int = 13) -> np
     for gram in held:
         by_length[gram.count(" ") + 1].add(gram)
 
+    least = min(by_length, default=1)
+    begins = {" ".join(gram.split(" ", least)[:least]) for gram in held}  # most texts share not even the beginning of a run
+
     def clean(text: str) -> bool:
         words = words_of(text)
+        if begins.isdisjoint(ngrams(words, least)):
+            return True
         return not any(ngrams(words, length) & some for length, some in by_length.items() if len(words) >= length)
 
     return np.array([clean(text) for text in texts], bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -50,6 +51,14 @@ def _document(sample: Any, model: Model, data: Any) -> Steps:
 @encoder
 def _preference(sample: Any, model: Model, data: Any) -> Steps:
     return (yield from templates.encode_preference.steps(samples.as_preference(sample), model.assets, model.media))
+
+
+@encoder
+def _with_margin(sample: Any, model: Model, data: Any) -> Steps:
+    pair = samples.as_preference(sample)
+    if not math.isfinite(pair.margin):  # JSON and Parquet know NaN, of which every loss would be NaN
+        raise samples.Bad("margin is not finite", repr(pair.margin))
+    return (yield from templates.encode_preference.steps(pair, model.assets, model.media))
 
 
 @encoder
@@ -105,7 +114,7 @@ ENCODERS = {
     "text": Kind((Document,), _document),  # R=1; cut into full rows
     "preference": Kind((Preference, Ranked), _preference, names=_PAIR),  # R=2
     "preference_prompt": Kind((Preference, Ranked), _preference, prompt=True, names=_PAIR),  # R=2
-    "preference_last": Kind((Preference, Ranked), _preference, {"margin": ()}, last=True, names=_PAIR),
+    "preference_last": Kind((Preference, Ranked), _with_margin, {"margin": ()}, last=True, names=_PAIR),
     "cost_last": Kind((Preference,), _cost, {"safe": (2,)}, last=True, names=_PAIR),
     # R=2: the row's answer, another row's to the same prompt
     "unpaired": Kind((Unpaired, Preference, Ranked), _unpaired, {"label": ()}, mismatched=True, names=_AND_ANOTHER),

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import difflib
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,7 @@ def _all(parts: Sequence[_Part], shares: Sequence[tuple], seeds: Sequence[int], 
         repeats=None if all(times.max() == 1 for times in repeats) else np.concatenate(repeats),
         description=parts[0].rows.description if len(parts) == 1 and whole else mixed,
         formatter=", ".join(dict.fromkeys(part.formatter for part in parts)),
-        identity=[[part.rows.identity, part.size, str(part.rows.folder), part.key, None if whole else [seed, int(times.sum())]]
+        identity=[[part.rows.identity, part.size, os.path.abspath(part.rows.folder), part.key, None if whole else [seed, int(times.sum())]]
                   for part, times, seed in zip(parts, repeats, seeds)],
         pairs=any(part.pairs for part in parts),
     )  # fmt: skip

@@ -92,6 +92,8 @@ def open_rows(source: Any, name: str = "data.train") -> Rows:
             rows = _folder(path, source.split, name, sample_by) if path.is_dir() else _file(path, name, sample_by)
         except OSError as error:
             raise UserError(f"config.{name}.path: {error.filename or path} cannot be read: {error.strerror or error}.") from None
+    elif path.is_symlink():
+        raise UserError(f"config.{name}.path: {source.path} is a link to {os.readlink(path)}, which does not exist.")
     elif _looks_local(source.path):
         raise UserError(f"config.{name}.path: {source.path} does not exist{_nearest(path)}.")
     else:
@@ -132,9 +134,9 @@ def _stamp(path: Path) -> str:
 
 
 def _suffix(path: Path) -> str:
-    """".jsonl" of rows.jsonl and of rows.jsonl.gz."""
-    inner = Path(path.stem).suffix if path.suffix == ".gz" else ""
-    return inner if inner in _TEXTS else path.suffix
+    """".jsonl" of rows.jsonl, of rows.jsonl.gz and of ROWS.JSONL."""
+    inner = Path(path.stem).suffix.lower() if path.suffix == ".gz" else ""
+    return inner if inner in _TEXTS else path.suffix.lower()
 
 
 def _file(path: Path, name: str, sample_by: str) -> Rows:
@@ -232,7 +234,7 @@ def _jsonl(path: Path) -> Rows:
 def _text(path: Path, sample_by: str) -> Rows:
     """Rows {"text": document} of a plain text file."""
     try:
-        whole = _bytes(path).decode()
+        whole = _bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error}); convert it.") from None
     breaks = {"line": r"\n", "paragraph": r"\n\s*\n"}
@@ -267,17 +269,21 @@ def _json(path: Path) -> Rows:
 
 def _csv(path: Path, separator: str) -> Rows:
     """Rows of a table with a header; every value is a string. Empty cells are None."""
+    file = io.BytesIO(_bytes(path)) if path.suffix == ".gz" else path.open("rb")
     try:
-        table = csv.reader(io.StringIO(_bytes(path).decode("utf-8-sig"), newline=""), delimiter=separator, strict=True)
-        header, rows = next(table, []), []
-        if twice := [column for column in header if header.count(column) > 1]:
-            raise UserError(f"{path}: the header names {twice[0]!r} twice; rename one of the two columns.")
-        for cells in table:
-            if cells and len(cells) != len(header):
-                raise UserError(f"{path}, line {table.line_num}: {len(cells)} cells, the header has {len(header)} ({', '.join(header)}).")
-            rows += [cells] if cells else []
+        with io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
+            table = csv.reader(text, delimiter=separator, strict=True)
+            header, rows = [column.strip() for column in next(table, [])], []
+            if twice := [column for column in header if header.count(column) > 1]:
+                raise UserError(f"{path}: the header names {twice[0]!r} twice; rename one of the two columns.")
+            for cells in table:
+                if cells and len(cells) != len(header):
+                    needed = f"the header has {len(header)} ({', '.join(header)})"
+                    raise UserError(f"{path}, line {table.line_num}: {len(cells)} cells, {needed}.")
+                rows += [cells] if cells else []
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error}); convert it.") from None
+        byte = f"byte 0x{error.object[error.start]:02x} after line {table.line_num}"
+        raise UserError(f"{path}: not UTF-8 text ({byte}: {error.reason}); convert it.") from None
     except csv.Error as error:
         raise UserError(f"{path}, line {table.line_num}: not valid CSV ({error}).") from None
     read = lambda index: {name: cell or None for name, cell in zip(header, rows[index])}
@@ -292,7 +298,8 @@ def _arrow(path: Path, name: str, suffix: str) -> Rows:
         data = Dataset.from_parquet(str(path)) if suffix == ".parquet" else Dataset.from_file(str(path))
     except Exception as error:  # pyarrow's and datasets' errors have no common base
         what = "Parquet" if suffix == ".parquet" else "an Arrow stream"
-        raise UserError(f"config.{name}.path: {path} cannot be read as {what} ({_first_line(error)}).") from None
+        why = _first_line(error.__cause__ or error)
+        raise UserError(f"config.{name}.path: {path} cannot be read as {what} ({why}).") from None
     return dataclasses.replace(_datasets(data, path.parent, str(path)), identity=_stamp(path))
 
 

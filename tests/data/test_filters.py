@@ -3,10 +3,12 @@
 import gzip
 import itertools
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
 
+from aligner.data import __main__ as command
 from aligner.data import filters
 from aligner.data.__main__ import main
 from aligner.data.samples import Ranked, Supervised
@@ -73,7 +75,7 @@ def test_the_command(tmp_path, capsys):
     command = [str(tmp_path / "rows.jsonl"), "--out", str(out), "--exact", "--prompts", "--near", "0.9", "--without", "openai", "--stats"]
     assert main([*command, "--against", str(tmp_path / "bench.jsonl.gz")]) == 0
     told = capsys.readouterr().out
-    for line in ("7 rows", "cannot be read, unexpected value: 1 (first row 5)", "--exact: 1 (first row 1)", "--prompts: 1 (first row 2)",
+    for line in ("7 rows", "cannot be read, unexpected value: 1 (first row 5: ", "--exact: 1 (first row 1)", "--prompts: 1 (first row 2)",
                  "--near: 0", "--without: 1 (first row 3)", "--against: 1 (first row 4)", "written: 2 rows", '"Supervised": 2'):  # fmt: skip
         assert line in told, told
     assert [json.loads(line) for line in out.read_text().splitlines()] == [rows[0], rows[6]]
@@ -119,3 +121,44 @@ def test_what_the_command_cannot_do(tmp_path, capsys, option, value):
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     assert main([str(tmp_path / "rows.jsonl"), "--stats", option, value]) == 2
     assert f"error: {option}" in (told := capsys.readouterr().err) and told.count("\n") == 1
+
+
+def test_a_benchmark_is_found_by_every_length_of_its_runs():
+    """Most texts are let go by the first words of its runs; what is left is judged by the whole runs, as all texts were before."""
+    draw = np.random.default_rng(1)
+    say = lambda count: " ".join(map(str, draw.integers(0, 3, count)))
+    texts, held = [say(12) for _ in range(200)], [say(int(count)) for count in draw.integers(3, 9, 8)]
+    runs = {run for text in held for run in filters.ngrams(text.split(), 5)}
+    wanted = [not any(f" {run} " in f" {text} " for run in runs) for text in texts]
+    assert filters.not_in(texts, held, 5).tolist() == wanted and 0 < sum(wanted) < 200
+    assert filters.not_in(texts, [], 5).all()
+
+
+def test_near_duplicates_do_not_hold_the_runs_of_all_texts():
+    draw = np.random.default_rng(0)
+    texts = [" ".join(map(str, draw.integers(0, 10**9, 60))) for _ in range(800)]
+    tracemalloc.start()
+    try:
+        assert filters.first_of_similar(itertools.chain(texts, texts[:3])).tolist() == [True] * 800 + [False] * 3
+        assert tracemalloc.get_traced_memory()[1] < 5e6  # the runs of all of them: 10 MB
+    finally:
+        tracemalloc.stop()
+
+
+def test_rows_of_which_none_can_be_read_are_an_error(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"question": null, "answer": "x"}\n')
+    assert main([str(tmp_path / "rows.jsonl"), "--out", str(out := tmp_path / "out.jsonl")]) == 2 and not out.exists()
+    assert "none of the 1 rows" in (told := capsys.readouterr().err) and "unexpected value: 1 (first row 0: " in told
+
+
+def test_what_is_stopped_leaves_nothing_half_written(tmp_path, capsys, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text('{"question": "q", "answer": "x"}\n' * 3)
+
+    def line(row, number, pair):
+        if number:
+            raise KeyboardInterrupt
+        return "{}\n"
+
+    monkeypatch.setattr(command, "line", line)
+    assert main([str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out.jsonl")]) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]

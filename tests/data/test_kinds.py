@@ -295,3 +295,10 @@ def test_safety_of_answers(tmp_path):
     safe = load(path, "cost_last", formatter="safe_rlhf_cost")
     assert all_of(safe)["safe"][0, 0].tolist() == [1, -1]
     assert any("formatter safe_rlhf:" in line for line in load(path, "preference_last").report)
+
+
+def test_a_margin_that_is_no_number_is_no_margin(tmp_path):
+    rows = [{"prompt": "q", "chosen": "a cat", "rejected": "a dog", "margin": margin} for margin in (1.5, float("nan"), None)]
+    dataset = load(write(tmp_path / "rows.jsonl", rows), "preference_last", max_bad_fraction=0.5)
+    assert dataset.dropped == {"margin is not finite": (1, [1])}
+    assert load(tmp_path / "rows.jsonl", "preference").size == 3, "where margins are not learned, they do not matter"

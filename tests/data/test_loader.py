@@ -162,6 +162,9 @@ def test_census_is_kept_and_taken_again_when_something_changes(tmp_path, monkeyp
 
     first, second = load(tiny.config(path)), load(tiny.config(path))
     assert len(taken) == 1
+    monkeypatch.chdir(tmp_path)
+    load(tiny.config(path.name))
+    assert len(taken) == 1, "the same file, by another name"
     for name in ("fingerprint", "dropped", "report", "shape"):
         assert getattr(first, name) == getattr(second, name)
     load(tiny.config(path, max_length=1000))
@@ -185,7 +188,7 @@ def test_a_log_gets_no_bar(tmp_path, monkeypatch, terminal):
     """Lines that a terminal draws over each other stay one after another there."""
     model, disabled = tiny.text_model(), []
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-    monkeypatch.setattr("tqdm.tqdm", lambda **options: disabled.append(options["disable"]) or tqdm(disable=True))
+    monkeypatch.setattr("aligner.console.tqdm", lambda **options: disabled.append(options["disable"]) or tqdm(disable=True))
     load_dataset(tiny.config(write(tmp_path / "rows.jsonl", text_rows(3))), "train", model)
     assert disabled == [not terminal]
 

@@ -276,3 +276,41 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.open", refuse)
     with pytest.raises(UserError, match=r"config.data.train.path: .*rows.jsonl cannot be read: Permission denied\."):
         open_rows(source(path))
+
+
+def test_what_windows_writes_is_read(tmp_path):
+    """A byte order mark, suffixes in capitals, spaces behind the commas of a header, carriage returns."""
+    (tmp_path / "a.TXT").write_bytes("\ufeffone\r\n\r\ntwo".encode())
+    assert [open_rows(source(tmp_path / "a.TXT"))[i]["text"] for i in range(2)] == ["one", "two"]
+    (tmp_path / "B.CSV").write_bytes("\ufeffprompt, chosen\r\nq,\"a\r\nb\"\r\n".encode())
+    assert open_rows(source(tmp_path / "B.CSV"))[0] == {"prompt": "q", "chosen": "a\r\nb"}
+    (tmp_path / "c.JSONL.gz").write_bytes(gzip.compress(lines(ROWS).encode()))
+    assert open_rows(source(tmp_path / "c.JSONL.gz"))[4] == ROWS[4]
+
+
+def test_a_table_takes_little_more_memory_than_its_cells(tmp_path):
+    import tracemalloc
+
+    (tmp_path / "rows.csv").write_text("text\n" + f"{'word ' * 200}\n" * 4000)
+    tracemalloc.start()
+    try:
+        assert len(open_rows(source(tmp_path / "rows.csv"))) == 4000
+        assert tracemalloc.get_traced_memory()[1] < 6e6  # 4 MB of cells; the text of the whole file beside them takes four times as much
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "gone.jsonl").symlink_to("elsewhere.jsonl")
+    with pytest.raises(UserError, match=r"gone.jsonl is a link to elsewhere.jsonl, which does not exist"):
+        open_rows(source(tmp_path / "gone.jsonl"))
+    (tmp_path / "latin.csv").write_bytes("text\na\ncaf\xe9\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin.csv: not UTF-8 text \(byte 0xe9 after line \d: "):
+        open_rows(source(tmp_path / "latin.csv"))
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "twice.parquet")
+    with pytest.raises(UserError, match=r"twice.parquet cannot be read as Parquet \(.*text"):
+        open_rows(source(tmp_path / "twice.parquet"))
