@@ -49,10 +49,16 @@ def test_handlers_come_back():
 
 def test_the_second_ctrl_c_is_heard():
     """Also where an exception would be lost, as in a callback of the garbage collector."""
-    process = begin(f"""
+    # in short sleeps: one that began while the first was being told would sleep through the second
+    process = begin("""
 stopping.end_quietly()
 with stopping.catch_signals() as check_stop:
-    {WORK.replace(chr(10), chr(10) + "    ")}
+    print("here", flush=True)
+    while True:
+        try:
+            time.sleep(0.01)
+        except BaseException:  # which is what loses it
+            pass
 """)
     process.send_signal(signal.SIGINT)
     assert [process.stderr.readline() for _ in range(2)][1] == "stopping: the state is being saved (Ctrl-C again to stop at once)\n"

@@ -195,8 +195,9 @@ def test_local_says_which_process_ended_first(tmp_path, end, status):
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
 def test_local_hands_on_what_asks_to_stop(tmp_path, name):
     """Nobody else would tell the processes, who are in sessions of their own."""
-    command = of_stub(tmp_path, f"signal.signal(signal.{name}, lambda *_: sys.exit(0))\nprint('up', flush=True)\ntime.sleep(600)\nsys.exit(1)")
-    launcher = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    command = of_stub(tmp_path, f"signal.signal(signal.{name}, lambda *_: sys.exit(0))\nos.write(1, b'up\\n')\ntime.sleep(600)\nsys.exit(1)")
+    heed = f"import os, signal, sys\nsignal.signal(signal.{name}, signal.SIG_DFL)\nos.execv(sys.argv[1], sys.argv[1:])"  # whatever started the tests
+    launcher = subprocess.Popen([sys.executable, "-c", heed, *command], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     assert [launcher.stdout.readline() for _ in range(2)] == ["up\n"] * 2
     launcher.send_signal(getattr(signal, name))
     assert launcher.wait(runs.TIMEOUT) == 0
