@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from pathlib import Path
 
 # Before the first import of jax by anything; a test's subprocess inherits them.
@@ -11,6 +12,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A script's background jobs ignore Ctrl-C, and what they start does as well; programs of tests are to heed it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 
