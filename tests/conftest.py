@@ -12,13 +12,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# A script's background jobs ignore Ctrl-C, and what they start does as well; programs of tests are to heed it.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 
 from tests.models import tiny
 
+# A script's background jobs ignore Ctrl-C, and what they start does as well; programs of tests are to heed it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def pytest_configure(config):
     """Every day XLA compiles all programs in a hurry, which is most of the time of the suite; `-m slow` as users' programs are compiled.
