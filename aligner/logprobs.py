@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from aligner.losses.distillation import generalized_jsd, generalized_jsd_gradient
 from aligner.losses.partial_distillation import few_tokens_jsd, likeliest
 from aligner.matmul import after, dot, dot_turned, weight_gradient, wide
-from aligner.sharding import alone, constrain
+from aligner.sharding import alone, constrain, parts_of
 from aligner.types import Head
 
 CHUNK_ELEMENTS = 2**26  # logits held at once, per part of the batch: 256 MiB in float32
@@ -136,11 +136,8 @@ def dense_logits(hidden: Float[Array, "... D"], head: Head) -> Float[Array, "...
 
 def _parts(rows: int) -> tuple[int, int]:
     """Over how many devices the rows lie, and the columns of each: every device holds only its part of a chunk."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return 1, 1
-    parts = mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
-    return parts if rows % parts == 0 else 1, mesh.shape.get("sequence", 1)
+    by_row = parts_of("batch")
+    return by_row if rows % by_row == 0 else 1, parts_of("length")
 
 
 def _size(rows: int, length: int, head: Head, chunk: int | None, held: int = 1) -> int:

@@ -129,6 +129,12 @@ def alone() -> bool:
     return mesh.empty or mesh.size == 1
 
 
+def parts_of(logical: str) -> int:
+    """Into how many parts an axis is cut, where it can be, in the program that is being built."""
+    mesh, axes = jax.sharding.get_abstract_mesh(), LOGICAL[logical]
+    return math.prod(mesh.shape.get(axis, 1) for axis in (axes if isinstance(axes, tuple) else (axes,)))
+
+
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """Ask the compiler to lay an activation out by logical axes; nothing happens without a mesh of more than one device."""
     if alone():

@@ -20,6 +20,7 @@ from tests.models import tiny
 # A script's background jobs ignore Ctrl-C, and what they start does as well; programs of tests are to heed it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
 def pytest_configure(config):
     """Every day XLA compiles all programs in a hurry, which is most of the time of the suite; `-m slow` as users' programs are compiled.
 
