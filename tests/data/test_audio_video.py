@@ -1,5 +1,6 @@
 """Sounds and clips decode to what models take; the spectrogram is Whisper's."""
 
+import io
 import struct
 import sys
 from pathlib import Path
@@ -101,6 +102,30 @@ def test_a_sound_that_is_cut_short_is_not_used(tmp_path, kind):
     place = whole.index(b"data") + 4
     for size in (16044, 0x7FFFF000, 0xFFFFFFFF):  # headers that are wrong by their own length; written to a pipe, by sox and ffmpeg
         assert len(audio.load_audio(whole[:place] + struct.pack("<I", size) + whole[place + 4 :], tmp_path)) == 8000
+
+
+@pytest.mark.parametrize(("kind", "told"), [("AIFF", "bytes"), ("AU", "bytes"), ("W64", "bytes"), ("RF64", "bytes"), ("MP3", "samples"), ("OGG", "last page")])
+def test_so_is_one_of_another_format(tmp_path, kind, told):
+    """These too decode as far as they go."""
+    soundfile = pytest.importorskip("soundfile")
+    soundfile.write(tmp_path / "a", np.random.default_rng(0).normal(scale=0.1, size=64000), 16000, format=kind)
+    whole = (tmp_path / "a").read_bytes()
+    assert len(audio.load_audio(whole, tmp_path)) == 64000
+    tagged = b"ID3\4\0\0\0\0\x40\0" + bytes(1 << 13) + whole  # a picture of the singer, say
+    for cut in (whole[: len(whole) * 2 // 3], *[tagged[: len(tagged) * 2 // 3]] * (kind == "MP3")):
+        with pytest.raises(Bad, match=f"unreadable audio: it is cut short: .*{told}"):
+            audio.load_audio(cut, tmp_path)
+
+
+def test_an_mp3_that_does_not_say_how_long_it_is(tmp_path):
+    """What is guessed from its first frames is not what its header says."""
+    soundfile = pytest.importorskip("soundfile")
+    wave = np.concatenate([np.zeros(16000), np.random.default_rng(0).normal(scale=0.3, size=48000)])
+    soundfile.write(tmp_path / "a.mp3", wave, 16000, bitrate_mode="VARIABLE", compression_level=0.3)
+    whole = (tmp_path / "a.mp3").read_bytes()
+    streamed = whole[whole.index(whole[:2], 100) :]  # without the frame that says it
+    assert soundfile.info(io.BytesIO(streamed)).frames > 2 * len(wave)
+    assert len(wave) <= len(audio.load_audio(streamed, tmp_path)) < len(wave) + 3000
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):
