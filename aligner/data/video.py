@@ -14,6 +14,9 @@ from aligner.models.pictures import Clip
 from aligner.types import UserError
 
 
+_BOXES = (b"ftyp", b"moov", b"mdat", b"moof", b"sidx", b"styp", b"free", b"skip", b"wide", b"uuid", b"mfra")  # at a file's top
+
+
 def load_clip(reference: Any, folder: str | Path, count: int | None = None, fps: float | None = None, pixels: bool = True) -> Clip:
     """Decode a clip and take some of its frames, turned as the file says, as a telephone held upright writes it.
 
@@ -33,6 +36,8 @@ def load_clip(reference: Any, folder: str | Path, count: int | None = None, fps:
     except ImportError:
         raise UserError("video needs the package av; pip install aligner[video].") from None
     data = encoded_bytes(reference, folder, "video")
+    if len(data) < 0.99 * (said := told_size(data)):
+        raise Bad("unreadable video", f"it is cut short: {len(data)} of the {said} bytes that its headers say are there")
     try:
         times, size = _look(av, data)
         seconds = times[-1] * len(times) / max(1, len(times) - 1)  # the last frame is shown as long as the others
@@ -52,6 +57,36 @@ def load_clip(reference: Any, folder: str | Path, count: int | None = None, fps:
     except (av.FFmpegError, ValueError) as error:
         # its message also names the file, which it knows only as bytes
         raise Bad("unreadable video", getattr(error, "strerror", None) or str(error)) from error
+
+
+def told_size(data: bytes) -> int:
+    """How many bytes a file says it has; 0 where it does not say, as what was written to a pipe. FFmpeg decodes one that is cut as far as it
+    goes, and does not tell.
+
+    MP4 and QuickTime say it by their boxes, AVI by its first chunk, Matroska and WebM by their segment.
+    """
+    if data[:4] == b"RIFF":
+        size = int.from_bytes(data[4:8], "little")
+        return 8 + size if size < 0x7FFF0000 else 0
+    if data[:4] == b"\x1aE\xdf\xa3":
+        end, size = _element(data, 4)  # the header, which a segment follows
+        end, size = _element(data, end + size + 4)
+        return end + size if size else 0
+    at = 0
+    while data[at + 4 : at + 8] in _BOXES:
+        size = int.from_bytes(data[at : at + 4], "big")
+        at += int.from_bytes(data[at + 8 : at + 16], "big") if size == 1 else size
+        if size == 0:  # up to the end, wherever that is
+            break
+    return at
+
+
+def _element(data: bytes, at: int) -> tuple[int, int]:
+    """(where an element's content begins, its length), from where its length is written; 0 is unknown (RFC 8794, 4)."""
+    width = 9 - (data[at] if at < len(data) else 0).bit_length()
+    whole = (1 << 7 * width) - 1
+    size = int.from_bytes(data[at : at + width], "big") & whole
+    return at + width, 0 if size == whole else size
 
 
 def _look(av: Any, data: bytes) -> tuple[np.ndarray, tuple[int, int]]:

@@ -175,6 +175,32 @@ def test_frames_stand_upright(tmp_path, matrix, turns):
     assert np.abs(found.frames[0].astype(int) - np.rot90(frames[0], turns)).mean() < 8
 
 
+@pytest.mark.parametrize(
+    ("form", "options"), [("mp4", {}), ("mp4", {"movflags": "empty_moov", "frag_duration": "1000000"}), ("avi", {}), ("matroska", {})]
+)
+def test_a_clip_that_is_cut_short_is_not_used(tmp_path, form, options):
+    """FFmpeg decodes what is there; its question was about all of it."""
+    frames = np.random.default_rng(0).integers(0, 256, (20, 48, 64, 3), np.uint8)
+    whole = clip(frames, form=form, **options)
+    assert video.told_size(whole) == len(whole) and len(video.load_clip(whole, tmp_path).frames) == 20
+    for cut in (0.9, 0.6, 0.1):
+        with pytest.raises(Bad, match=r"unreadable video: it is cut short: \d+ of the \d+ bytes that its headers say are there"):
+            video.load_clip(whole[: int(len(whole) * cut)], tmp_path)
+
+
+def test_a_clip_that_does_not_say_how_long_it_is(tmp_path):
+    """As what was written to a pipe; and one with something behind it."""
+    frames = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
+    piped = clip(frames, form="matroska", live="1")
+    boxed = clip(frames)
+    place = boxed.index(b"mdat") - 4
+    endless = boxed[:place] + bytes(4) + boxed[place + 4 :]
+    assert len(video.load_clip(piped, tmp_path).frames) == 20
+    assert video.told_size(piped) == 0 and video.told_size(endless) <= len(boxed)
+    for behind in (bytes(100), b"\x7fsomething else"):
+        assert len(video.load_clip(boxed + behind, tmp_path).frames) == 20
+
+
 @pytest.mark.parametrize("total", [1, 7, 20, 301])
 def test_frames_are_those_that_video_processors_take(total):
     from transformers.video_utils import VideoMetadata, default_sample_indices_fn
@@ -191,6 +217,9 @@ def test_real_sounds_and_clips():
     assert len(speech) == 11 * 16000 and 0.05 < np.abs(speech).max() <= 1
     for path in sorted((SHARED / "audio" / "mllm_demo_data").iterdir()):
         assert len(audio.load_audio(path.name, path.parent)) > 1000
+    whole = (SHARED / "video" / "baby.mp4").read_bytes()
+    with pytest.raises(Bad, match=f"it is cut short: 231773 of the {len(whole)} bytes"):  # of which FFmpeg shows one half
+        video.load_clip(whole[: len(whole) // 2], SHARED)
     for path in sorted((SHARED / "video" / "mllm_demo_data").iterdir())[:2]:
         clip = video.load_clip(path.name, path.parent, count=8)
         assert len(clip.frames) == 8 and (np.diff(clip.times) > 0).all()
