@@ -13,7 +13,6 @@ from aligner.data.samples import Bad
 from aligner.models.pictures import Clip
 from aligner.types import UserError
 
-
 _BOXES = (b"ftyp", b"moov", b"mdat", b"moof", b"sidx", b"styp", b"free", b"skip", b"wide", b"uuid", b"mfra")  # at a file's top
 
 
@@ -60,8 +59,8 @@ def load_clip(reference: Any, folder: str | Path, count: int | None = None, fps:
 
 
 def told_size(data: bytes) -> int:
-    """How many bytes a file says it has; 0 where it does not say, as what was written to a pipe. FFmpeg decodes one that is cut as far as it
-    goes, and does not tell.
+    """How many bytes a file says it has; 0 where it does not say, as what was written to a pipe. FFmpeg decodes one that is cut as far as
+    it goes, and does not tell.
 
     MP4 and QuickTime say it by their boxes, AVI by its first chunk, Matroska and WebM by their segment.
     """
@@ -75,9 +74,10 @@ def told_size(data: bytes) -> int:
     at = 0
     while data[at + 4 : at + 8] in _BOXES:
         size = int.from_bytes(data[at : at + 4], "big")
-        at += int.from_bytes(data[at + 8 : at + 16], "big") if size == 1 else size
-        if size == 0:  # up to the end, wherever that is
+        size = int.from_bytes(data[at + 8 : at + 16], "big") if size == 1 else size
+        if size < 8:  # 0 is up to the end, wherever that is
             break
+        at += size
     return at
 
 
