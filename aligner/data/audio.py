@@ -62,7 +62,10 @@ def _decoded(data: bytes) -> tuple[np.ndarray, int]:
             samples, rate, said, log = file.read(dtype="float32", always_2d=True), file.samplerate, file.frames, file.extra_info
     except (soundfile.SoundFileError, RuntimeError) as error:
         # the library's own message names an object in memory
-        raise Bad("unreadable audio", getattr(error, "error_string", str(error))) from error
+        detail = getattr(error, "error_string", str(error))
+        if getattr(error, "code", None) == 1:  # AAC in an .m4a, say
+            detail = "no audio format that is read; those are WAV, FLAC, MP3, Ogg, AIFF and their like"
+        raise Bad("unreadable audio", detail) from error
     cut = _CUT.search(log)
     if cut and int(cut["there"]) < 0.99 * int(cut["said"]) < _STREAMED:  # headers are often wrong by some bytes
         raise Bad("unreadable audio", f"it is cut short: {cut['there']} of the {cut['said']} bytes that its header says are there")

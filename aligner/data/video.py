@@ -97,7 +97,9 @@ def _look(av: Any, data: bytes) -> tuple[np.ndarray, tuple[int, int]]:
         stream = container.streams.video[0]
         rate, found, size = float(stream.average_rate or 25), [], (0, 0)
         for number, frame in enumerate(container.decode(stream)):
-            size = (frame.width, frame.height) if _turns(frame) % 2 else (frame.height, frame.width)
+            before, size = size, (frame.width, frame.height) if _turns(frame) % 2 else (frame.height, frame.width)
+            if found and size != before:  # as where two recordings were put one behind the other
+                raise Bad("unreadable video", f"its frames change from {before[1]} x {before[0]} to {size[1]} x {size[0]} pixels")
             if frame.width * frame.height > MAX_PIXELS:
                 raise Bad("unreadable video", f"frames of {frame.width} x {frame.height} are more than {MAX_PIXELS} pixels")
             found.append(frame.time if frame.time is not None else number / rate)

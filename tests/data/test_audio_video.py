@@ -188,6 +188,20 @@ def test_a_clip_that_is_cut_short_is_not_used(tmp_path, form, options):
             video.load_clip(whole[: int(len(whole) * cut)], tmp_path)
 
 
+def test_frames_that_change_their_size(tmp_path):
+    """Two recordings one behind the other; the first look at a dataset must find it, not the training."""
+    small, large = (clip(np.zeros((4, side, side, 3), np.uint8), form="mpegts") for side in (32, 64))
+    for pixels in (True, False):
+        assert video.load_clip(small, tmp_path, pixels=pixels).size == (32, 32)
+        with pytest.raises(Bad, match="unreadable video: its frames change from 32 x 32 to 64 x 64 pixels"):
+            video.load_clip(small + large, tmp_path, pixels=pixels)
+
+
+def test_a_sound_in_a_format_that_is_not_read(tmp_path):
+    with pytest.raises(Bad, match="unreadable audio: no audio format that is read; those are WAV, FLAC, MP3"):
+        audio.load_audio(clip(np.zeros((2, 16, 16, 3), np.uint8)), tmp_path)
+
+
 def test_a_clip_that_does_not_say_how_long_it_is(tmp_path):
     """As what was written to a pipe; and one with something behind it."""
     frames = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
