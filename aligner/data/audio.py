@@ -14,7 +14,9 @@ from aligner.data.media import encoded_bytes
 from aligner.data.samples import Bad
 from aligner.types import UserError
 
-_CUT = re.compile(r"^data : (?P<said>\d+) \(should be (?P<there>\d+)\)", re.MULTILINE)  # what libsndfile notes of a WAV
+# What libsndfile notes of a file that ends too early: WAV, AIFF, AU, W64 and RF64 say how many bytes they hold
+_CUT = re.compile(r"^ *(?:data|SSND|Data Size|riff|Riff size) *: (?P<said>\d+) \(should be (?P<there>\d+)\)", re.MULTILINE)
+_ENDLESS = "Last page lacks an end-of-stream bit"  # and of an Ogg stream
 _STREAMED = 2e9  # bytes; programs that write to a pipe do not know how many will come, and say as many as can be
 RATE = 16_000  # samples a second that speech encoders take
 
@@ -57,13 +59,27 @@ def _decoded(data: bytes) -> tuple[np.ndarray, int]:
     soundfile = _package("soundfile")
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
-            samples, rate, cut = file.read(dtype="float32", always_2d=True), file.samplerate, _CUT.search(file.extra_info)
+            samples, rate, said, log = file.read(dtype="float32", always_2d=True), file.samplerate, file.frames, file.extra_info
     except (soundfile.SoundFileError, RuntimeError) as error:
         # the library's own message names an object in memory
-        raise Bad("unreadable audio", getattr(error, "error_string", str(error))) from error
+        detail = getattr(error, "error_string", str(error))
+        if getattr(error, "code", None) == 1:  # AAC in an .m4a, say
+            detail = "no audio format that is read; those are WAV, FLAC, MP3, Ogg, AIFF and their like"
+        raise Bad("unreadable audio", detail) from error
+    cut = _CUT.search(log)
     if cut and int(cut["there"]) < 0.99 * int(cut["said"]) < _STREAMED:  # headers are often wrong by some bytes
         raise Bad("unreadable audio", f"it is cut short: {cut['there']} of the {cut['said']} bytes that its header says are there")
+    if len(samples) < 0.99 * said and _mp3_is_told(data):
+        raise Bad("unreadable audio", f"it is cut short: {len(samples)} of the {said} samples that its header says are there")
+    if _ENDLESS in log:
+        raise Bad("unreadable audio", "it is cut short: its last page does not end the stream")
     return samples.mean(axis=1), rate
+
+
+def _mp3_is_told(data: bytes) -> bool:
+    """Whether the first frame of an MP3 says how many follow; else its length is a guess, far off where the bit rate varies."""
+    tags = 10 + sum((byte & 127) << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0))) if data[:3] == b"ID3" else 0
+    return re.search(b"Xing|Info|VBRI", data[tags : tags + 4096]) is not None
 
 
 def _package(name: str) -> Any:

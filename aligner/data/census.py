@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from aligner.data.mixture import Samples
 
 TOGETHER = 256  # rows that a thread looks at in one go, their texts tokenised in one call, which goes over all cores
-_VERSION = 8  # counts up when what a census says of the same rows changes
+_VERSION = 11  # counts up when what a census says of the same rows changes
 
 
 @dataclasses.dataclass(frozen=True)

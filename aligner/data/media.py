@@ -23,7 +23,8 @@ from aligner.types import Media
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # larger ones are decompression bombs, or nothing a vision tower could use
 # Without Pillow's formats that start other programs or render vector graphics.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-_BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")  # JPEG, PNG, GIF, WebP, BMP, TIFF
+# JPEG, PNG, GIF, WebP (and WAV, AVI), BMP, TIFF; AVIF, JPEG 2000 and MP4; FLAC, Ogg, MP3, Matroska
+_BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A", "AAAA", "ZkxhQ", "T2dnU", "SUQz", "GkXfo")
 
 
 def open_image(reference: Any, folder: str | Path) -> Image.Image:
@@ -59,6 +60,8 @@ def check_image(reference: Any, folder: str | Path) -> bytes:
         image.draft("RGB", (image.width // 8, image.height // 8))
         image.load()
         ImageOps.exif_transpose(image, in_place=True)  # which may be what fails
+        if image.mode == "F":
+            _rgb(image)  # as may this
     return hashlib.sha256(data).digest()
 
 
@@ -94,7 +97,8 @@ def _decoding(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         # Pillow's own message names an object in memory
-        detail = "no image format that is known" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        unknown = f"no image format that is read; those are {', '.join(_formats())}"
+        detail = unknown if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise Bad("unreadable image", f"{name}: {detail}") from error
 
 
@@ -119,7 +123,8 @@ def encoded_bytes(reference: Any, folder: str | Path, kind: str = "image") -> by
     text = os.fspath(reference)
     if text.startswith("data:") or (len(text) > 64 and text.startswith(_BASE64_STARTS)):
         try:
-            return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
+            code = text.partition(",")[2] if text.startswith("data:") else text
+            return base64.b64decode("".join(code.split()), validate=True)  # which mail and `base64` of the shell cut into lines
         except binascii.Error as error:
             if text.startswith("data:"):
                 raise Bad(f"unreadable {kind}", f"{_name(text)}: not valid base64 ({error})") from error
@@ -127,10 +132,13 @@ def encoded_bytes(reference: Any, folder: str | Path, kind: str = "image") -> by
         raise Bad(f"{kind} is a URL", f"{_name(text)}: {kind}s are not fetched while training; download them and name the files")
     path = _inside(text, folder, kind)
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
     except (OSError, ValueError) as error:
-        reason = "does not exist" if isinstance(error, FileNotFoundError) else str(error)
-        raise Bad(f"unreadable {kind}", f"{text}: {reason} in {folder}") from error
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None) or str(error)
+        raise Bad(f"unreadable {kind}", f"{_name(text)}: {reason} in {folder}") from error
+    if not data:
+        raise Bad(f"unreadable {kind}", f"{_name(text)}: the file is empty")
+    return data
 
 
 def _inside(text: str, folder: str | Path, kind: str) -> Path:
@@ -145,7 +153,10 @@ def _inside(text: str, folder: str | Path, kind: str) -> Path:
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit and float greys: Pillow would clip, not scale
         values = np.asarray(image, np.float32)
-        scale = 1 / 257 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 1
+        if not np.isfinite(values).all():
+            raise ValueError("it holds numbers that are not finite")
+        top = values.max(initial=0)
+        scale = 1 / 257 if image.mode.startswith("I;16") or top > 255 else 255 if image.mode == "F" and top <= 1 else 1
         image = Image.fromarray(np.clip(values * scale + 0.5, 0, 255).astype(np.uint8))
     if "A" in image.getbands() or image.info.get("transparency") is not None:  # on white, as image processors lay it
         image = image.convert("RGBA")

@@ -1,5 +1,6 @@
 """Sounds and clips decode to what models take; the spectrogram is Whisper's."""
 
+import io
 import struct
 import sys
 from pathlib import Path
@@ -103,6 +104,30 @@ def test_a_sound_that_is_cut_short_is_not_used(tmp_path, kind):
         assert len(audio.load_audio(whole[:place] + struct.pack("<I", size) + whole[place + 4 :], tmp_path)) == 8000
 
 
+@pytest.mark.parametrize(("kind", "told"), [("AIFF", "bytes"), ("AU", "bytes"), ("W64", "bytes"), ("RF64", "bytes"), ("MP3", "samples"), ("OGG", "last page")])
+def test_so_is_one_of_another_format(tmp_path, kind, told):
+    """These too decode as far as they go."""
+    soundfile = pytest.importorskip("soundfile")
+    soundfile.write(tmp_path / "a", np.random.default_rng(0).normal(scale=0.1, size=64000), 16000, format=kind)
+    whole = (tmp_path / "a").read_bytes()
+    assert len(audio.load_audio(whole, tmp_path)) == 64000
+    tagged = b"ID3\4\0\0\0\0\x40\0" + bytes(1 << 13) + whole  # a picture of the singer, say
+    for cut in (whole[: len(whole) * 2 // 3], *[tagged[: len(tagged) * 2 // 3]] * (kind == "MP3")):
+        with pytest.raises(Bad, match=f"unreadable audio: it is cut short: .*{told}"):
+            audio.load_audio(cut, tmp_path)
+
+
+def test_an_mp3_that_does_not_say_how_long_it_is(tmp_path):
+    """What is guessed from its first frames is not what its header says."""
+    soundfile = pytest.importorskip("soundfile")
+    wave = np.concatenate([np.zeros(16000), np.random.default_rng(0).normal(scale=0.3, size=48000)])
+    soundfile.write(tmp_path / "a.mp3", wave, 16000, bitrate_mode="VARIABLE", compression_level=0.3)
+    whole = (tmp_path / "a.mp3").read_bytes()
+    streamed = whole[whole.index(whole[:2], 100) :]  # without the frame that says it
+    assert soundfile.info(io.BytesIO(streamed)).frames > 2 * len(wave)
+    assert len(wave) <= len(audio.load_audio(streamed, tmp_path)) < len(wave) + 3000
+
+
 def test_missing_packages_are_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "soxr", None)
     with pytest.raises(UserError, match=r"audio needs the package soxr; pip install aligner\[audio\]"):
@@ -150,6 +175,47 @@ def test_frames_stand_upright(tmp_path, matrix, turns):
     assert np.abs(found.frames[0].astype(int) - np.rot90(frames[0], turns)).mean() < 8
 
 
+@pytest.mark.parametrize(
+    ("form", "options"), [("mp4", {}), ("mp4", {"movflags": "empty_moov", "frag_duration": "1000000"}), ("avi", {}), ("matroska", {})]
+)
+def test_a_clip_that_is_cut_short_is_not_used(tmp_path, form, options):
+    """FFmpeg decodes what is there; its question was about all of it."""
+    frames = np.random.default_rng(0).integers(0, 256, (20, 48, 64, 3), np.uint8)
+    whole = clip(frames, form=form, **options)
+    assert video.told_size(whole) == len(whole) and len(video.load_clip(whole, tmp_path).frames) == 20
+    for cut in (0.9, 0.6, 0.1):
+        with pytest.raises(Bad, match=r"unreadable video: it is cut short: \d+ of the \d+ bytes that its headers say are there"):
+            video.load_clip(whole[: int(len(whole) * cut)], tmp_path)
+
+
+def test_frames_that_change_their_size(tmp_path):
+    """Two recordings one behind the other; the first look at a dataset must find it, not the training."""
+    small, large = (clip(np.zeros((4, side, side, 3), np.uint8), form="mpegts") for side in (32, 64))
+    for pixels in (True, False):
+        assert video.load_clip(small, tmp_path, pixels=pixels).size == (32, 32)
+        with pytest.raises(Bad, match="unreadable video: its frames change from 32 x 32 to 64 x 64 pixels"):
+            video.load_clip(small + large, tmp_path, pixels=pixels)
+
+
+def test_a_sound_in_a_format_that_is_not_read(tmp_path):
+    with pytest.raises(Bad, match="unreadable audio: no audio format that is read; those are WAV, FLAC, MP3"):
+        audio.load_audio(clip(np.zeros((2, 16, 16, 3), np.uint8)), tmp_path)
+
+
+def test_a_clip_that_does_not_say_how_long_it_is(tmp_path):
+    """As what was written to a pipe; and one with something behind it."""
+    frames = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
+    piped = clip(frames, form="matroska", live="1")
+    boxed = clip(frames)
+    place = boxed.index(b"mdat") - 4
+    assert len(video.load_clip(piped, tmp_path).frames) == 20 and video.told_size(piped) == 0
+    for nothing in (bytes(4), b"\0\0\0\1", b"\0\0\0\7"):  # up to the end; a long number, which is none here; less than a box has
+        broken = boxed[:place] + nothing + boxed[place + 4 : place + 8] + bytes(8) + boxed[place + 16 :]
+        assert video.told_size(broken) == place
+    for behind in (bytes(100), b"\x7fsomething else"):
+        assert len(video.load_clip(boxed + behind, tmp_path).frames) == 20
+
+
 @pytest.mark.parametrize("total", [1, 7, 20, 301])
 def test_frames_are_those_that_video_processors_take(total):
     from transformers.video_utils import VideoMetadata, default_sample_indices_fn
@@ -166,6 +232,9 @@ def test_real_sounds_and_clips():
     assert len(speech) == 11 * 16000 and 0.05 < np.abs(speech).max() <= 1
     for path in sorted((SHARED / "audio" / "mllm_demo_data").iterdir()):
         assert len(audio.load_audio(path.name, path.parent)) > 1000
+    whole = (SHARED / "video" / "baby.mp4").read_bytes()
+    with pytest.raises(Bad, match=f"it is cut short: 231773 of the {len(whole)} bytes"):  # of which FFmpeg shows one half
+        video.load_clip(whole[: len(whole) // 2], SHARED)
     for path in sorted((SHARED / "video" / "mllm_demo_data").iterdir())[:2]:
         clip = video.load_clip(path.name, path.parent, count=8)
         assert len(clip.frames) == 8 and (np.diff(clip.times) > 0).all()

@@ -45,6 +45,47 @@ def test_every_kind_of_reference(tmp_path):
         assert len(media.check_image(reference, tmp_path)) == 32
 
 
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "AVIF", "JPEG2000"])
+def test_base64_of_any_format_and_in_lines(tmp_path, form):
+    """As mail and the shell's `base64` write it."""
+    data = encoded(noise((30, 30)), form)
+    lines = base64.encodebytes(data).decode()
+    assert lines.count("\n") > 1
+    for reference in (base64.b64encode(data).decode(), lines, lines.replace("\n", "\r\n"), f"data:image/x;base64,{lines}"):
+        assert media.encoded_bytes(reference, tmp_path) == data
+
+
+def test_sounds_and_clips_as_base64(tmp_path):
+    import soundfile
+
+    for form in ("WAV", "FLAC", "OGG"):
+        buffer = io.BytesIO()
+        soundfile.write(buffer, np.zeros(4000), 16000, format=form)
+        assert media.encoded_bytes(base64.b64encode(buffer.getvalue()).decode(), tmp_path, "audio") == buffer.getvalue()
+    for form in ("mp4", "matroska", "avi"):
+        clip = vision_folders.clip(np.zeros((2, 16, 16, 3), np.uint8), form=form)
+        assert media.encoded_bytes(base64.b64encode(clip).decode(), tmp_path, "video") == clip
+
+
+def test_a_text_that_is_no_path_is_not_told_whole(tmp_path):
+    """It may be a picture of megabytes in an encoding that is not known."""
+    with pytest.raises(Bad) as caught:
+        media.open_image("c7" * 100_000, tmp_path)
+    assert "File name too long" in caught.value.detail and len(caught.value.detail) < 200 + len(str(tmp_path))
+
+
+def test_pictures_of_floats(tmp_path):
+    """Of 0..1, of 0..255; those were black, and NaN was any colour."""
+    grey = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
+    for values in (grey, grey * 255):
+        seen = np.asarray(media.open_image(encoded(Image.fromarray(values), "TIFF"), tmp_path))[..., 0]
+        assert np.abs(seen - grey * 255).max() <= 0.51
+    grey[1, 1] = np.nan
+    for read in (media.open_image, media.check_image):
+        with pytest.raises(Bad, match="unreadable image: bytes: it holds numbers that are not finite"):
+            read(encoded(Image.fromarray(grey), "TIFF"), tmp_path)
+
+
 def test_modes_and_orientation(tmp_path):
     grey16 = Image.fromarray((np.arange(12, dtype=np.uint16) * 5000).reshape(3, 4))
     seen = np.asarray(media.open_image(encoded(grey16), tmp_path))[..., 0]
@@ -88,6 +129,9 @@ def test_transparent_pictures_are_what_image_processors_see(tmp_path, mode):
         ({"bytes": None, "path": None}, "unreadable image", "no image"),
         (7, "unreadable image", "int"),
         ("vector.eps", "unreadable image", "no image format"),
+        ("telephone.heic", "unreadable image", "no image format that is read; those are PNG, JPEG, WEBP"),
+        ("empty.jpg", "unreadable image", "empty.jpg: the file is empty"),
+        ("more", "unreadable image", "more: Is a directory"),
     ],
 )
 def test_what_cannot_be_read(tmp_path, reference, reason, detail):
@@ -103,6 +147,9 @@ def test_what_cannot_be_read(tmp_path, reference, reason, detail):
     broken = encoded(noise(), "JPEG", exif=turned)
     place = broken.index(b"\x01\x00\x00\x04")  # the width, a number, becomes one that is none
     (folder / "exif.jpg").write_bytes(broken[: place + 2] + b"\x00\x07" + broken[place + 4 :])
+    (folder / "telephone.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200))
+    (folder / "empty.jpg").touch()
+    (folder / "more").mkdir()
     (folder / "vector.eps").write_bytes(encoded(noise(), "EPS"))
     for read in (media.open_image, media.check_image):
         with pytest.raises(Bad) as caught:

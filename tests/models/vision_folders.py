@@ -106,12 +106,12 @@ def describe(folder: Path, family: str, n: int = 0) -> Path:
     return folder / "config"
 
 
-def clip(frames: np.ndarray, rate: int = 10) -> bytes:
+def clip(frames: np.ndarray, rate: int = 10, form: str = "mp4", **options: str) -> bytes:
     """Frames [F,H,W,3] as an encoded file."""
     import av
 
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
+    with av.open(buffer, "w", format=form, options=options) as container:
         stream = container.add_stream("mpeg4", rate=rate)
         stream.height, stream.width = frames.shape[1:3]
         for frame in frames:
