@@ -22,13 +22,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aligner import by_row
+from aligner import arrays, by_row
 from aligner.types import UserError
 
 WRITES = ("answers", "best", "sft", "preference")
@@ -114,10 +113,9 @@ def run(args: argparse.Namespace) -> Path:
                     progress.update()
                 file.flush()
         records = [*by_row.records(partial)]
-        finished = out.with_name(out.name + ".tmp")
         written = [line for record in records if (line := shape(record, args)) is not None]
-        finished.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in written), encoding="utf-8")
-        os.replace(finished, out)
+        with arrays.whole(out) as part:
+            part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in written), encoding="utf-8")
         partial.unlink()
         partial.with_suffix(".settings").unlink()
     failed = [record["not_answered"] for record in records if "not_answered" in record]

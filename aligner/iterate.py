@@ -12,7 +12,6 @@ dataset's answer is preferred to the model's. The same command again goes on whe
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ if __name__ == "__main__":  # first of all, as in aligner.main
 from absl import flags
 from ml_collections import ConfigDict
 
-from aligner import workdir
+from aligner import arrays, workdir
 from aligner.commandline import defaults
 from aligner.main import CONFIG, WORKDIR, cli, start_jax
 from aligner.types import UserError
@@ -179,9 +178,8 @@ def write_pairs(path: Path, model: Any, prompts: str, reward_model: str, n: int,
     lines = [pair for pair in pairs if pair]
     if not lines:
         raise UserError(f"{prompts} holds no answers for --spin to prefer; give conversations that end with the assistant's message")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    os.replace(temporary, path)
+    with arrays.whole(path) as part:
+        part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
 def spin_pair(to_sample: Any, row: dict[str, Any], record: dict[str, Any]) -> dict[str, Any] | None:

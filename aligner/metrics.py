@@ -7,7 +7,6 @@ loss of an evaluation. `num_tokens` are those that were computed: a prompt that 
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aligner import arrays
 from aligner.types import Last, Max, Mean, Min, UserError
 
 Metric = Mean | Max | Min | Last
@@ -81,9 +81,8 @@ def open_log(workdir: str | Path, step: int, tensorboard: bool = False, wandb: b
         return
     path = Path(workdir) / JSONL
     kept = [record for record in read(workdir) if record["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    os.replace(temporary, path)
+    with arrays.whole(path) as part:
+        part.write_text("".join(json.dumps(record) + "\n" for record in kept))
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(path.open("a"))
         board = stack.enter_context(_tensorboard(workdir)) if tensorboard else None
@@ -183,9 +182,8 @@ def draw_curves(workdir: str | Path) -> Path | None:
         panels[0].plot([], [], color=f"C{number + 1}", linestyle="--", marker="o", label=dataset or "held out")
     panels[0].legend(frameon=False)
     path = Path(workdir) / "curves.png"
-    beside = path.with_suffix(".tmp")  # so that a kill leaves the picture of before, not half of one
-    figure.savefig(beside, dpi=110, format="png")
-    os.replace(beside, path)
+    with arrays.whole(path) as part:  # so that a kill leaves the picture of before, not half of one
+        figure.savefig(part, dpi=110, format="png")
     return path
 
 

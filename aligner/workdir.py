@@ -30,6 +30,10 @@ MAY_DIFFER = (
 )
 
 
+# Settings of `algorithm` that some algorithms had in an earlier aligner and never read: a run goes on without them, whatever they were.
+UNREAD = ("epsilon", "epsilon_high", "delta", "dual_clip", "entropy_coef")
+
+
 def resolve(config: ConfigDict, workdir: str | Path) -> ConfigDict:
     """A copy of the config in which "{workdir}" is the working directory."""
 
@@ -124,7 +128,8 @@ def make(workdir: str | Path) -> None:
 
 
 def bring_up_to_date(workdir: str | Path, defaults: ConfigDict) -> None:
-    """Settings that the aligner of an earlier run in the workdir did not have are recorded for it as what they are by default, and told.
+    """Settings that the aligner of an earlier run in the workdir did not have are recorded for it as what they are by default, and told;
+    so those that its algorithm had and never read are forgotten.
 
     Args:
         workdir: with or without a run in it.
@@ -132,12 +137,18 @@ def bring_up_to_date(workdir: str | Path, defaults: ConfigDict) -> None:
     """
     if not (Path(workdir) / CONFIG).exists():
         return
-    before = read_config(workdir)
-    after = _with_missing(before, json.loads(json.dumps(resolve(defaults, workdir).to_dict())))
+    before, now = read_config(workdir), json.loads(json.dumps(resolve(defaults, workdir).to_dict()))
+    after, gone = _with_missing(before, now), []
+    if (algorithm := before.get("algorithm")) and algorithm["name"] == now["algorithm"]["name"]:
+        gone = [name for name in UNREAD if name in algorithm and name not in now["algorithm"]]
+        after["algorithm"] = {name: value for name, value in after["algorithm"].items() if name not in gone}
     if after != before:
         write_json(Path(workdir) / CONFIG, after)
     if new := sorted(flat(after).keys() - flat(before).keys()):
         say(f"the run in {workdir} is of an earlier aligner; these count as their defaults: config.{', config.'.join(new)}")
+    if gone:
+        names = ", ".join(f"config.algorithm.{name}" for name in gone)
+        say(f"the run in {workdir} is of an earlier aligner; these, which {algorithm['name']} never read, are gone: {names}")
 
 
 def _with_missing(before: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

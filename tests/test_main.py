@@ -293,6 +293,28 @@ def test_workdir_of_an_earlier_aligner(tmp_path, monkeypatch):
         f"--config={with_template(tmp_path)}", *arguments(tmp_path / "run")[1:]])  # fmt: skip
 
 
+def test_workdir_with_settings_that_its_algorithm_never_read(tmp_path, capsys):
+    """They are gone, and do not stop a run; those of another algorithm, whose command was given by mistake, stay in its record."""
+    from aligner import workdir
+    from configs import common
+
+    config = common.base()
+    config.algorithm = common.online_dpo()
+    before = workdir.resolve(config, tmp_path).to_dict()
+    before["algorithm"] |= dict(epsilon=0.2, epsilon_high=None, entropy_coef=0.0)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\n')
+    workdir.write_json(tmp_path / "config.json", before)
+    workdir.bring_up_to_date(tmp_path, config)
+    told = "which online_dpo never read, are gone: config.algorithm.epsilon, config.algorithm.epsilon_high, config.algorithm.entropy_coef"
+    assert told in capsys.readouterr().err
+    assert workdir.check(workdir.resolve(config, tmp_path), tmp_path) == []
+
+    before["algorithm"] |= dict(name="grpo", epsilon=0.3)
+    workdir.write_json(tmp_path / "config.json", before)
+    workdir.bring_up_to_date(tmp_path, config)
+    assert workdir.read_config(tmp_path)["algorithm"]["epsilon"] == 0.3
+
+
 def with_template(tmp_path):
     """A config file that sets an argument of the chat template: a name of one's own, not one that an earlier aligner lacked."""
     file = tmp_path / "mine.py"

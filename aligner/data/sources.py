@@ -135,7 +135,7 @@ def _stamp(path: Path) -> str:
 
 def _suffix(path: Path) -> str:
     """".jsonl" of rows.jsonl, of rows.jsonl.gz and of ROWS.JSONL."""
-    inner = Path(path.stem).suffix.lower() if path.suffix == ".gz" else ""
+    inner = Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else ""
     return inner if inner in _TEXTS else path.suffix.lower()
 
 
@@ -159,7 +159,7 @@ def _file(path: Path, name: str, sample_by: str) -> Rows:
 def _bytes(path: Path) -> bytes:
     """The whole of a file, uncompressed."""
     data = path.read_bytes()
-    if path.suffix != ".gz":
+    if path.suffix.lower() != ".gz":
         return data
     try:
         return gzip.decompress(data)
@@ -204,7 +204,7 @@ def _folder(path: Path, split: str, name: str, sample_by: str) -> Rows:
 def _jsonl(path: Path) -> Rows:
     """Rows by byte offset: only offsets are held in memory. Read by position, not mapped: mapped pages count as this process's memory."""
     starts, ends, lines = array("q"), array("q"), array("q")
-    whole = _bytes(path) if path.suffix == ".gz" else None
+    whole = _bytes(path) if path.suffix.lower() == ".gz" else None
     file = path.open("rb") if whole is None else io.BytesIO(whole)
     start = 0
     for number, line in enumerate(file, start=1):
@@ -269,7 +269,7 @@ def _json(path: Path) -> Rows:
 
 def _csv(path: Path, separator: str) -> Rows:
     """Rows of a table with a header; every value is a string. Empty cells are None."""
-    file = io.BytesIO(_bytes(path)) if path.suffix == ".gz" else path.open("rb")
+    file = io.BytesIO(_bytes(path)) if path.suffix.lower() == ".gz" else path.open("rb")
     try:
         with io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
             table = csv.reader(text, delimiter=separator, strict=True)

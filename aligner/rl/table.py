@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from aligner import arrays
 from aligner.rl.rollouts import Group
 
 
@@ -28,9 +28,8 @@ def write_parquet(path: Path, step: int, groups: Sequence[Group], names: Sequenc
             about = {"step": step, "row": group.item.row, "prompt": shown(group.item.text), "completion": text}
             lines.append({**about, "tokens": len(answer.tokens), "stopped": answer.stopped, **worth})
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    parquet.write_table(pyarrow.Table.from_pylist(lines), temporary)
-    os.replace(temporary, path)
+    with arrays.whole(path) as part:
+        parquet.write_table(pyarrow.Table.from_pylist(lines), part)
 
 
 def table(groups: Sequence[Group], total: np.ndarray, count: int, width: int = 120) -> list[str]:

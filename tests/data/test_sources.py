@@ -286,6 +286,10 @@ def test_what_windows_writes_is_read(tmp_path):
     assert open_rows(source(tmp_path / "B.CSV"))[0] == {"prompt": "q", "chosen": "a\r\nb"}
     (tmp_path / "c.JSONL.gz").write_bytes(gzip.compress(lines(ROWS).encode()))
     assert open_rows(source(tmp_path / "c.JSONL.gz"))[4] == ROWS[4]
+    (tmp_path / "D.JSONL.GZ").write_bytes(gzip.compress(lines(ROWS).encode()))
+    assert open_rows(source(tmp_path / "D.JSONL.GZ"))[4] == ROWS[4]
+    (tmp_path / "E.CSV.GZ").write_bytes(gzip.compress(b"prompt,chosen\nq,a\n"))
+    assert open_rows(source(tmp_path / "E.CSV.GZ"))[0] == {"prompt": "q", "chosen": "a"}
 
 
 def test_a_table_takes_little_more_memory_than_its_cells(tmp_path):
