@@ -27,6 +27,7 @@ from aligner.prepare import compute_columns, fingerprint
 from aligner.processes import check_alike
 from aligner.stopping import Stopped, catch_signals, watchdog
 from aligner.train_step import jit, jit_train_step, make_eval_step
+from aligner.trees import flatten, unflatten
 from aligner.types import Algorithm, Model, Params, UserError
 
 
@@ -338,9 +339,9 @@ def load_reference(config: ConfigDict, model: Model, trainable: Params, base: Pa
 
 def frozen_copy(config: ConfigDict, trainable: Params, paths: Collection[str] | None = None) -> Params:
     """A copy in the dtype of the computation of these leaves (None: all): what trains is donated to the step and lost."""
-    leaves = {path: leaf for path, leaf in lora.flatten(trainable).items() if paths is None or path in paths}
+    leaves = {path: leaf for path, leaf in flatten(trainable).items() if paths is None or path in paths}
     same = {path: leaf.sharding for path, leaf in leaves.items()}
-    return lora.unflatten(jit(lambda tree: jax.tree.map(jnp.copy, cast(tree, config.model.dtype)), out_shardings=same)(leaves))
+    return unflatten(jit(lambda tree: jax.tree.map(jnp.copy, cast(tree, config.model.dtype)), out_shardings=same)(leaves))
 
 
 def prepare_columns(
@@ -406,7 +407,7 @@ def check_finite(step: int, values: Mapping[str, float], ids: np.ndarray, limit:
 def exported(model: Model, disk: Any, trainable: Params, adapters: lora.Adapters | None, mesh: jax.sharding.Mesh) -> Params:
     """What a run comes to: the leaves that trained, the others as they stand on disk, adapters merged into those."""
     merge = lora.merge_into(adapters, trainable)
-    ours = {path: leaf for path, leaf in lora.flatten(trainable).items() if path.rpartition("/")[2] not in lora.TRAINED}
+    ours = {path: leaf for path, leaf in flatten(trainable).items() if path.rpartition("/")[2] not in lora.TRAINED}
 
     def one(path: str, leaf: jax.Array) -> jax.Array:
         whole = merge(path, leaf)
@@ -414,7 +415,7 @@ def exported(model: Model, disk: Any, trainable: Params, adapters: lora.Adapters
 
     shardings = sharding.param_shardings(convert.abstract_params(model), model.sharding_rules, mesh)
     rest = convert.load_params(model, disk, None, shardings, only=lambda path: path not in ours, finish=one)
-    return lora.unflatten(ours | lora.flatten(rest))
+    return unflatten(ours | flatten(rest))
 
 
 def finish(config: ConfigDict, directory: str | Path, steps: int, last: Mapping[str, float], seconds: float) -> None:

@@ -195,7 +195,7 @@ def restore_params(workdir: str | Path, step: int | None = None) -> tuple[Model,
         (model, params, step).
     """
     from aligner import convert, lora
-    from aligner.convert.tables import flatten, unflatten
+    from aligner.trees import flatten, unflatten
 
     config = read_config(workdir)
     model, adapters, trainable, step = restore_trainable(workdir, step)
