@@ -22,6 +22,7 @@ from aligner.data.kinds import ANSWERS, ENCODERS
 from aligner.data.layout import empty_row
 from aligner.models import attention
 from aligner.train_step import jit_train_step
+from aligner.trees import flatten, unflatten
 from aligner.types import Algorithm, Model, Params, UserError
 
 
@@ -85,7 +86,7 @@ def abstract_params(config: Any, model: Model, mesh: Mesh) -> tuple[Params, lora
         shapes = jax.eval_shape(make, shapes)
     names = sharding.tree_paths(lora.split(shapes, config.optim.freeze, adapters)[0]).keys()
     packed = lora.quantised_kernels(model.conversion, convert.abstract_params(model)) - names if config.quant.base else set()
-    places = lora.flatten(sharding.param_shardings(shapes, lora.sharding_rules(model.sharding_rules), mesh))
+    places = flatten(sharding.param_shardings(shapes, lora.sharding_rules(model.sharding_rules), mesh))
 
     def one(path: str, leaf: jax.ShapeDtypeStruct) -> Any:
         constant = path.rpartition("/")[2] in ("lora_scale", "lora_dropout")
@@ -93,7 +94,7 @@ def abstract_params(config: Any, model: Model, mesh: Mesh) -> tuple[Params, lora
         placed = jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=places[path])
         return quant.abstract(placed, config.quant.base) if path in packed else placed
 
-    return lora.unflatten({path: one(path, leaf) for path, leaf in lora.flatten(shapes).items()}), adapters
+    return unflatten({path: one(path, leaf) for path, leaf in flatten(shapes).items()}), adapters
 
 
 def check_planned(config: Any) -> None:
@@ -125,8 +126,8 @@ def make_step(config: Any, model: Model, devices: list[Any], row: Row) -> Step:
     if config.reference.kind == "copy" and algorithm.sync is None and not online:
         fixed["reference"] = lora.combine(jax.tree.map(in_compute_dtype, trainable), base)
     if config.reference.kind == "base":
-        leaves = lora.flatten(trainable)
-        fixed["initial"] = lora.unflatten({path: in_compute_dtype(leaves[path]) for path in adapters.saved})
+        leaves = flatten(trainable)
+        fixed["initial"] = unflatten({path: in_compute_dtype(leaves[path]) for path in adapters.saved})
     for name, (other, _) in algorithm.others.items():
         shapes = convert.abstract_params(other)
         places = sharding.param_shardings(shapes, other.sharding_rules, mesh)

@@ -185,6 +185,8 @@ def answer_rows(block: range, rows: Any, to_sample: Any, engine: Any, params: An
 
 def shape(record: dict[str, Any], args: argparse.Namespace) -> dict[str, Any] | None:
     """What --write makes of a row's record; None leaves the row out."""
+    from aligner.data.conversations import answer_to
+
     if args.write == "answers":
         return record
     ranked = [(reward, text) for reward, text in zip(record.get("rewards", ()), record.get("completions", ())) if reward is not None]
@@ -192,18 +194,17 @@ def shape(record: dict[str, Any], args: argparse.Namespace) -> dict[str, Any] | 
         return None
     best, worst = max(ranked, key=lambda pair: pair[0]), min(ranked, key=lambda pair: pair[0])
     prompt = record["prompt"]
-    message = (lambda text: [{"role": "assistant", "content": text}]) if isinstance(prompt, list) else (lambda text: text)
     kept = by_row.prompt_columns(record)
     if args.write == "best":
         rest = ("completions", "completion_lengths", "stopped", "rewards")
         return {key: value for key, value in record.items() if key not in rest} | {"completion": best[1], "reward": best[0]}
     if args.write == "sft":
         good = args.min_reward is None or best[0] >= args.min_reward
-        return {**kept, "prompt": prompt, "completion": message(best[1])} if good else None
+        return {**kept, "prompt": prompt, "completion": answer_to(prompt, best[1])} if good else None
     if best[0] - worst[0] <= args.min_margin or best[1] == worst[1]:
         return None
-    margin = best[0] - worst[0]
-    return {**kept, "prompt": prompt, "chosen": message(best[1]), "rejected": message(worst[1]), "margin": margin}
+    chosen, rejected = (answer_to(prompt, text) for _, text in (best, worst))
+    return {**kept, "prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": best[0] - worst[0]}
 
 
 def plain(prompt: Any) -> Any:

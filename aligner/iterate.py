@@ -185,22 +185,23 @@ def write_pairs(path: Path, model: Any, prompts: str, reward_model: str, n: int,
 def spin_pair(to_sample: Any, row: dict[str, Any], record: dict[str, Any]) -> dict[str, Any] | None:
     """The answer of a dataset's row and the model's (a line of `aligner.generate`); None where one is missing or both are the same."""
     from aligner import by_row
+    from aligner.data.conversations import answer_to, assistant
     from aligner.data.samples import Bad, as_supervised, is_conversation
 
     try:
         text = as_supervised(to_sample(row)).conversation
     except Bad:
         return None
-    message = lambda text: [{"role": "assistant", "content": text}]
-    real = text if is_conversation(text) else message(text)
+    real = text if is_conversation(text) else [assistant(text)]
     real = real[1 + max((i for i, one in enumerate(real) if one["role"] != "assistant"), default=-1) :]  # with reasoning, calls, ..
     written, texts = record.get("completions", [None])[0], [one["content"] for one in real]
     if written is None or not real or not all(isinstance(text, str) for text in texts):
         return None
     if [text.strip() for text in texts] == [written.strip()]:
         return None
-    chosen, rejected = (real, message(written)) if isinstance(record["prompt"], list) else (texts[0], written)
-    return {**by_row.prompt_columns(record), "prompt": record["prompt"], "chosen": chosen, "rejected": rejected}
+    prompt = record["prompt"]
+    chosen = real if is_conversation(prompt) else texts[0]
+    return {**by_row.prompt_columns(record), "prompt": prompt, "chosen": chosen, "rejected": answer_to(prompt, written)}
 
 
 def main(argv: list[str]) -> int:

@@ -17,13 +17,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from aligner.matmul import at_least_float32, matmul, wide
 from aligner.quant import dequantise
 from aligner.sharding import param_shardings
+from aligner.trees import flatten, unflatten
 from aligner.types import Conversion, Model, Params, UserError
 
 TRAINED = ("lora_a", "lora_b", "magnitude")
@@ -58,14 +58,6 @@ class Adapters:
     def from_json(cls, values: Mapping[str, Any]) -> "Adapters":
         scale = {path: tuple(s) if isinstance(s, list) else s for path, s in values["scale"].items()}
         return cls(**{**values, "scale": scale, "saved": tuple(values["saved"])})
-
-
-def flatten(tree: Params) -> dict[str, Any]:
-    return flatten_dict(tree, sep="/")
-
-
-def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    return unflatten_dict(leaves, sep="/")
 
 
 # ---- which leaves train -----------------------------------------------------------------------------------------------------------

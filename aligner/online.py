@@ -20,9 +20,7 @@ from ml_collections import ConfigDict
 from aligner import algorithms, allocator, checkpoint, convert, lora, metrics, optim, sharding, state, workdir
 from aligner.algorithms import ppo
 from aligner.algorithms.grpo import PENALISED, reference_params
-from aligner.check import check_config
 from aligner.console import progress, say, short, tracing
-from aligner.convert import peft
 from aligner.data import loader
 from aligner.data.mixture import is_set
 from aligner.generation.engine import check_growth, make_engine
@@ -30,24 +28,24 @@ from aligner.generation.sampling import Sampling, of_checkpoint
 from aligner.generation.sampling import check as check_sampling
 from aligner.likelihood import cast
 from aligner.models import attention
-from aligner.models.decoder import text_config
 from aligner.rl import advantages, mixture, rollouts, table
 from aligner.rl.engines import Local, Server
 from aligner.rl.environments import find_environment
 from aligner.rl.prompts import load_prompts
 from aligner.rl.rewards import make_rewards
 from aligner.run import (
-    attach,
-    call_setup,
+    begin,
     check_finite,
     exported,
     finish,
     frozen_copy,
     ids_hash,
-    load,
     load_frozen,
+    load_policy,
     load_reference,
+    open_policy,
     open_reference,
+    plan_params,
     put,
 )  # fmt: skip
 from aligner.stopping import Stopped, catch_signals, watchdog
@@ -72,30 +70,18 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         Stopped: asked to stop; the state is saved.
     """
     started, directory = time.monotonic(), Path(directory)
-    config = workdir.resolve(config, directory)
-    c, mesh = config.algorithm, sharding.make_mesh(config.mesh)
-    check_config(config, mesh)
-    backend = attention.chosen(mesh, config.model.attention)
     if jax.process_count() > 1:
         raise UserError("online training runs in one process; its devices may be many")
-    notes = workdir.check(config, directory)
-    if config.setup:
-        call_setup(config)
-    for note in notes:
-        say(f"goes on with a different setting: {note}")
+    config, mesh, backend = begin(config, directory)
+    c = config.algorithm
 
     # What is trained, on what, and what it is worth.
-    model, disk = convert.open_model(config.model.path, config.model.revision)
-    attention.check_heads(mesh, text_config(model).num_attention_heads, text_config(model).num_key_value_heads)
+    model, disk = open_policy(config, mesh)
     reference_disk = open_reference(config, model, disk)
     algorithm = algorithms.make(config, model)
     others = {name: convert.open_model(path) for name, (_, path) in algorithm.others.items()}
     manner = sampling_of(config, model)
-    abstract = convert.abstract_params(model)
-    adapters, start = peft.plan(config, model, abstract)
-    if adapters:
-        abstract = jax.eval_shape(lambda params: attach(config, model, params, adapters, start), abstract)
-    trained, _ = lora.split(abstract, config.optim.freeze, adapters)
+    _, trained, adapters, start = plan_params(config, model)
     critic = ppo.open_critic(config, model, disk) if c.name == "ppo" else None
     if critic:
         trained = {**trained, ppo.CRITIC: convert.abstract_params(critic[0])}
@@ -120,12 +106,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     names += ("environment",) if environment else ()
     learned_from = ", ".join(dataset.fingerprint for dataset in filter(None, (prompts, supervised)))
     examined = {"": held_out.fingerprint} if held_out else {}
-    if newest := checkpoint.newest(directory):  # asked before anything of the run is touched
-        workdir.check_place(directory, *newest, learned_from, steps)
-        workdir.compare_held_out(newest[1], examined)
-    workdir.check_source(directory, model, convert.fingerprint(disk), adapters)
-    model.assets.copy_to(directory / workdir.ASSETS)
-    workdir.record(config, directory)
+    workdir.claim(directory, config, model, convert.fingerprint(disk), adapters, learned_from, examined, steps)
     say(f"{model.family}, {c.name}: {steps} steps on {mesh.size} {jax.devices()[0].platform} device{'s' * (mesh.size > 1)}; a rollout of "
         f"{size} prompts x {c.num_generations} answers serves {updates} of them; attention: {backend}")  # fmt: skip
 
@@ -135,14 +116,10 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         catch_signals() as check_stop,
         checkpoint.open_checkpoints(directory, config.checkpoint.keep) as checkpoints,
     ):
-        params = load(config, model, disk, mesh, trained)
-        if adapters:
-            params = attach(config, model, params, adapters, start, mesh)
-        trainable, base = lora.split(params, config.optim.freeze, adapters)
-        del params
+        trainable, base = load_policy(config, model, disk, mesh, trained, adapters, start)
         fixed = {"base": base}
         if config.reference.kind == "base":
-            fixed["initial"] = frozen_copy(config, {path: leaf for path, leaf in lora.flatten(trainable).items() if path in adapters.saved})
+            fixed["initial"] = frozen_copy(config, trainable, adapters.saved)
         elif referred and algorithm.rollout:
             fixed["reference"] = load_reference(config, model, trainable, base, disk, reference_disk, mesh)
         if critic:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from aligner.prepare import compute_columns, fingerprint
 from aligner.processes import check_alike
 from aligner.stopping import Stopped, catch_signals, watchdog
 from aligner.train_step import jit, jit_train_step, make_eval_step
+from aligner.trees import flatten, unflatten
 from aligner.types import Algorithm, Model, Params, UserError
 
 
@@ -45,28 +46,14 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         Stopped: asked to stop; the state is saved.
     """
     started = time.monotonic()
-    config = workdir.resolve(config, directory)
-    mesh = sharding.make_mesh(config.mesh)
-    check_config(config, mesh)
-    backend = attention.chosen(mesh, config.model.attention)
-    notes = workdir.check(config, directory)
-    if config.setup:
-        call_setup(config)
-    for note in notes:
-        say(f"goes on with a different setting: {note}")
+    config, mesh, backend = begin(config, directory)
 
     # What is trained and on what: by headers and rows, no weights yet.
-    model, disk = convert.open_model(config.model.path, config.model.revision, config.algorithm.name in algorithms.SCORING)
-    attention.check_heads(mesh, text_config(model).num_attention_heads, text_config(model).num_key_value_heads)
-    model = with_template(model, config.data)
+    model, disk = open_policy(config, mesh)
     reference_disk = open_reference(config, model, disk)
     algorithm = algorithms.make(config, model)
     others = {name: convert.open_model(path) for name, (_, path) in algorithm.others.items()}
-    abstract = convert.abstract_params(model)
-    adapters, start = peft.plan(config, model, abstract)
-    if adapters:
-        abstract = jax.eval_shape(lambda params: attach(config, model, params, adapters, start), abstract)
-    trained, _ = lora.split(abstract, config.optim.freeze, adapters)
+    abstract, trained, adapters, start = plan_params(config, model)
     optim.check_groups(config.optim.groups, trained)
     look = lambda split: loader.load_dataset(config, split, model, algorithm.needs, cache_dir=Path(directory) / "data")
     train, evaluations = look("train"), {name: look(split) for name, split in eval_splits(config).items()}
@@ -81,13 +68,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     schedule = optim.make_schedule(config.optim, steps)
     optimizer = optim.make_optimizer(config.optim, schedule, model.trained_layers)
     held_out = {name: dataset.fingerprint for name, dataset in evaluations.items()}
-    if newest := checkpoint.newest(directory):  # asked before anything of the run is touched
-        workdir.check_place(directory, *newest, train.fingerprint, steps)
-        workdir.compare_held_out(newest[1], held_out)
-    workdir.check_source(directory, model, weights, adapters)
-    if jax.process_index() == 0:
-        model.assets.copy_to(Path(directory) / workdir.ASSETS)
-    workdir.record(config, directory)  # only now, so that a first try with a bad path leaves no run behind
+    workdir.claim(directory, config, model, weights, adapters, train.fingerprint, held_out, steps)
     count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))
     count_trained = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
     say(f"{model.family} with {count / 1e6:,.1f} M parameters, {count_trained / 1e6:,.1f} M train; {steps} steps of "
@@ -100,11 +81,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         catch_signals() as check_stop,
         checkpoint.open_checkpoints(directory, config.checkpoint.keep) as checkpoints,
     ):
-        params = load(config, model, disk, mesh, trained)
-        if adapters:
-            params = attach(config, model, params, adapters, start, mesh)
-        trainable, base = lora.split(params, config.optim.freeze, adapters)
-        del params
+        trainable, base = load_policy(config, model, disk, mesh, trained, adapters, start)
         needs_reference = algorithm.prepare or config.reference.kind == "copy"
         reference = load_reference(config, model, trainable, base, disk, reference_disk, mesh) if needs_reference else None
         columns = {
@@ -114,7 +91,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         own_reference = algorithm.sync is not None  # the state holds the reference, and it starts as the policy
         fixed = {"base": base} | ({"reference": reference} if config.reference.kind == "copy" and not own_reference else {})
         if config.reference.kind == "base":
-            fixed["initial"] = frozen_copy(config, {path: leaf for path, leaf in lora.flatten(trainable).items() if path in adapters.saved})
+            fixed["initial"] = frozen_copy(config, trainable, adapters.saved)
         fixed |= {name: load_frozen(config, *other, mesh) for name, other in others.items()}
         del reference
         train_state = state.create(trainable, optimizer, algorithm.carry, config.seed, mesh, own_reference)
@@ -242,6 +219,36 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     return last
 
 
+def begin(config: ConfigDict, directory: str | Path) -> tuple[ConfigDict, jax.sharding.Mesh, str]:
+    """What every run does first: (its config in this workdir, mesh, what computes attention); they fit each other and the run before."""
+    config = workdir.resolve(config, directory)
+    mesh = sharding.make_mesh(config.mesh)
+    check_config(config, mesh)
+    backend = attention.chosen(mesh, config.model.attention)
+    notes = workdir.check(config, directory)
+    if config.setup:
+        call_setup(config)
+    for note in notes:
+        say(f"goes on with a different setting: {note}")
+    return config, mesh, backend
+
+
+def open_policy(config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Model, Any]:
+    """(the model that is trained, with the chat template that the config asks for; its weights by their headers)."""
+    model, disk = convert.open_model(config.model.path, config.model.revision, config.algorithm.name in algorithms.SCORING)
+    attention.check_heads(mesh, text_config(model).num_attention_heads, text_config(model).num_key_value_heads)
+    return with_template(model, config.data), disk
+
+
+def plan_params(config: ConfigDict, model: Model) -> tuple[Params, Params, lora.Adapters | None, dict[str, np.ndarray]]:
+    """Shapes of (the tree with its adapters, the part of it that trains), and the adapters with the weights that they begin with."""
+    abstract = convert.abstract_params(model)
+    adapters, start = peft.plan(config, model, abstract)
+    if adapters:
+        abstract = jax.eval_shape(lambda params: attach(config, model, params, adapters, start), abstract)
+    return abstract, lora.split(abstract, config.optim.freeze, adapters)[0], adapters, start
+
+
 def check_answers(config: ConfigDict, dataset: loader.Dataset) -> None:
     """An algorithm on lists has room for `answers` of them; a longer list would lose its last ones."""
     room = config.algorithm.get("answers", dataset.answers)
@@ -274,6 +281,16 @@ def call_setup(config: ConfigDict) -> None:
         function(config)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("setup")
+
+
+def load_policy(
+    config: ConfigDict, model: Model, disk: Any, mesh: jax.sharding.Mesh, trained: Params, adapters: lora.Adapters | None, start: Mapping
+) -> tuple[Params, Params]:
+    """(what trains, the fixed base) over the mesh, with the adapters that `plan_params` found."""
+    params = load(config, model, disk, mesh, trained)
+    if adapters:
+        params = attach(config, model, params, adapters, start, mesh)
+    return lora.split(params, config.optim.freeze, adapters)
 
 
 def load(config: ConfigDict, model: Model, disk: Any, mesh: jax.sharding.Mesh, trained: Params) -> Params:
@@ -317,13 +334,14 @@ def load_reference(config: ConfigDict, model: Model, trainable: Params, base: Pa
     """The reference in the dtype of the computation: the policy as loaded, sharing what does not train, or another checkpoint."""
     if reference_disk is not disk:
         return load(config, model, reference_disk, mesh, {})
-    return lora.combine(frozen_copy(config, lora.flatten(trainable)), base)
+    return lora.combine(frozen_copy(config, trainable), base)
 
 
-def frozen_copy(config: ConfigDict, leaves: Mapping[str, jax.Array]) -> Params:
-    """A copy in the dtype of the computation of {tree path: leaf}, as a tree: what trains is donated to the step and lost."""
+def frozen_copy(config: ConfigDict, trainable: Params, paths: Collection[str] | None = None) -> Params:
+    """A copy in the dtype of the computation of these leaves (None: all): what trains is donated to the step and lost."""
+    leaves = {path: leaf for path, leaf in flatten(trainable).items() if paths is None or path in paths}
     same = {path: leaf.sharding for path, leaf in leaves.items()}
-    return lora.unflatten(jit(lambda tree: jax.tree.map(jnp.copy, cast(tree, config.model.dtype)), out_shardings=same)(leaves))
+    return unflatten(jit(lambda tree: jax.tree.map(jnp.copy, cast(tree, config.model.dtype)), out_shardings=same)(leaves))
 
 
 def prepare_columns(
@@ -389,7 +407,7 @@ def check_finite(step: int, values: Mapping[str, float], ids: np.ndarray, limit:
 def exported(model: Model, disk: Any, trainable: Params, adapters: lora.Adapters | None, mesh: jax.sharding.Mesh) -> Params:
     """What a run comes to: the leaves that trained, the others as they stand on disk, adapters merged into those."""
     merge = lora.merge_into(adapters, trainable)
-    ours = {path: leaf for path, leaf in lora.flatten(trainable).items() if path.rpartition("/")[2] not in lora.TRAINED}
+    ours = {path: leaf for path, leaf in flatten(trainable).items() if path.rpartition("/")[2] not in lora.TRAINED}
 
     def one(path: str, leaf: jax.Array) -> jax.Array:
         whole = merge(path, leaf)
@@ -397,7 +415,7 @@ def exported(model: Model, disk: Any, trainable: Params, adapters: lora.Adapters
 
     shardings = sharding.param_shardings(convert.abstract_params(model), model.sharding_rules, mesh)
     rest = convert.load_params(model, disk, None, shardings, only=lambda path: path not in ours, finish=one)
-    return lora.unflatten(ours | lora.flatten(rest))
+    return unflatten(ours | flatten(rest))
 
 
 def finish(config: ConfigDict, directory: str | Path, steps: int, last: Mapping[str, float], seconds: float) -> None:

@@ -206,7 +206,7 @@ def restore_params(workdir: str | Path, step: int | None = None) -> tuple[Model,
         (model, params, step).
     """
     from aligner import convert, lora
-    from aligner.convert.tables import flatten, unflatten
+    from aligner.trees import flatten, unflatten
 
     config = read_config(workdir)
     model, adapters, trainable, step = restore_trainable(workdir, step)
@@ -262,6 +262,38 @@ def check_source(workdir: str | Path, model: Model, fingerprint: str, adapters: 
     elif jax.process_index() == 0:
         folder, dtypes = str(model.assets.folder), dict(model.assets.dtypes)
         write_json(path, dict(path=folder, fingerprint=fingerprint, source_dtype=model.source_dtype, dtypes=dtypes, adapters=described))
+
+
+def claim(
+    workdir: str | Path,
+    config: ConfigDict,
+    model: Model,
+    weights: str,
+    adapters: "Adapters | None",
+    rows: str,
+    held_out: Mapping[str, str],
+    steps: int,
+) -> None:
+    """Make the workdir this run's, where what is there is of it. Called before anything is loaded, and once all paths are known to be good.
+
+    Args:
+        workdir, config, model, adapters: of the run.
+        weights: fingerprint of those that it starts from.
+        rows, held_out: fingerprints of what it learns from and, by name, is evaluated on.
+        steps: that it is to have in all.
+
+    Raises:
+        UserError: the run that is there started from, or learned from, something else.
+    """
+    from aligner import checkpoint
+
+    if newest := checkpoint.newest(workdir):  # asked before anything of the run is touched
+        check_place(workdir, *newest, rows, steps)
+        compare_held_out(newest[1], held_out)
+    check_source(workdir, model, weights, adapters)
+    if jax.process_index() == 0:
+        model.assets.copy_to(Path(workdir) / ASSETS)
+    record(config, workdir)  # only now, so that a first try with a bad path leaves no run behind
 
 
 def check_place(workdir: str | Path, done: int, kept: Mapping[str, Any], rows: str, steps: int) -> None:

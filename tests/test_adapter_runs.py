@@ -11,6 +11,7 @@ import aligner
 from aligner import convert, lora, metrics, run, workdir
 from aligner.convert import __main__ as command
 from aligner.convert import peft
+from aligner.trees import flatten
 from aligner.types import UserError
 from scripts import make_tiny_checkpoint
 from tests.models import tiny
@@ -71,7 +72,7 @@ def test_goes_on_to_the_same_numbers(trained):
 @pytest.mark.slow
 def test_only_adapters_are_saved(trained):
     _, adapters, trainable, step = workdir.restore_trainable(trained / "once")
-    assert step == 4 and set(lora.flatten(trainable)) == {f"{m}/{leaf}" for m in adapters.rank for leaf in ("lora_a", "lora_b")}
+    assert step == 4 and set(flatten(trainable)) == {f"{m}/{leaf}" for m in adapters.rank for leaf in ("lora_a", "lora_b")}
     saved = sum(file.stat().st_size for file in (trained / "once/checkpoints/4").rglob("*") if file.is_file())
     numbers = sum(leaf.size for leaf in jax.tree.leaves(trainable))
     assert saved < 3 * 4 * numbers + 200_000, "adapters and their two moments, no base"
@@ -109,8 +110,8 @@ def test_a_run_from_an_adapter_on_a_quantised_base(trained, demo, tmp_path):
     run.run(config, tmp_path / "run")
     assert losses(tmp_path / "run") == [pytest.approx(np.log(2), rel=1e-3)], "the reference carries the adapter too"
     _, params, _ = workdir.restore_params(tmp_path / "run")
-    kept = lora.flatten(aligner.load(demo / "model")[1])
-    for path, leaf in lora.flatten(params).items():
+    kept = flatten(aligner.load(demo / "model")[1])
+    for path, leaf in flatten(params).items():
         adapted = path.startswith("language_model/model/layers/") and path.endswith("_proj/kernel")
         assert (np.asarray(leaf).tobytes() == np.asarray(kept[path]).tobytes()) == (not adapted), path
     settings = json.loads((tmp_path / "adapter" / peft.CONFIG).read_text())

@@ -14,6 +14,7 @@ from aligner.convert import peft
 from aligner.likelihood import cast, make_likelihood
 from aligner.models import from_hf
 from aligner.train_step import jit, make_train_step
+from aligner.trees import flatten, unflatten
 from aligner.types import UserError
 from tests.invariance.step import keep_gradient, one_device, put
 from tests.models import text_configs, tiny, vision_configs
@@ -41,8 +42,8 @@ def step(f, config, mesh=None, disturb=0.1):
     mesh = sharding.make_mesh(mesh) if mesh else one_device()
     with jax.set_mesh(mesh):
         adapters, trainable, base = start(f, config, mesh, disturb)
-        saved = {path: leaf for path, leaf in lora.flatten(trainable).items() if path in adapters.saved}
-        fixed = {"base": base, "initial": cast(lora.unflatten(saved), config.model.dtype)}
+        saved = {path: leaf for path, leaf in flatten(trainable).items() if path in adapters.saved}
+        fixed = {"base": base, "initial": cast(unflatten(saved), config.model.dtype)}
         algorithm = algorithms.make(config, f.model)
         train_state = state.create(trainable, keep_gradient(), algorithm.carry, 0, mesh)
         function = make_train_step(
@@ -51,20 +52,20 @@ def step(f, config, mesh=None, disturb=0.1):
         rows = put(tiny.make_batch(f, columns=False), mesh)
         after, found = jit(function).lower(train_state, fixed, rows).compile(compiler_options=tiny.QUICK)(train_state, fixed, rows)
     found.pop("example_ids")
-    return metrics.values(found), {path: np.asarray(leaf) for path, leaf in lora.flatten(after.opt_state).items()}
+    return metrics.values(found), {path: np.asarray(leaf) for path, leaf in flatten(after.opt_state).items()}
 
 
 def test_only_adapters_train_and_have_optimizer_state(family):
     config = configure(lora__variant="dora")
     adapters, trainable, base = start(family, config, one_device())
-    names = {path.rpartition("/")[2] for path in lora.flatten(trainable)}
+    names = {path.rpartition("/")[2] for path in flatten(trainable)}
     assert names == {"lora_a", "lora_b", "magnitude"}
-    assert all(re.match(lora.DECODER, path) for path in lora.flatten(trainable)), "the tower has none unless asked for"
+    assert all(re.match(lora.DECODER, path) for path in flatten(trainable)), "the tower has none unless asked for"
     assert len(adapters.rank) == 7
     moments = optax.adamw(1e-3).init(trainable)[0].mu
     assert jax.tree.structure(moments) == jax.tree.structure(trainable)
     count = sum(leaf.size for leaf in jax.tree.leaves(trainable))
-    whole = lora.flatten(family.params)
+    whole = flatten(family.params)
     layers, ranks = tiny.TEXT["num_hidden_layers"], 3
     kernels = [whole[f"{module}/kernel"].shape for module in adapters.rank]
     assert count == sum(layers * (ranks * (rows + columns) + columns) for _, rows, columns in kernels)
@@ -84,8 +85,8 @@ def test_the_base_is_the_reference_at_step_0(llama, dtype, variant):
 def test_the_reference_has_no_adapters_and_the_leaves_that_train_whole_as_they_were(llava):
     config = configure(lora__modules_to_save=("multi_modal_projector/.*",))
     adapters, trainable, base = start(llava, config, one_device())
-    assert set(adapters.saved) == {p for p in lora.flatten(llava.params) if p.startswith("multi_modal_projector/")}
-    initial = lora.unflatten({path: leaf for path, leaf in lora.flatten(trainable).items() if path in adapters.saved})
+    assert set(adapters.saved) == {p for p in flatten(llava.params) if p.startswith("multi_modal_projector/")}
+    initial = unflatten({path: leaf for path, leaf in flatten(trainable).items() if path in adapters.saved})
     rows = put(tiny.make_batch(llava, columns=False), one_device())
     likelihood = jax.jit(make_likelihood(llava.model, 2), compiler_options=tiny.QUICK)
     expected = likelihood(tiny.as_arrays(llava.params), rows).logps
@@ -143,9 +144,9 @@ def test_dropout_reaches_the_layers_that_look_at_pictures():
     adapters = lora.plan(configure(lora__dropout=0.5, lora__targets=(".*cross_layers/.*",)), model, params)
     key = jax.random.key(0)
     params = lora.attach(tiny.as_arrays(params), adapters, {}, key=key, dtype=jnp.float32, init="kaiming", rules=model.sharding_rules)
-    leaves = lora.flatten(params)
+    leaves = flatten(params)
     leaves |= {path: jnp.ones_like(leaf) for path, leaf in leaves.items() if path.endswith("lora_b")}
-    hidden = lambda key: model.apply(lora.unflatten(leaves), batch, features=model.encode(params, batch), key=key).hidden
+    hidden = lambda key: model.apply(unflatten(leaves), batch, features=model.encode(params, batch), key=key).hidden
     plain, one, other = map(hidden, (None, jax.random.key(1), jax.random.key(2)))
     assert np.abs(plain - one).max() > 1e-3 and np.abs(one - other).max() > 1e-3
     np.testing.assert_array_equal(one, hidden(jax.random.key(1)))
@@ -177,8 +178,8 @@ def test_a_layer_without_an_adapter_stays_as_it_is(llama):
     for path, gradient in gradients.items():
         assert not gradient[0].any() and gradient[1].any(), path
     adapters, trainable, base = start(llama, config, one_device(), disturb=0.3)
-    merged = lora.flatten(lora.merge(lora.combine(trainable, base)))
-    before = lora.flatten(llama.params)
+    merged = flatten(lora.merge(lora.combine(trainable, base)))
+    before = flatten(llama.params)
     for module in adapters.rank:
         np.testing.assert_array_equal(merged[f"{module}/kernel"][0], before[f"{module}/kernel"][0])
         assert np.abs(merged[f"{module}/kernel"][1] - before[f"{module}/kernel"][1]).max() > 0.1

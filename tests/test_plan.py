@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from aligner import ahead, convert, lora, plan, sharding
 from aligner.models.layers import REMAT
 from aligner.run import attach
+from aligner.trees import flatten
 from aligner.types import UserError
 from configs import common
 from scripts.make_tiny_checkpoint import make_llama
@@ -70,7 +71,7 @@ def test_a_quantised_base_counts_by_its_bits(llama):
     _, _, dense = step_of(llama, **options)
     _, _, packed = step_of(llama, quant__base="int8", **options)
     kernels = lora.quantised_kernels(llama.model.conversion, llama.params)
-    found = lora.flatten(packed.fixed["base"])
+    found = flatten(packed.fixed["base"])
     assert {path for path, leaf in found.items() if hasattr(leaf, "qvalue")} == kernels
     saved = sum(3 * found[path].qvalue.size - 4 * found[path].scale.size for path in kernels)
     assert ahead.local_bytes(dense.fixed) - ahead.local_bytes(packed.fixed) == saved
@@ -131,7 +132,7 @@ def test_flops(llama):
     positions alone."""
     _, batch, step = step_of(llama, devices=1)
     rows, tokens = batch["tokens"].shape
-    leaves = lora.flatten(llama.params)
+    leaves = flatten(llama.params)
     size = lambda *names: sum(leaf.size for path, leaf in leaves.items() if path.endswith("kernel") and any(name in path for name in names))
     scored, config = batch["score_token"].shape[1], llama.model.config
     last = size("o_proj", "mlp") // config.num_hidden_layers

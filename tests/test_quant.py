@@ -10,6 +10,7 @@ import qwix
 from aligner import algorithms, lora, optim, quant, sharding, state
 from aligner.likelihood import make_likelihood
 from aligner.train_step import jit, make_train_step
+from aligner.trees import flatten, unflatten
 from tests.everyday import everyday
 from tests.invariance.step import one_device, put
 from tests.models import tiny
@@ -80,7 +81,7 @@ def test_a_quantised_base_over_a_mesh(llava):
     assert len(packed) == 7 and all(path.startswith("language_model/model/layers/") for path in packed)
     mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
     shardings = sharding.param_shardings(llava.params, llava.model.sharding_rules, mesh)
-    dense = lora.flatten(jax.device_put(tiny.as_arrays(llava.params), shardings))
+    dense = flatten(jax.device_put(tiny.as_arrays(llava.params), shardings))
     params = {path: quant.quantise_leaf(leaf, "nf4") if path in packed else leaf for path, leaf in dense.items()}
     up = params["language_model/model/layers/mlp/up_proj/kernel"]
     assert tuple(up.qvalue.sharding.spec) == (None, "fsdp", "tensor")
@@ -91,9 +92,9 @@ def test_a_quantised_base_over_a_mesh(llava):
     likelihood = make_likelihood(llava.model, 2, remat="full")
     score = jax.jit(likelihood, compiler_options=tiny.QUICK)
     with jax.set_mesh(mesh):
-        found = score(lora.unflatten(params), put(batch, mesh)).logps
+        found = score(unflatten(params), put(batch, mesh)).logps
     twin = {path: jax.device_get(quant.dequantise(leaf, "float32")) for path, leaf in params.items()}
-    expected = score(lora.unflatten(twin), batch).logps
+    expected = score(unflatten(twin), batch).logps
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert np.abs(expected - score(llava.params, batch).logps).max() > 1e-2
 
@@ -115,8 +116,8 @@ def step_memory(kind):
     packed = lora.quantised_kernels(model.conversion, abstract) if kind else ()
 
     def build(params):
-        leaves = lora.flatten(lora.attach(params, adapters, {}, key=jax.random.key(0), dtype="float32"))
-        return lora.unflatten({path: quant.quantise(leaf, kind) if path in packed else leaf for path, leaf in leaves.items()})
+        leaves = flatten(lora.attach(params, adapters, {}, key=jax.random.key(0), dtype="float32"))
+        return unflatten({path: quant.quantise(leaf, kind) if path in packed else leaf for path, leaf in leaves.items()})
 
     trainable, base = lora.split(jax.eval_shape(build, abstract), adapters=adapters)
     algorithm = algorithms.make(config, model)

@@ -9,7 +9,7 @@ import pytest
 
 import aligner
 from aligner import generate, metrics, run, score
-from aligner.convert.tables import flatten
+from aligner.trees import flatten
 from tests.models import tiny, vision_folders
 from tests.models.vision_configs import CASES, VIDEOS
 

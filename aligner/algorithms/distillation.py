@@ -81,7 +81,7 @@ def sampled(scores: Scores, batch: Batch, answers: int, gamma: float) -> tuple[F
     total = spread(sum_answers(size, batch, answers), batch)
     weight = iw_opd_weight(before, total, gamma)
     measures = {"advantage": weight * advantages, "abs_advantage": size, "weight": weight}
-    return iw_opd(logps, advantages, before, total, gamma), measures
+    return iw_opd(logps, advantages, weight), measures
 
 
 def check(config: ConfigDict) -> None:

@@ -19,7 +19,8 @@ import ml_dtypes  # noqa: F401  gives NumPy bfloat16
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from aligner.convert.tables import Slices, flatten, kernel_perm
+from aligner.convert.tables import Slices, kernel_perm
+from aligner.trees import flatten
 from aligner.types import UserError
 
 # Written into every file's metadata beside {"format": "pt"}, so that an export may be overwritten and nothing else.

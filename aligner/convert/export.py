@@ -17,7 +17,8 @@ from jax.experimental import multihost_utils
 from aligner.convert import disk
 from aligner.convert.assets import Assets
 from aligner.convert.hf import FLOATS, abstract_params, bar, dtype_name
-from aligner.convert.tables import Entry, by_tensor, copy_into, flatten, row_slices, table, write_tensor
+from aligner.convert.tables import Entry, by_tensor, copy_into, row_slices, table, write_tensor
+from aligner.trees import flatten
 from aligner.types import Model, Params, UserError
 
 

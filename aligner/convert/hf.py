@@ -20,7 +20,8 @@ from tqdm import tqdm
 from aligner.convert import disk
 from aligner.convert.assets import Assets
 from aligner.convert.disk import Checkpoint
-from aligner.convert.tables import Entry, by_tensor, flatten, read_leaf, table, unflatten
+from aligner.convert.tables import Entry, by_tensor, read_leaf, table
+from aligner.trees import flatten, unflatten
 from aligner.types import Conversion, Model, Params, UserError
 
 # What a parameter may be stored as; anything else is a quantised checkpoint.

@@ -25,6 +25,7 @@ from aligner import lora
 from aligner.convert import disk, hf
 from aligner.convert.tables import Entry, by_tensor, table, write_tensor
 from aligner.lora import TRAINED, Adapters
+from aligner.trees import flatten
 from aligner.types import Model, Params, UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -217,7 +218,7 @@ def read(path: str | Path, model: Model, params: Params) -> tuple[Adapters, dict
             magnitude[index] = parts.get("magnitude", 1)
         leaves |= {f"{module}/lora_a": a, f"{module}/lora_b": b} | ({f"{module}/magnitude": magnitude} if dora else {})
         scale[module] = tuple(scales[module].get((i,), 0.0) for i in range(stacked[0])) if stacked else scales[module][()]
-    flat = lora.flatten(params)
+    flat = flatten(params)
     for leaf, cores in saved.items():
         if len(cores) != math.prod(flat[leaf].shape[: len(next(iter(cores)))]):
             raise misfit(leaf, "is saved for some of its layers only, which is not supported")
@@ -243,7 +244,7 @@ def write(out: str | Path, model: Model, adapters: Adapters, trainable: Params, 
     out = Path(out).expanduser().absolute()
     if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {CONFIG, WEIGHTS, "README.md"}):
         raise UserError(f"{out} exists and is no former adapter; choose another folder or remove it")
-    leaves = {path: np.asarray(leaf) for path, leaf in lora.flatten(trainable).items()}
+    leaves = {path: np.asarray(leaf) for path, leaf in flatten(trainable).items()}
     abstract = hf.abstract_params(model)
     entries = {entry.path: entry for entry in table(model.conversion, abstract)}
     tensors: dict[str, np.ndarray] = {}

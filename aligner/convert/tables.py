@@ -35,8 +35,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from flax import traverse_util
 
+from aligner.trees import flatten
 from aligner.types import Conversion
 
 Slices = tuple[slice, ...]
@@ -92,16 +92,6 @@ class Entry:
         """Pairs of (index on the stacked axes, Hugging Face name)."""
         for index in np.ndindex(self.names.shape):
             yield index, self.names[index]
-
-
-def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts -> {"a/b/c": leaf}."""
-    return traverse_util.flatten_dict(tree, sep="/")
-
-
-def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
-    return traverse_util.unflatten_dict(leaves, sep="/")
 
 
 def table(conversion: Conversion, params: Mapping[str, Any]) -> list[Entry]:

@@ -15,8 +15,8 @@ import numpy as np
 from aligner.convert.assets import Assets
 from aligner.convert.export import save
 from aligner.convert.hf import abstract_params, load, model_from_folder
-from aligner.convert.tables import flatten, unflatten
 from aligner.models.decoder import text_config
+from aligner.trees import flatten, unflatten
 from aligner.types import Params, UserError
 
 # Leaves with a place for every token: end of the path -> which axis.

@@ -35,6 +35,11 @@ def assistant(content: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": content}
 
 
+def answer_to(prompt: Any, text: str) -> Any:
+    """A text as a prompt's answer: messages where the prompt is a conversation."""
+    return [assistant(text)] if is_conversation(prompt) else text
+
+
 def system_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The system's message of a row that has the column `system`, else none."""
     return [{"role": "system", "content": row["system"]}] if row.get("system") else []

@@ -96,7 +96,7 @@ def load_dataset(
     check_assets(model)
     model = modalities.looking_in(model, None, data.get("video_frames"))
     seeing = lambda index: modalities.looking_in(model, rows.folder(index))
-    workers = 1 if model.media is None else data.workers  # threads that only handle text wait for each other
+    workers = threads(model, data)
 
     @encoder
     def encode(index: int) -> Steps:
@@ -284,6 +284,11 @@ def _mismatched(
     sizes[:, 2] += added
     sizes[:, 3] = 2
     return example, sizes
+
+
+def threads(model: Model, data: Any) -> int:
+    """How many read ahead: `config.data.workers` where media are decoded; those that only handle text would wait for each other."""
+    return 1 if model.media is None else data.workers
 
 
 def check_assets(model: Model) -> None:

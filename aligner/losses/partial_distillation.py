@@ -55,20 +55,24 @@ def sampled_reverse_kl(logps: Values, teacher_logps: Values) -> Values:
     return jax.lax.stop_gradient(logps - teacher_logps) * logps
 
 
-def iw_opd(logps: Values, advantages: Values, before: Values, total: Values, gamma: float) -> Values:
-    """On-policy distillation with early tokens weighted more (IW-OPD, arXiv 2606.22600): -w a log p, w by `iw_opd_weight`.
+def iw_opd(logps: Values, advantages: Values, weight: Values) -> Values:
+    """On-policy distillation with early tokens weighted more (IW-OPD, arXiv 2606.22600): -w a log p.
 
-    At gamma = 0 it is `sampled_reverse_kl` of the student that wrote.
+    Where w is 1, at gamma = 0, it is `sampled_reverse_kl` of the student that wrote.
 
     Args:
         advantages: a = log q - log p_old, p_old being the student that wrote; a constant.
-        before, total: |a| summed over the tokens of the answer that stand before this one, and over all of them.
+        weight: w, by `iw_opd_weight`; a constant.
     """
-    return -jax.lax.stop_gradient(iw_opd_weight(before, total, gamma) * advantages) * logps
+    return -jax.lax.stop_gradient(weight * advantages) * logps
 
 
 def iw_opd_weight(before: Values, total: Values, gamma: float, epsilon: float = 1e-8) -> Values:
-    """1 + gamma (1 - before / total), of what `iw_opd` has: from 1 + gamma at an answer's first token down to 1."""
+    """1 + gamma (1 - before / total): from 1 + gamma at an answer's first token down to 1.
+
+    Args:
+        before, total: |a| summed over the tokens of the answer that stand before this one, and over all of them.
+    """
     return 1 + gamma * (1 - before / jnp.maximum(total, epsilon))
 
 

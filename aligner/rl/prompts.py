@@ -78,7 +78,8 @@ def load_prompts(config: Any, split: str, model: Model, cache_dir: str | Path | 
     def encode(index: int) -> Steps:
         return (yield from kind.encode.steps(rows.read(index), seeing(index), data))
 
-    census = take_census(encode.steps, rows, model, max(room, 0), name, key=["prompt"], cache_dir=cache_dir, workers=data.workers)
+    reading = dict(cache_dir=cache_dir, workers=loader.threads(model, data))
+    census = take_census(encode.steps, rows, model, max(room, 0), name, key=["prompt"], **reading)
     check_census(census, rows, name, data.max_bad_fraction)
     places, learned = loader.of_epoch(census.row_ids, rows.repeats, census.fingerprint)
     order = loader.endless(len(places), split == "train" and data.shuffle, config.seed)

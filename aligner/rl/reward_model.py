@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from aligner.data import layout, modalities, templates
-from aligner.data.samples import Bad, is_conversation
+from aligner.data.conversations import answer_to
+from aligner.data.samples import Bad
 from aligner.generation.engine import bucket
 from aligner.models.pictures import fill
 from aligner.types import UserError
@@ -54,9 +55,8 @@ def make_reward_model(
     score_batch = jit(lambda params, batch: make_scorer(model, 1)(params, batch).values[:, 0, 0])
 
     def encode(prompt: Any, completion: str, options: Mapping[str, Any]) -> templates.Encoded | None:
-        answer = [{"role": "assistant", "content": completion}] if is_conversation(prompt) else completion
         try:
-            encoded = templates.encode_answers(prompt, (answer,), model.assets, model.media, options)
+            encoded = templates.encode_answers(prompt, (answer_to(prompt, completion),), model.assets, model.media, options)
         except Bad as bad:
             if bad.reason == "empty answer":
                 return None

@@ -267,14 +267,17 @@ def rivalry(c: ConfigDict) -> float:
 def bounded(c: ConfigDict, total: np.ndarray, each: np.ndarray, found: dict, host: dict) -> tuple[np.ndarray, dict, dict]:
     """PPO-Lagrangian (Safe RLHF, section 3.3): rewards less the multiplier times the costs, and the multiplier moved on.
 
-    The costs stand after the rewards; one critic learns the sum, where Safe RLHF has two.
+    The costs stand after the rewards; one critic learns the sum, where Safe RLHF has two. A cost of None takes nothing off the reward, and
+    has no part in the mean that moves the multiplier, which stays where no cost is known.
     """
     start = len(c.reward_funcs)
-    costs = np.nansum(each[..., start : start + len(c.cost_funcs)], axis=-1)
-    multiplier, mean = host["lagrangian"], float(np.mean(costs))
-    moved = min(multiplier * float(np.exp(c.lagrangian_lr * (mean - c.cost_limit))), c.lagrangian_max)
-    found = {**found, "cost": mean, "lagrangian": multiplier}
-    return (total - multiplier * costs) / (1 + multiplier), found, {**host, "lagrangian": moved}
+    costs = adv.combine(each[..., start : start + len(c.cost_funcs)], np.ones(len(c.cost_funcs)))
+    multiplier = moved = host["lagrangian"]
+    found = {**found, "lagrangian": multiplier}
+    if not np.isnan(costs).all():
+        found["cost"] = float(np.nanmean(costs))
+        moved = min(multiplier * float(np.exp(c.lagrangian_lr * (found["cost"] - c.cost_limit))), c.lagrangian_max)
+    return (total - multiplier * np.nan_to_num(costs)) / (1 + multiplier), found, {**host, "lagrangian": moved}
 
 
 def _ppo(c: ConfigDict, total, stopped, drift, batch, groups, S: int, host: dict) -> tuple[dict[str, np.ndarray], dict]:

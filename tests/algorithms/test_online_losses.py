@@ -220,3 +220,16 @@ def test_the_multiplier_and_the_reward_under_a_bound_on_costs():
     assert host["lagrangian"] == pytest.approx(min(np.exp(np.log(1.7) + 0.7 * (cost.mean() - 0.4)), 3.0), rel=BAR) and host["beta"] == 0.1
     _, _, host = rollouts.bounded(c, rewards, each + 9, {}, {"lagrangian": 1.7})
     assert host["lagrangian"] == 3.0
+
+
+def test_costs_that_are_not_known_do_not_move_the_multiplier():
+    """Of [1, None] the mean is 1, not 1/2; an answer has the sum of those of its costs that are known."""
+    c, _ = objective_of("ppo_lagrangian", cost_funcs=("a", "b"), cost_limit=0.4, lagrangian_lr=0.7)
+    each = np.array([[[0.0, 1.0, np.nan], [2.0, np.nan, np.nan]], [[4.0, 3.0, 2.0], [6.0, np.nan, np.nan]]])
+    found, metrics, host = rollouts.bounded(c, each[..., 0], each, {}, {"lagrangian": 1.0})
+    np.testing.assert_allclose(found, np.array([[-1.0, 2.0], [-1.0, 6.0]]) / 2)
+    assert metrics == {"cost": 3.0, "lagrangian": 1.0} and host["lagrangian"] == pytest.approx(np.exp(0.7 * (3.0 - 0.4)), rel=BAR)
+    each[..., 1:] = np.nan
+    found, metrics, host = rollouts.bounded(c, each[..., 0], each, {}, {"lagrangian": 1.7})
+    assert metrics == {"lagrangian": 1.7} == host
+    np.testing.assert_allclose(found, each[..., 0] / 2.7)

@@ -12,9 +12,9 @@ import pytest
 import aligner
 from aligner.convert import __main__ as command
 from aligner.convert import model_from_folder
-from aligner.convert.tables import flatten
 from aligner.models import llava
 from aligner.models.attention import Spec, attention
+from aligner.trees import flatten
 from scripts import make_tiny_checkpoint
 from tests.models import tiny
 from tests.torch_required import torch

@@ -7,7 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from aligner.convert.tables import PIECE, TILE, by_tensor, copy_into, flatten, read_leaf, row_slices, table, write_tensor
+from aligner.convert.tables import PIECE, TILE, by_tensor, copy_into, read_leaf, row_slices, table, write_tensor
+from aligner.trees import flatten
 from aligner.types import Conversion
 
 MIXED = Conversion(

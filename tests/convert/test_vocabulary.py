@@ -5,8 +5,8 @@ import pytest
 
 import aligner
 from aligner.convert import __main__ as command
-from aligner.convert.tables import flatten
 from aligner.convert.vocabulary import add_tokens
+from aligner.trees import flatten
 from aligner.types import UserError
 from scripts import make_tiny_checkpoint
 from tests.models import vision_folders

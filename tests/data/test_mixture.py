@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aligner.data import mixture
+from aligner.data import loader, mixture
 from aligner.data.loader import batches, eval_batches, load_dataset
 from aligner.data.tokens import pack, unpack
+from aligner.rl import prompts
 from aligner.rl.prompts import load_prompts
 from aligner.types import UserError
 from tests.data import tiny
@@ -77,11 +78,25 @@ def test_prompts_stand_in_an_epoch_as_often_as_was_asked_for(files):
     config.generation = dict(max_new_tokens=8, server="")
     with config.unlocked():
         config.data.train.mixture = (dict(path=pairs, weight=1.0), dict(path=safe, weight=4.0))
-    prompts = load_prompts(config, "train", tiny.text_model())
-    assert prompts.size == len(prompts.lengths) == 20
+    asked = load_prompts(config, "train", tiny.text_model())
+    assert asked.size == len(asked.lengths) == 20
     for epoch in range(2):
-        seen = Counter(prompts.item(place).row for place in range(20 * epoch, 20 * epoch + 20))
+        seen = Counter(asked.item(place).row for place in range(20 * epoch, 20 * epoch + 20))
         assert [seen[i] for i in range(12)] == [1] * 4 + [2] * 8, "4 of the 12 pairs, all of the other 8 twice"
+
+
+def test_text_is_read_by_one_thread(files, monkeypatch):
+    """Threads that only handle text wait for each other, whether it is learned from or answered; `config.data.workers` decode media."""
+    asked = []
+    for module in (loader, prompts):
+        counting = lambda *args, take=module.take_census, **options: asked.append(options["workers"]) or take(*args, **options)
+        monkeypatch.setattr(module, "take_census", counting)
+    config = tiny.config(files[0], workers=3)
+    config.generation = dict(max_new_tokens=8, server="")
+    for model in (tiny.text_model(), tiny.image_model()):
+        load_dataset(config, "train", model)
+        load_prompts(config, "train", model)
+    assert asked == [1, 1, 3, 3]
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -11,6 +11,7 @@ import pytest
 import aligner
 from aligner import convert, lora
 from aligner.convert import peft as ours
+from aligner.trees import flatten, unflatten
 from aligner.types import UserError
 from configs import common
 from tests.everyday import everyday
@@ -107,7 +108,7 @@ def test_ours_in_peft(bases, tmp_path, case):
 
     again, weights = ours.read(tmp_path / "adapter", model, convert.abstract_params(model))
     assert again.rank.keys() == adapters.rank.keys() and set(again.saved) == set(adapters.saved)
-    kept = lora.flatten(trainable)
+    kept = flatten(trainable)
     assert weights.keys() == kept.keys()
     for path, leaf in weights.items():
         module = path.rpartition("/")[0]
@@ -227,8 +228,8 @@ def test_a_map_that_is_called_by_a_number_is_named_in_full(tmp_path):
     model = from_hf(vision_configs.hf_config("qwen2_vl", vision_configs.CASES["qwen2_vl"][0]))
     abstract = convert.abstract_params(model)
     adapters = lora.plan(lora_config(targets=("visual/.*",)), model, abstract)
-    kernels = {module: lora.flatten(abstract)[f"{module}/kernel"] for module in adapters.rank}
-    ours.write(tmp_path / "adapter", model, adapters, lora.unflatten(lora.new_leaves(adapters, kernels, jax.random.key(0), "float32")))
+    kernels = {module: flatten(abstract)[f"{module}/kernel"] for module in adapters.rank}
+    ours.write(tmp_path / "adapter", model, adapters, unflatten(lora.new_leaves(adapters, kernels, jax.random.key(0), "float32")))
     named = json.loads((tmp_path / "adapter" / ours.CONFIG).read_text())["target_modules"]
     assert "model.visual.merger.mlp.0" in named and not any(name.isdigit() for name in named)
 

@@ -6,6 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import aligner
+from aligner import trees
 from aligner.algorithms import reward
 from aligner.convert import tables
 from aligner.data.formatters import find_formatter
@@ -83,7 +84,7 @@ def test_step_equals_reward_trainer(folder, tmp_path, margin):
     for name, value in their_metrics.items():
         if name != "num_tokens":  # TRL counts the prompt twice
             assert found[name] == pytest.approx(value, rel=LOSS), name
-    leaves = {path: np.asarray(leaf) for path, leaf in tables.flatten(gradients).items()}
+    leaves = {path: np.asarray(leaf) for path, leaf in trees.flatten(gradients).items()}
     tensors = tables.by_tensor(tables.table(model.conversion, gradients))
     assert tensors.keys() == their_gradients.keys()
     for name, parts in tensors.items():

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from transformers import MixtralConfig
 
-from aligner import ahead, lora, sharding
+from aligner import ahead, sharding
 from aligner.logprobs import TopK, divergence, token_stats
 from aligner.losses.partial_distillation import SUPPORTS, likeliest
 from aligner.models import from_hf, layers, moe
+from aligner.trees import flatten
 from aligner.types import Head
 from tests.everyday import everyday
 from tests.models import tiny
@@ -187,7 +188,7 @@ def test_weak_scaling_with_parameters_split(model):
     alone, *more = weak(model, lambda devices: dict(data=1, fsdp=devices))
     assert not alone[2]
     for devices, flops, sent, step in more:
-        leaves = lora.flatten(step.state.trainable)
+        leaves = flatten(step.state.trainable)
         split = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values() if any(leaf.sharding.spec))
         assert abs(flops / alone[1] - 1) < 0.05, devices  # norms and the optimizer are split, or not
         gathered = sent.pop("all-gather")

@@ -105,7 +105,8 @@ def ours_few(z, beta, k, of, tail):
 def ours_iw_opd(z, gamma):
     a = log_q()[HERE, TOKEN] - OLD
     size = np.abs(a)
-    return partial.iw_opd(jax.nn.log_softmax(z)[HERE, TOKEN], a, np.cumsum(size) - size, np.full(T, size.sum()), gamma)
+    weight = partial.iw_opd_weight(np.cumsum(size) - size, np.full(T, size.sum()), gamma)
+    return partial.iw_opd(jax.nn.log_softmax(z)[HERE, TOKEN], a, weight)
 
 
 def ours_merged(z, last):
@@ -185,7 +186,7 @@ def test_weights_are_constants_and_held():
     assert partial.importance(jnp.float32(0.3), jnp.float32(0.0), 1.1) == np.float32(1.1)
     assert partial.importance(jnp.float32(-90.0), jnp.float32(0.0), 1.1) == pytest.approx(np.exp(-20), rel=1e-5)
     assert jax.grad(lambda x: partial.importance(x, 0.0, 2.0))(0.3) == 0
-    assert jax.grad(lambda x: partial.iw_opd(-1.0, x, 0.0, 1.0, 0.5))(0.3) == 0
+    assert jax.grad(lambda x: partial.iw_opd(-1.0, x, x))(0.3) == 0
 
 
 @pytest.mark.parametrize("of", everyday(partial.SUPPORTS, "both"))

@@ -14,9 +14,10 @@ import pytest
 import aligner
 from aligner import algorithms, sharding
 from aligner.convert import model_from_folder
-from aligner.convert.tables import by_tensor, flatten, read_leaf, table, write_tensor
+from aligner.convert.tables import by_tensor, read_leaf, table, write_tensor
 from aligner.models import SUPPORTED, families, from_hf, moe
 from aligner.run import check_shared_prompts
+from aligner.trees import flatten
 from aligner.types import UserError
 from tests.invariance import step
 from tests.models import tiny

@@ -10,7 +10,8 @@ import pytest
 from aligner import online, sharding
 from aligner.algorithms import make, ppo
 from aligner.algorithms.grpo import check, check_online
-from aligner.data.templates import Encoded
+from aligner.data import catalogue
+from aligner.data.templates import Encoded, chat_template
 from aligner.generation.engine import Completion, Prompt
 from aligner.rl import rollouts
 from aligner.rl.prompts import Item
@@ -74,6 +75,20 @@ def records(workdir):
 
 class Killed(BaseException):
     """Nothing catches this: as if the process were gone."""
+
+
+def test_prompts_are_written_by_the_chat_template_of_the_config(demo, tmp_path, monkeypatch):
+    """As rows are in other runs, and as the preview shows them; the setting was passed over."""
+    asked = []
+
+    def look(config, split, model, *rest):
+        asked.append(model)
+        raise Killed
+
+    monkeypatch.setattr(online, "load_prompts", look)
+    with pytest.raises(Killed):
+        online.run(settings(demo, "grpo", data__chat_template="zephyr"), tmp_path)
+    assert chat_template(asked[0].assets) == catalogue.template("zephyr")
 
 
 @pytest.mark.slow
