@@ -113,6 +113,8 @@ def going_on(partial: Path, described: dict[str, Any], block: int = 1) -> Iterat
     with file:
         if not locks.take(file):
             raise UserError(f"another process writes {partial}; wait for its end, or name another file with --out")
+        if not beside.exists():  # opened before that process removed it, locked after
+            raise UserError(f"another process has written {partial} to its end meanwhile")
         file.seek(0)
         if not partial.exists():  # the settings may be what a kill left of them
             file.truncate(0)

@@ -45,3 +45,11 @@ def test_a_text_may_hold_ends_of_lines(tmp_path):
     rows = [{"text": "one\u2028two\x85three\r\nfour"}, {"text": "five"}]
     (tmp_path / "out.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     assert [*by_row.records(tmp_path / "out.jsonl")] == rows
+
+
+def test_another_command_that_ends_while_this_one_begins(tmp_path, monkeypatch):
+    """It has removed the file that this one waits for: what is locked then is no file any more."""
+    partial = tmp_path / "out.jsonl.partial"
+    monkeypatch.setattr(by_row.locks, "take", lambda file: partial.with_suffix(".settings").unlink() is None)
+    with pytest.raises(UserError, match=r"has written .*partial to its end meanwhile"), by_row.going_on(partial, {}):
+        pass
