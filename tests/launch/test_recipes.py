@@ -205,7 +205,7 @@ def test_local_hands_on_what_asks_to_stop(tmp_path, name):
 
 
 def test_local_takes_the_gpus_that_it_may_see(tmp_path):
-    command = of_stub(tmp_path, "print(rank, os.environ['CUDA_VISIBLE_DEVICES'])", "--gpus")
+    command = of_stub(tmp_path, "os.write(1, f'{rank} {os.environ[\"CUDA_VISIBLE_DEVICES\"]}\\n'.encode())", "--gpus")
     run = lambda gpus: subprocess.run(command, cwd=tmp_path, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpus}, capture_output=True, text=True)
     assert sorted(run("5,7").stdout.splitlines()) == ["0 5", "1 7"]
     assert sorted(run("").stdout.splitlines()) == ["0 0", "1 1"]
