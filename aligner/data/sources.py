@@ -133,9 +133,13 @@ def _stamp(path: Path) -> str:
     return f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}"
 
 
+def _zipped(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
 def _suffix(path: Path) -> str:
     """".jsonl" of rows.jsonl, of rows.jsonl.gz and of ROWS.JSONL."""
-    inner = Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else ""
+    inner = Path(path.stem).suffix.lower() if _zipped(path) else ""
     return inner if inner in _TEXTS else path.suffix.lower()
 
 
@@ -159,7 +163,7 @@ def _file(path: Path, name: str, sample_by: str) -> Rows:
 def _bytes(path: Path) -> bytes:
     """The whole of a file, uncompressed."""
     data = path.read_bytes()
-    if path.suffix.lower() != ".gz":
+    if not _zipped(path):
         return data
     try:
         return gzip.decompress(data)
@@ -204,7 +208,7 @@ def _folder(path: Path, split: str, name: str, sample_by: str) -> Rows:
 def _jsonl(path: Path) -> Rows:
     """Rows by byte offset: only offsets are held in memory. Read by position, not mapped: mapped pages count as this process's memory."""
     starts, ends, lines = array("q"), array("q"), array("q")
-    whole = _bytes(path) if path.suffix.lower() == ".gz" else None
+    whole = _bytes(path) if _zipped(path) else None
     file = path.open("rb") if whole is None else io.BytesIO(whole)
     start = 0
     for number, line in enumerate(file, start=1):
@@ -269,7 +273,7 @@ def _json(path: Path) -> Rows:
 
 def _csv(path: Path, separator: str) -> Rows:
     """Rows of a table with a header; every value is a string. Empty cells are None."""
-    file = io.BytesIO(_bytes(path)) if path.suffix.lower() == ".gz" else path.open("rb")
+    file = io.BytesIO(_bytes(path)) if _zipped(path) else path.open("rb")
     try:
         with io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
             table = csv.reader(text, delimiter=separator, strict=True)
